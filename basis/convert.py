@@ -1,0 +1,100 @@
+"""Swap the dense layers of any model for sketched ones, by name, and back.
+
+Layers are exchanged in place and keep their Parameter objects, so an optimiser made before, tied weights and the state_dict
+all stay as they were. Patterns are shell patterns over the names of `model.named_modules()`: "head", "blocks.*.mlp.*".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from basis.estimator import Estimator
+from basis.linear import SketchedLinear
+from basis.noise import fold
+
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the parts that torch.compile, DDP, FSDP and checkpoint wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def convert(
+    model: nn.Module, estimator: Estimator, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
+) -> list[str]:
+    """Replace each nn.Linear whose name matches `include` and not `exclude` by a SketchedLinear. Returns the names changed.
+
+    Layers already sketched take the new estimator. Raises ValueError, before anything is changed, if a pattern matches no
+    dense layer, if nothing is left to convert, or if `model` is itself a dense layer.
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError("convert: the model is itself a dense layer; use SketchedLinear.from_linear")
+    # Subclasses of nn.Linear have a forward of their own that must not be thrown away; the exact type is asked for. All
+    # names of a shared layer are listed, and all of them are to be exchanged.
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) in (nn.Linear, SketchedLinear)
+    }
+    names = {name: plain_name(name) for name in layers}
+    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(plain, pattern) for plain in names.values()):
+                known = ", ".join(sorted(set(names.values()))[:12]) or "none"
+                raise ValueError(f"{option}={pattern!r}: matches no dense layer; the model's are {known}")
+    chosen = [
+        name
+        for name, plain in names.items()
+        if any(fnmatchcase(plain, p) for p in include) and not any(fnmatchcase(plain, p) for p in exclude)
+    ]
+    if not chosen:
+        raise ValueError(f"include={include}, exclude={exclude}: no dense layer is left to convert")
+    made: dict[int, nn.Module] = {}
+    for name in chosen:
+        old = layers[name]
+        _replace(model, name, made.setdefault(id(old), SketchedLinear.from_linear(old, estimator)))
+    return [names[name] for name in chosen]
+
+
+def revert(model: nn.Module) -> list[str]:
+    """Replace every SketchedLinear by a plain nn.Linear with the same parameters. Returns the names changed."""
+    made: dict[int, nn.Module] = {}
+    changed = []
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, SketchedLinear):
+            _replace(model, name, made.setdefault(id(layer), layer.to_linear()))
+            changed.append(plain_name(name))
+    return changed
+
+
+def sketched_layers(model: nn.Module) -> Iterator[tuple[str, SketchedLinear]]:
+    """The sketched layers and their plain names, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, SketchedLinear):
+            yield plain_name(name), module
+
+
+def set_noise_key(model: nn.Module, *, seed: int, step: int, micro_batch: int = 0, rank: int = 0) -> None:
+    """Fix the noise of every sketched layer as a function of these four integers and the layer's name.
+
+    Call it before each forward of a training step. Recomputing or resuming with the same numbers draws the same noise, and a
+    layer's noise does not depend on which other layers are sketched.
+    """
+    for name, layer in sketched_layers(model):
+        layer.set_noise_key(fold(seed, step, micro_batch, rank, name))
+
+
+def _patterns(option: str, patterns: Iterable[str]) -> list[str]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{option}={patterns!r}: give a list of patterns, such as [{patterns!r}]")
+    return list(patterns)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

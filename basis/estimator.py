@@ -1,0 +1,37 @@
+"""What a method is: two functions, `compress` and `weight_grad`.
+
+A dense layer has three products, Y = X W^T, dX = dY W and dW = dY^T X. All methods here keep the first two exact. They
+differ in *what is kept of X* for the third, and in *how dW is formed from it*. So a method is an estimator with
+
+    compress(x, key)          -> the tensors to keep instead of x         (runs in forward)
+    weight_grad(kept, grad_y) -> an estimate of grad_y^T x                (runs in backward)
+
+Estimators are frozen dataclasses: their fields are the method's options, checked when the object is made, and they print,
+compare and hash as values. They hold no tensors. What they draw at random is a function of the key alone (noise.py).
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar
+
+from torch import Tensor
+
+
+class Estimator(abc.ABC):
+    """Base of all methods. Shapes: B rows (tokens), N in_features, M out_features.
+
+    A wrong option raises ValueError at construction; its message begins with the option's name, so that a configuration
+    system can put its own prefix before it.
+    """
+
+    uses_noise: ClassVar[bool] = True
+    """False if `key` is never looked at; layers then draw none."""
+
+    @abc.abstractmethod
+    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        """What to keep of `x` (B, N) for backward. `key` is an int64 tensor, see noise.py."""
+
+    @abc.abstractmethod
+    def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
+        """The estimate of dW = grad_y^T x, shape (M, N), from `kept` and `grad_y` (B, M)."""

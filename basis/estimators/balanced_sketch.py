@@ -1,0 +1,110 @@
+"""BASIS: a balanced count sketch of X, with norms restored (V. Khasia, arXiv 2604.16324, Algorithm 1).
+
+Forward draws a signed hashing of the B rows into R bins, S[r, b] = signs[b] * [bins[b] = r], and keeps
+
+    X~ = S X                    R x N instead of B x N      (Balanced Hashing: bin sizes differ by one at most)
+    X^ = X~ |X| / (|X~| + eps)  same norm as X              (Invariant Scalar; Frobenius norms)
+
+Backward draws the same hashing again from its key, sketches dY alike, and multiplies R rows instead of B:
+
+    dW^ = (1 - shrinkage)^2 dY^^T X^                        M x N, 2 R N M FLOPs instead of 2 B N M
+
+What is exact: Y, dX, the bias gradient. What is estimated: dW. Without Invariant Scalars and shrinkage it is unbiased,
+since E[S^T S] = I. With them it is not: they keep the magnitude of X and dY, hence bound |dW^| by |X| |dY|.
+
+Variance without them, over the draws of S for fixed X and dY (T = dY^T X, sums over rows b, all norms Frobenius):
+
+    E |dW^ - T|^2 = p (|X|^2 |dY|^2 + |T|^2 - 2 sum_b |x_b|^2 |dy_b|^2)
+
+where p is the probability that two given rows share a bin: 1/R for uniform hashing, and for balanced hashing with
+B = q R + s the share of same-bin pairs, (s (q + 1) q + (R - s) q (q - 1)) / (B (B - 1)); with s = 0 that is
+(B/R - 1) / (B - 1). So balancing multiplies the variance by (B - R) / (B - 1), and R = B is exact.
+(Proof: S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]] off the diagonal; two of them correlate only if they
+belong to the same unordered pair of rows. reference.py has the formula, the tests compare it with draws.)
+
+Kept: R N elements in the precision of X, and the 8-byte key. FLOPs besides the product: B (N + M) additions for the
+sketches, B (N + M) multiply-adds for the norms. The published code also uses shrinkage = 0.01 unless told otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from basis.estimator import Estimator
+from basis.noise import draw_hashing
+
+# Up to this rank a product with the R x B sign matrix is at least as fast as adding rows to bins. See `signed_bin_sums`.
+_DENSE_MAX_RANK = 8
+
+
+def signed_bin_sums(x: Tensor, bins: Tensor, signs: Tensor, rank: int) -> Tensor:
+    """S x, shape (rank, N): row r is the sum of signs[b] * x[b] over the rows b with bins[b] = r.
+
+    Two routes to the same sums. A product with the dense sign matrix reads x once, accumulates low precision in float32 and
+    is deterministic everywhere, at 2 R B N FLOPs. Adding rows to bins takes B N additions however large R is, but
+    accumulates in x's precision and, on CUDA, in no fixed order; so it serves float32 and float64 on the CPU.
+    """
+    if rank <= _DENSE_MAX_RANK or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        matrix = x.new_zeros(rank, x.shape[0]).scatter_(0, bins[None], signs[None].to(x.dtype))
+        return matrix @ x
+    # Positive and negative rows go to bins of their own, and these are subtracted: no signed copy of x is made.
+    sums = x.new_zeros(2 * rank, x.shape[1]).index_add_(0, torch.where(signs < 0, bins + rank, bins), x)
+    return sums[:rank] - sums[rank:]
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Frobenius norm, in float32 at least: a norm over many elements in bfloat16 would stop growing."""
+    low = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.linalg.vector_norm(x, dtype=torch.float32 if low else x.dtype)
+
+
+@dataclass(frozen=True)
+class BalancedSketch(Estimator):
+    """Rank-R sketch of X by signed hashing of its rows.
+
+    rank: R, rows kept; at least 1. Rows fewer than R are all kept (R_safe = min(R, B)).
+    hashing: "balanced" (the paper) or "uniform" (an independent bin per row).
+    invariant_scalars: restore the Frobenius norms of X and dY.
+    shrinkage: lambda of the published code, in [0, 1); dW is multiplied by (1 - lambda)^2.
+    eps: added to the norm that is divided by; positive.
+
+    Raises ValueError that begins with the name of the wrong option.
+    """
+
+    rank: int
+    hashing: str = "balanced"
+    invariant_scalars: bool = True
+    shrinkage: float = 0.0
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}: must be at least 1")
+        if self.hashing not in ("balanced", "uniform"):
+            raise ValueError(f"hashing={self.hashing!r}: must be balanced or uniform")
+        if not 0.0 <= self.shrinkage < 1.0:
+            raise ValueError(f"shrinkage={self.shrinkage}: must be in [0, 1)")
+        if not self.eps > 0.0:
+            raise ValueError(f"eps={self.eps}: must be positive")
+
+    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        # A clone, because a layer's key is overwritten in place at the next step (8 bytes, or 8 a row if explicit).
+        return self.sketch(x, key), key.clone()
+
+    def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
+        sketched_x, key = kept
+        return self.sketch(grad_y, key).t() @ sketched_x
+
+    def sketch(self, x: Tensor, key: Tensor) -> Tensor:
+        """X^ of Algorithm 1 for `x` (B, N), times 1 - shrinkage: (min(R, B), N) in the dtype of `x`."""
+        rows = x.shape[0]
+        rank = min(self.rank, rows)
+        bins, signs = draw_hashing(key, rows, rank, self.hashing)
+        sketch = signed_bin_sums(x, bins, signs, rank)
+        if self.invariant_scalars:
+            scale = (1.0 - self.shrinkage) * _norm(x) / (_norm(sketch) + self.eps)
+            return (sketch * scale).to(x.dtype)
+        return sketch if self.shrinkage == 0.0 else sketch * (1.0 - self.shrinkage)

@@ -1,0 +1,169 @@
+"""The dense layer with an exact forward, an exact dX and an estimated dW.
+
+One autograd Function serves all estimators. What autograd keeps between forward and backward is W (a parameter, there
+anyway) and the tensors that the estimator's `compress` returns; X is let go as soon as nobody else holds it. Gradients that
+nobody asked for are neither prepared nor computed: without grad mode, or with a frozen weight, the layer is F.linear.
+
+Under autocast the input is cast first and sketched in the low precision, so what is kept is small too; the weight
+is kept as the parameter itself and cast again in backward, so no copy of it is kept.
+
+Double backward is refused: a second derivative would have to go through X, which is gone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from basis.estimator import Estimator
+from basis.estimators.balanced_sketch import BalancedSketch
+from basis.noise import draw_key, encode_hashing
+
+
+class _SketchedLinearFunction(torch.autograd.Function):
+    """Y = X W^T + b; backward: dX = dY W, dW by the estimator, db = column sums of dY."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, key: Tensor, estimator: Estimator) -> Tensor:
+        return F.linear(input, weight, bias)  # (..., N) (M, N) -> (..., M)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, key, estimator = inputs
+        kept: tuple[Tensor, ...] = ()
+        if ctx.needs_input_grad[1]:
+            kept = estimator.compress(input.reshape(-1, input.shape[-1]), key)
+        ctx.estimator = estimator
+        ctx.save_for_backward(weight, *kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        grad_rows = grad_output.reshape(-1, grad_output.shape[-1])  # (B, M)
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad_output @ weight.to(grad_output.dtype)  # (..., M) (M, N) -> (..., N)
+        if ctx.needs_input_grad[1]:
+            grad_weight = ctx.estimator.weight_grad(tuple(kept), grad_rows).to(weight.dtype)  # (M, N)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_rows.sum(0)
+        return grad_input, grad_weight, grad_bias, None, None
+
+
+def sketched_linear(input: Tensor, weight: Tensor, bias: Tensor | None, key: Tensor, estimator: Estimator) -> Tensor:
+    """`F.linear(input, weight, bias)` whose weight gradient is `estimator`'s.
+
+    input (..., N), of which all leading dimensions count as B rows; weight (M, N); bias (M,) or None; key: int64 tensor on
+    the input's device (noise.py). Returns (..., M). Raises ValueError for an input that is not floating point, has another
+    last dimension than the weight, or has no rows.
+    """
+    if not input.is_floating_point():
+        raise ValueError(f"sketched linear: input must be floating point, got {input.dtype}")
+    if input.ndim == 0 or input.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"sketched linear: input {tuple(input.shape)} does not fit weight {tuple(weight.shape)}")
+    if input.numel() == 0:
+        raise ValueError(f"sketched linear: empty batch, input has shape {tuple(input.shape)}")
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))
+    return _SketchedLinearFunction.apply(input, weight, bias, key, estimator)
+
+
+def basis_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rank: int,
+    bins: Tensor | None = None,
+    signs: Tensor | None = None,
+    invariant_scalars: bool = True,
+    shrinkage: float = 0.0,
+) -> Tensor:
+    """BASIS as a formula (arXiv 2604.16324, Algorithm 1), with the hashing in the caller's hands.
+
+    input (..., N), leading dimensions are flattened to B rows; weight (M, N); bias (M,) or None. `bins` (B integers in
+    [0, min(rank, B))) and `signs` (B values, +1 or -1) come together; without them a balanced hashing is drawn from
+    PyTorch's default generator. Returns (..., M). Raises ValueError for options out of range and for bins or signs that do not fit.
+    """
+    estimator = BalancedSketch(rank, invariant_scalars=invariant_scalars, shrinkage=shrinkage)
+    if (bins is None) != (signs is None):
+        raise ValueError("basis_linear: bins and signs go together; give both or neither")
+    if bins is None or signs is None:
+        return sketched_linear(input, weight, bias, draw_key(input.device), estimator)
+    rows = input.numel() // max(input.shape[-1], 1)
+    if bins.shape != (rows,) or signs.shape != (rows,):
+        raise ValueError(
+            f"basis_linear: bins {tuple(bins.shape)} and signs {tuple(signs.shape)} must have shape ({rows},), one per row"
+        )
+    if not torch.compiler.is_compiling() and rows > 0:  # the values can't be looked at while a graph is traced
+        effective = min(rank, rows)
+        if not ((bins >= 0) & (bins < effective)).all():
+            raise ValueError(f"basis_linear: bins must lie in [0, min(rank, B)) = [0, {effective})")
+        if not (signs.abs() == 1).all():
+            raise ValueError("basis_linear: signs must be +1 or -1")
+    return sketched_linear(input, weight, bias, encode_hashing(bins, signs).to(input.device), estimator)
+
+
+class SketchedLinear(nn.Linear):
+    """nn.Linear that keeps what `estimator` makes of its input instead of the input.
+
+    Same parameters, same state_dict, same forward. `noise_key` (a buffer that is not saved) decides the noise; while it is
+    None, each training forward draws a key from PyTorch's default generator. `basis.set_noise_key` sets it for a whole
+    model. Under DistributedDataParallel use broadcast_buffers=False, else all ranks would share rank 0's noise.
+    """
+
+    noise_key: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        estimator: Estimator,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.estimator = estimator
+        self.register_buffer("noise_key", None, persistent=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
+        """The same layer, sharing `linear`'s parameters (the very Parameter objects: optimisers and ties stay valid)."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, estimator=estimator, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The plain layer again, sharing this layer's parameters."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def set_noise_key(self, key: int | Tensor) -> None:
+        """Fix the noise: an integer in [0, 2^63) is a seed, a tensor of B codes an explicit hashing (`encode_hashing`)."""
+        if isinstance(key, Tensor):
+            self.noise_key = key.to(self.weight.device)
+        elif self.noise_key is None or self.noise_key.ndim or self.noise_key.device != self.weight.device:
+            self.noise_key = torch.tensor(key, dtype=torch.int64, device=self.weight.device)
+        else:
+            self.noise_key.fill_(key)  # in place: a compiled graph goes on reading the same tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return F.linear(input, self.weight, self.bias)
+        key = self.noise_key
+        if key is None:
+            device = input.device
+            key = draw_key(device) if self.estimator.uses_noise else torch.zeros((), dtype=torch.int64, device=device)
+        return sketched_linear(input, self.weight, self.bias, key, self.estimator)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, estimator={self.estimator}"

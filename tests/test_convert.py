@@ -1,0 +1,139 @@
+"""Conversion by name: what is changed, what stays, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import basis
+from basis import BalancedSketch, SketchedLinear
+from models import GPT, GPTConfig
+
+SKETCH = BalancedSketch(4)
+
+
+def gpt(**options) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=16, **options))
+
+
+def test_default_converts_every_dense_layer_and_revert_undoes_it() -> None:
+    model = gpt()
+    before = {name: type(module) for name, module in model.named_modules()}
+    state, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    changed = basis.convert(model, SKETCH)
+    assert changed == [name for name, kind in before.items() if kind is nn.Linear]
+    assert len(changed) == 2 * 4 + 1
+    assert all(type(model.get_submodule(name)) is SketchedLinear for name in changed)
+    assert list(model.state_dict()) == list(state)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    model.load_state_dict(state)
+    assert basis.revert(model) == changed
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+def test_include_and_exclude() -> None:
+    model = gpt()
+    assert basis.convert(model, SKETCH, include=["blocks.*.mlp.*", "head"], exclude=["blocks.1.*"]) == [
+        "blocks.0.mlp.fc",
+        "blocks.0.mlp.proj",
+        "head",
+    ]
+    assert type(model.blocks[0].attn.qkv) is nn.Linear
+
+
+def test_converting_again_changes_the_estimator() -> None:
+    model = gpt()
+    basis.convert(model, SKETCH)
+    basis.convert(model, BalancedSketch(2), include=["head"])
+    assert model.head.estimator.rank == 2
+    assert model.blocks[0].mlp.fc.estimator.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": ["blocks.*.mpl.*"]}, r"include='blocks\.\*\.mpl\.\*': matches no dense layer; .*blocks\.0\.attn\.qkv"),
+        ({"include": ["*"], "exclude": ["tail"]}, "exclude='tail': matches no dense layer"),
+        ({"include": ["head"], "exclude": ["head"]}, "no dense layer is left"),
+        ({"include": "head"}, "give a list"),
+    ],
+)
+def test_refusals_change_nothing(options: dict, message: str) -> None:
+    model = gpt()
+    with pytest.raises(ValueError, match=message):
+        basis.convert(model, SKETCH, **options)
+    assert not list(basis.sketched_layers(model))
+
+
+def test_a_bare_linear_is_refused() -> None:
+    with pytest.raises(ValueError, match="from_linear"):
+        basis.convert(nn.Linear(2, 2), SKETCH)
+
+
+def test_tied_weights_stay_tied_and_both_gradients_arrive() -> None:
+    model = gpt(tie_head=True, init="gpt2")
+    basis.convert(model, SKETCH, include=["head"])
+    assert model.head.weight is model.wte.weight
+    assert len(list(model.parameters())) == len(list(gpt().parameters())) - 1
+    tokens = torch.randint(13, (2, 8))
+    model(tokens, tokens).backward()
+    assert model.wte.weight.grad.abs().sum() > 0
+
+
+def test_a_shared_layer_is_exchanged_under_all_its_names() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    assert basis.convert(model, SKETCH) == ["0", "2"]
+    assert model[0] is model[2]
+    assert basis.revert(model) == ["0", "2"]
+    assert model[0] is model[2]
+    assert type(model[0]) is nn.Linear
+
+
+def test_subclasses_of_linear_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4))
+    assert basis.convert(model, SKETCH) == ["0"]
+
+
+def test_keys_depend_on_each_number_and_on_the_name_only() -> None:
+    def keys(model: nn.Module, **numbers: int) -> dict[str, int]:
+        basis.set_noise_key(model, **{"seed": 0, "step": 0, **numbers})
+        return {name: int(layer.noise_key) for name, layer in basis.sketched_layers(model)}
+
+    everything, head = gpt(), gpt()
+    basis.convert(everything, SKETCH)
+    basis.convert(head, SKETCH, include=["head"])
+    base = keys(everything)
+    assert len(set(base.values())) == len(base)
+    assert keys(head)["head"] == base["head"]
+    for change in ({"seed": 1}, {"step": 1}, {"micro_batch": 1}, {"rank": 1}):
+        assert not set(keys(everything, **change).values()) & set(base.values())
+    assert keys(everything) == base
+    wrapped = nn.parallel.DataParallel(head)  # names inside a wrapper carry "module."
+    assert keys(wrapped) == keys(head)
+
+
+def test_noise_keys_are_not_saved() -> None:
+    model = gpt()
+    basis.convert(model, SKETCH)
+    basis.set_noise_key(model, seed=0, step=0)
+    assert list(model.state_dict()) == list(gpt().state_dict())
+
+
+def test_a_sketched_model_trains_with_an_optimiser_made_before() -> None:
+    model = gpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    basis.convert(model, SKETCH)
+    tokens = torch.arange(8)[None]
+    losses = []
+    for step in range(30):
+        basis.set_noise_key(model, seed=0, step=step)
+        loss = model(tokens, tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2

@@ -1,0 +1,86 @@
+"""Keyed noise: pure, distinct, uniform, balanced, the same under compile as in eager mode."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from basis.noise import draw_hashing, encode_hashing, fold, random_bits
+
+
+def key(*parts: int) -> torch.Tensor:
+    return torch.tensor(fold(*parts))
+
+
+def test_fold_separates_what_concatenation_would_confuse() -> None:
+    keys = [fold(1, 23, "a"), fold(12, 3, "a"), fold(1, 2, 3, "a"), fold("1", 23, "a"), fold(1, 23, "b"), fold(23, 1, "a")]
+    assert len(set(keys)) == len(keys)
+    assert all(0 <= k < 2**62 for k in keys)
+    assert fold(0, 1, 2, 3, "blocks.0.mlp.fc") == fold(0, 1, 2, 3, "blocks.0.mlp.fc")
+
+
+def mix_in_python(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ (x >> 16)
+
+
+def test_bits_are_the_documented_hash() -> None:
+    k = fold("any")
+    expected = [mix_in_python(mix_in_python(row ^ (k % 2**32)) ^ (k >> 32)) for row in range(100)]
+    assert random_bits(torch.tensor(k), 100).tolist() == expected
+
+
+def test_bits_are_distinct_and_uniform() -> None:
+    bits = random_bits(key(1), 1 << 18).numpy()
+    assert len(np.unique(bits)) == len(bits)
+    for shift in (0, 8, 16, 24):  # each byte of the integers, chi-square against uniform
+        counts = np.bincount((bits >> shift) & 255, minlength=256)
+        assert stats.chisquare(counts).pvalue > 1e-4
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(1, 300), rank=st.integers(1, 300), seed=st.integers(0, 2**31))
+def test_balanced_bins_differ_by_one_at_most(rows: int, rank: int, seed: int) -> None:
+    rank = min(rank, rows)
+    bins, signs = draw_hashing(key(seed), rows, rank, "balanced")
+    sizes = torch.bincount(bins, minlength=rank)
+    assert sizes.sum() == rows
+    assert sizes.max() - sizes.min() <= 1
+    assert set(signs.tolist()) <= {-1, 1}
+
+
+@pytest.mark.parametrize("hashing", ["balanced", "uniform"])
+def test_rows_share_bins_as_often_as_the_formula_says(hashing: str) -> None:
+    from basis.reference import collision_probability
+
+    rows, rank, draws = 11, 4, 4000  # 11 = 2 * 4 + 3: bins of two sizes
+    together = torch.zeros(rows, rows)
+    signs_product = torch.zeros(rows, rows)
+    for i in range(draws):
+        bins, signs = draw_hashing(key(i), rows, rank, hashing)
+        together += bins[:, None] == bins[None]
+        signs_product += signs[:, None] * signs[None]
+    p = collision_probability(rows, rank, hashing)
+    off_diagonal = ~torch.eye(rows, dtype=torch.bool)
+    z = (together / draws - p)[off_diagonal] / (p * (1 - p) / draws) ** 0.5
+    assert z.abs().max() < 4.5  # 55 pairs
+    assert (signs_product / draws)[off_diagonal].abs().max() < 4.5 / draws**0.5
+
+
+def test_hashing_of_neighbouring_keys_is_independent() -> None:
+    a = torch.stack([draw_hashing(key(step), 64, 8, "balanced")[1] for step in range(500)]).double()
+    correlation = torch.corrcoef(a) - torch.eye(500)
+    assert correlation.abs().max() < 0.7
+    assert correlation.square().mean().sqrt() == pytest.approx(1 / 64**0.5, rel=0.05)
+
+
+def test_explicit_hashing_passes_through() -> None:
+    bins, signs = torch.tensor([3, 0, 1]), torch.tensor([-1.0, 1.0, -1.0])
+    got_bins, got_signs = draw_hashing(encode_hashing(bins, signs), 3, 4, "balanced")
+    assert torch.equal(got_bins, bins)
+    assert torch.equal(got_signs, signs.long())
