@@ -89,7 +89,8 @@ def basis_linear(
 
     input (..., N), leading dimensions are flattened to B rows; weight (M, N); bias (M,) or None. `bins` (B integers in
     [0, min(rank, B))) and `signs` (B values, +1 or -1) come together; without them a balanced hashing is drawn from
-    PyTorch's default generator. Returns (..., M). Raises ValueError for options out of range and for bins or signs that do not fit.
+    PyTorch's default generator. Returns (..., M). Raises ValueError for options out of range, and for bins or signs that
+    do not fit.
     """
     estimator = BalancedSketch(rank, invariant_scalars=invariant_scalars, shrinkage=shrinkage)
     if (bins is None) != (signs is None):

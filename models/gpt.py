@@ -161,14 +161,16 @@ class GPT(nn.Module):
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        vocab_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
         """Continue `tokens` (b, T) by `new_tokens` samples; yields each new column (b, 1). temperature 0 is greedy.
 
-        The model is run in the mode it is in: call eval() first. The last block_size tokens are the context.
+        Only ids below `vocab_size` are drawn, for a tokenizer that is smaller than the model's padded vocabulary. The model is
+        run in the mode it is in: call eval() first. The last block_size tokens are the context.
         """
         for _ in range(new_tokens):
-            logits = self(tokens[:, -self.config.block_size :])[:, -1].float()  # (b, V)
+            logits = self(tokens[:, -self.config.block_size :])[:, -1, :vocab_size].float()  # (b, V)
             if top_k is not None and top_k < logits.shape[-1]:
                 least = logits.topk(top_k).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)

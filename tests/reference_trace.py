@@ -25,7 +25,9 @@ SKETCHED = ["blocks.*.mlp.*", "head"]
 
 def parameters(arrays: dict[str, np.ndarray], prefix: str, n_layer: int) -> dict[str, Tensor]:
     """The reference's weights under `prefix` ("init", "grad0", "final") as a state_dict of models.GPT."""
-    get = {key.removeprefix(f"{prefix}/"): torch.from_numpy(value) for key, value in arrays.items() if key.startswith(prefix)}
+    get = {
+        key.removeprefix(f"{prefix}/"): torch.from_numpy(value) for key, value in arrays.items() if key.startswith(prefix)
+    }
     dense = "SketchedDense" if "SketchedDense_0/kernel" in get else "Dense"
     state = {"wte.weight": get["Embed_0/embedding"], "wpe.weight": get["Embed_1/embedding"]}
 
@@ -92,7 +94,7 @@ def replay_in_full(path: str | Path) -> tuple[list[float], dict[str, float], dic
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            grad_errors = errors(dict((n, p.grad) for n, p in model.named_parameters()), first_grads)
+            grad_errors = errors({n: p.grad for n, p in model.named_parameters()}, first_grads)
         optimizer.step()
         losses.append(loss.item())
     return losses, errors(model.state_dict(), parameters(arrays, "final", n_layer)), grad_errors
@@ -101,7 +103,8 @@ def replay_in_full(path: str | Path) -> tuple[list[float], dict[str, float], dic
 def errors(values: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     assert values.keys() == expected.keys()
     return {
-        name: relative_error(without_key_bias(name, values[name]), without_key_bias(name, expected[name])) for name in expected
+        name: relative_error(without_key_bias(name, values[name]), without_key_bias(name, expected[name]))
+        for name in expected
     }
 
 

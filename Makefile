@@ -1,0 +1,33 @@
+# make demo | test | lint | clean.  PYTHON=python3.12 make demo picks the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_STEPS ?= 1000
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	$(BIN)/python train.py -m experiment=demo steps=$(DEMO_STEPS) method=exact
+	$(BIN)/python train.py -m experiment=demo steps=$(DEMO_STEPS) method=basis method.rank=32,1
+	$(BIN)/python eval.py runs=runs/demo/$(DEMO_STEPS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The exact versions of constraints.txt. torch alone first: the plain version takes the build for this machine.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[harness,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .cache runs

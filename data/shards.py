@@ -1,0 +1,160 @@
+"""Documents to token files, in steps that a kill cannot undo.
+
+Tokenizing OpenWebText takes hours, and whatever takes hours gets interrupted. So tokens are collected in shards of some
+16 million (32 MB): each shard's two files (train, val) are written under temporary names and renamed, then a manifest that
+counts them and remembers the source's position is replaced in one rename. What the manifest does not count never happened:
+a rerun goes on from the manifest's position and writes over it. The bytes of the result depend on the documents alone, not on
+where shards end or how often the work was interrupted. At the end the shards are joined into `train.bin` and `val.bin`,
+for which the disk must briefly hold the tokens twice.
+
+Between documents stands the tokenizer's end-of-text token, appended to each as nanoGPT does, or, where there is none, its
+separator. A few threads encode at a time (tiktoken releases the interpreter's lock); their results are used in order.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data.fetch import write_bytes
+from data.sources import Document, Position, Source
+from data.tokenizers import Tokenizer
+from data.tokens import TokenFile, write_tokens
+
+SPLITS = ("train", "val")
+SHARD_TOKENS = 1 << 24
+GROUP_CHARACTERS = 1 << 22  # documents are handed to the encoding threads in groups of about this size
+GROUP_DOCUMENTS = 256
+THREADS = min(8, os.cpu_count() or 1)
+
+Ids = npt.NDArray[np.uint16]
+
+
+@dataclass
+class Manifest:
+    """What is safely on the disk: shards 0 .. shards - 1, their totals per split, and where the source goes on."""
+
+    shards: int = 0
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    position: Position | None = None
+    finished: bool = False
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of a folder of shards; a fresh one if there is none."""
+        path = folder / "manifest.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
+    def write(self, folder: Path) -> None:
+        write_bytes(folder / "manifest.json", json.dumps(asdict(self)).encode())
+
+
+def tokenize(
+    source: Source, tokenizer: Tokenizer, folder: Path, *, max_tokens: int | None = None, progress: bool = True
+) -> Manifest:
+    """Write the source's tokens as shards into `folder`, continuing what is there, and return the finished manifest.
+
+    max_tokens: stop once that many training tokens are written, the last document cut to hit it exactly.
+    """
+    from tqdm import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest.read(folder)
+    if manifest.finished:
+        return manifest
+    pending: dict[str, list[Ids]] = {split: [] for split in SPLITS}
+    with (
+        tqdm(
+            desc=f"tokenizing {source.name}",
+            total=max_tokens,
+            initial=manifest.tokens["train"],
+            unit="token",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar,
+        ThreadPoolExecutor(THREADS) as threads,
+        closing(_groups(source.documents(manifest.position))) as groups,
+    ):
+        for group in groups:
+            for document, ids in zip(group, threads.map(tokenizer.encode, [d.text for d in group]), strict=True):
+                ids = _joined(ids, document, tokenizer, first=manifest.tokens[document.split] == 0)
+                if document.split == "train":
+                    if max_tokens is not None:
+                        ids = ids[: max_tokens - manifest.tokens["train"]]
+                    bar.update(len(ids))
+                pending[document.split].append(ids)
+                manifest.tokens[document.split] += len(ids)
+                manifest.documents[document.split] += 1
+                if manifest.tokens["train"] == max_tokens:
+                    break
+            if manifest.tokens["train"] == max_tokens:
+                break
+            if sum(len(ids) for pieces in pending.values() for ids in pieces) >= SHARD_TOKENS:
+                _flush(pending, manifest, tokenizer.vocab_size, folder, source.position())
+    manifest.finished = True
+    _flush(pending, manifest, tokenizer.vocab_size, folder, position=None)
+    return manifest
+
+
+def join(manifest: Manifest, shards: Path, folder: Path, vocab_size: int) -> dict[str, TokenFile]:
+    """Concatenate the shards, each checked against its sha256, into `folder`/train.bin and val.bin."""
+
+    def pieces(split: str) -> Iterator[Ids]:
+        for index in range(manifest.shards):
+            shard = TokenFile.open(_shard(shards, index, split))
+            shard.verify()
+            yield from shard.chunks()
+
+    return {split: write_tokens(folder / f"{split}.bin", pieces(split), vocab_size) for split in SPLITS}
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder of shards once their tokens stand in the joined files."""
+    shutil.rmtree(folder)
+
+
+def _joined(ids: Ids, document: Document, tokenizer: Tokenizer, *, first: bool) -> Ids:
+    """The ids of a document with what sets it apart from its neighbours."""
+    if tokenizer.eot is not None:
+        return np.append(ids, np.uint16(tokenizer.eot)) if document.ends else ids
+    return ids if first else np.concatenate([tokenizer.encode(tokenizer.separator), ids])
+
+
+def _groups(documents: Generator[Document, None, None]) -> Generator[list[Document], None, None]:
+    """Documents in groups worth handing to threads. Reads no document ahead of the group, so that the source's position
+    after a group is exactly behind its last document; closing this closes the source."""
+    group: list[Document] = []
+    characters = 0
+    with closing(documents):
+        for document in documents:
+            group.append(document)
+            characters += len(document.text)
+            if characters >= GROUP_CHARACTERS or len(group) >= GROUP_DOCUMENTS:
+                yield group
+                group, characters = [], 0
+        if group:
+            yield group
+
+
+def _flush(
+    pending: dict[str, list[Ids]], manifest: Manifest, vocab_size: int, folder: Path, position: Position | None
+) -> None:
+    """Write the pending tokens as the next shard, then the manifest that makes it count."""
+    for split in SPLITS:
+        write_tokens(_shard(folder, manifest.shards, split), pending[split], vocab_size)
+        pending[split].clear()
+    manifest.shards += 1
+    manifest.position = position
+    manifest.write(folder)
+
+
+def _shard(folder: Path, index: int, split: str) -> Path:
+    return folder / f"{index:05d}.{split}.bin"

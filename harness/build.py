@@ -1,0 +1,47 @@
+"""From configuration to model: weights from the seed, then the method put into the layers that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+import basis
+from data.tokens import TokenFile
+from harness.config import Config, make_estimator
+from models import GPT, GPTConfig
+
+
+def fill_vocabulary(config: GPTConfig, tokens: TokenFile) -> GPTConfig:
+    """`config` with the data's vocabulary where it names none. Raises ValueError if the model's is too small."""
+    if config.vocab_size is None:
+        return dataclasses.replace(config, vocab_size=tokens.vocab_size)
+    tokens.check_vocabulary(config.vocab_size)
+    return config
+
+
+def check_method(config: Config) -> None:
+    """Raise ValueError, before anything is allocated, if the method can't be put into the model (see `build_model`)."""
+    with torch.device("meta"):
+        _apply_method(GPT(dataclasses.replace(config.model, vocab_size=1)), config)
+
+
+def build_model(config: Config) -> tuple[GPT, list[str]]:
+    """The model on the CPU, and the names of its sketched layers.
+
+    Weights depend on the seed alone: two runs that differ only in the method start from the same point. Raises ValueError
+    naming `method.include` or `method.exclude` if a pattern matches no layer.
+    """
+    torch.manual_seed(config.seed)
+    model = GPT(config.model)
+    return model, _apply_method(model, config)
+
+
+def _apply_method(model: GPT, config: Config) -> list[str]:
+    method = config.method
+    if method.name == "exact":
+        return []  # nn.Linear is exact already
+    try:
+        return basis.convert(model, make_estimator(method), include=method.include, exclude=method.exclude)
+    except ValueError as error:
+        raise ValueError(f"method.{error}") from None

@@ -1,0 +1,177 @@
+"""The typed configuration of a run: what conf/*.yaml and the command line may say, and what is refused.
+
+conf/ holds values, this module holds types. Hydra composes the values; `load` puts them into the dataclasses below before
+anything is allocated or written, so that a misspelt key, a wrong type or an impossible combination ends the program in a few
+lines that name the option. Each group's checks stand in its own `__post_init__`, next to the declaration; combinations of
+groups are checked in `Config.__post_init__`.
+
+The options of a method are the fields of its estimator's dataclass (basis/estimators/), plus the scope: which layers. So a
+new estimator needs no line here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from basis import ESTIMATORS, Estimator
+from data.options import DataOptions
+from harness.device import DEVICES, PRECISIONS
+from harness.optim import OptimOptions
+from harness.tracker import TrackerOptions
+from models import GPTConfig
+
+
+@dataclass
+class MethodOptions:
+    """How dW is formed (`name`, one of basis.ESTIMATORS) and in which dense layers (shell patterns of module names)."""
+
+    name: str = "exact"
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvalOptions:
+    """Every `every` steps the loss of the first batches * batch_size windows of the validation file; 0: only at the end."""
+
+    every: int = 100
+    batches: int = 8
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least(0, "eval", every=self.every)
+        _at_least(1, "eval", batches=self.batches, batch_size=self.batch_size)
+
+
+@dataclass
+class CheckpointOptions:
+    """Every `every` steps (0: only at the end); the last `keep` and, if `best`, the one of lowest validation loss stay."""
+
+    every: int = 1000
+    keep: int = 2
+    best: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(0, "checkpoint", every=self.every)
+        _at_least(1, "checkpoint", keep=self.keep)
+
+
+@dataclass
+class LogOptions:
+    """A row of metrics every `every` steps; `progress`: a bar on a terminal."""
+
+    every: int = 20
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(1, "log", every=self.every)
+
+
+@dataclass
+class Config:
+    """One run. Raises ValueError naming the dotted option; see the groups' own classes for theirs."""
+
+    steps: int = 2000
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "float32"
+    compile: bool | None = None
+    deterministic: bool = False
+    micro_batch_size: int = 1
+    tokens_per_step: int | None = None
+    experiment_name: str = "default"
+    model: GPTConfig = field(default_factory=GPTConfig)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    tracker: TrackerOptions = field(default_factory=TrackerOptions)
+
+    def __post_init__(self) -> None:
+        _at_least(1, "", steps=self.steps, micro_batch_size=self.micro_batch_size)
+        _at_least(0, "", seed=self.seed)
+        if self.device not in DEVICES:
+            raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
+        if self.optim.warmup_steps > self.steps:
+            raise ValueError(f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed steps={self.steps}")
+        per_micro_batch = self.micro_batch_size * self.model.block_size
+        tokens = self.tokens_per_step
+        if tokens is not None and (tokens < 1 or tokens % per_micro_batch):
+            below = max(tokens // per_micro_batch, 1) * per_micro_batch
+            raise ValueError(
+                f"tokens_per_step={tokens}: must be a multiple of micro_batch_size * model.block_size = "
+                f"{self.micro_batch_size} * {self.model.block_size} = {per_micro_batch}; "
+                f"nearest are {below} and {below + per_micro_batch}"
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward-backward passes per step."""
+        return self.step_tokens // (self.micro_batch_size * self.model.block_size)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per optimiser step."""
+        return self.tokens_per_step or self.micro_batch_size * self.model.block_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts, lists and scalars."""
+        return dataclasses.asdict(self)
+
+
+def _at_least(least: int, group: str, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{group + '.' if group else ''}{name}={value}: must be at least {least}")
+
+
+@functools.cache
+def method_schema(name: str) -> type[MethodOptions]:
+    """MethodOptions with the fields of the estimator `name`: the typed form of conf/method/<name>.yaml.
+
+    Raises ValueError for a name that is not registered.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"method.name={name!r}: must be one of {', '.join(ESTIMATORS)}")
+    kind: Any = ESTIMATORS[name]
+    hints = get_type_hints(kind)
+    options = [
+        (f.name, hints[f.name], field(default=f.default) if f.default is not dataclasses.MISSING else field())
+        for f in dataclasses.fields(kind)
+    ]
+    return dataclasses.make_dataclass(f"{name}_options", options, bases=(MethodOptions,), kw_only=True)
+
+
+def make_estimator(method: MethodOptions) -> Estimator:
+    """The estimator that `method` describes. Raises ValueError naming the dotted option (`method.rank=0: ...`)."""
+    kind: Any = ESTIMATORS[method.name]
+    try:
+        estimator: Estimator = kind(**{f.name: getattr(method, f.name) for f in dataclasses.fields(kind)})
+    except ValueError as error:
+        raise ValueError(f"method.{error}") from None
+    return estimator
+
+
+def load(values: DictConfig) -> Config:
+    """Typed, checked configuration from composed values. Raises ValueError in the words of the user's options."""
+    try:
+        name = OmegaConf.select(values, "method.name")
+        schema = OmegaConf.structured(Config)
+        schema.method = OmegaConf.structured(method_schema(str(name)))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{key}{str(error.msg).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    make_estimator(config.method)  # its options are checked by making it once
+    return config

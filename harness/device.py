@@ -1,0 +1,58 @@
+"""Where and how a run computes: device, precision and compilation, decided in one place from one table.
+
+| device | precisions | compile by default |
+|---|---|---|
+| cuda | float32, bfloat16 (autocast) where the card has it | yes |
+| cpu | float32, bfloat16 (autocast) | no: the C++ compiler takes a minute, and small models gain little |
+
+Parameters, gradients and optimiser state are float32 always; `precision=bfloat16` is autocast around forward. `float32` on
+CUDA allows TF32 in matrix products unless `deterministic=true`.
+
+Bit-wise reproducible: on the CPU always, for the same machine, thread count, versions and `compile`. On CUDA with
+`deterministic=true`. Between devices, or with and without compile, losses agree only to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `resolve` decided."""
+
+    device: torch.device
+    precision: str
+    compile: bool
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Around every forward."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock may be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def resolve(device: str, precision: str, compile: bool | None, *, deterministic: bool = False) -> Runtime:
+    """The table above. Raises ValueError naming the option if this machine lacks what was asked for."""
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ValueError("device='cuda': PyTorch finds no CUDA device here; use device=cpu or device=auto")
+    kind = "cuda" if cuda and device != "cpu" else "cpu"
+    if precision == "bfloat16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("precision='bfloat16': this CUDA device has no bfloat16; use precision=float32")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    torch.use_deterministic_algorithms(deterministic)
+    if kind == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    return Runtime(torch.device(kind), precision, kind == "cuda" if compile is None else compile)

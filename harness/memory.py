@@ -1,0 +1,158 @@
+"""Where the bytes of a training step are: what autograd keeps for backward, by category, and the peak.
+
+*Kept for backward.* `saved_tensors_hooks` sees every tensor that autograd saves during forward. Each storage is counted once,
+whole, for the first layer that saves it (a view keeps its whole storage alive), and parameters and buffers are left out,
+since they are there anyway. The category is the kind of the layer whose forward was running:
+
+| category | saved by |
+|---|---|
+| linear inputs | nn.Linear: X, B x N |
+| sketches | SketchedLinear: what its estimator keeps |
+| attention | the attention module: q, k, v, output, log-sum-exp, dropout |
+| norms | LayerNorm, RMSNorm: input and statistics |
+| activations | GELU and its like: their input or output |
+| logits and loss | the model itself: log-probabilities of the cross-entropy |
+| other | embeddings (token indices), dropout, anything else |
+
+A tensor that two layers need, such as a LayerNorm's output that is a dense layer's input, counts where it is saved first. The
+categories come from an eager pass. A compiled model keeps what its partitioner chooses; its total is measured on the
+compiled function and reported beside, without categories.
+
+*Peak.* On CUDA the allocator knows. On the CPU PyTorch's `MemTracker` follows the tensors of one forward and backward:
+parameters, gradients, activations and temporaries that exist at once. Optimiser state is added to it as soon as it is known.
+
+Cost: one to three extra forward passes before the first step, side effects undone (gradients, random state).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from basis import SketchedLinear
+from models.gpt import GPT, CausalSelfAttention
+
+CATEGORIES = ("linear inputs", "sketches", "attention", "norms", "activations", "logits and loss", "other")
+
+_KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((SketchedLinear,), "sketches"),
+    ((nn.Linear,), "linear inputs"),
+    ((CausalSelfAttention, nn.MultiheadAttention), "attention"),
+    ((nn.LayerNorm, nn.RMSNorm), "norms"),
+    ((nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid), "activations"),
+    ((GPT,), "logits and loss"),
+)
+
+
+def _category(module: nn.Module | None) -> str:
+    for kinds, category in _KINDS:
+        if isinstance(module, kinds):
+            return category
+    return "other"
+
+
+def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of all storages behind `tensors`, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimiser's state tensors; 0 before its first step."""
+    return tensor_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+
+
+def _record(model: nn.Module, forward: Callable[[], Tensor], category: Callable[[], str]) -> dict[str, int]:
+    """Bytes kept for the backward of `forward()`, by what `category()` says at the moment of saving."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    found: dict[int, tuple[str, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found.setdefault(storage.data_ptr(), (category(), storage.nbytes()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()  # named, so that the graph lives (and no storage is used again) until all is counted
+    assert loss.requires_grad
+    table: dict[str, int] = {}
+    for name, size in found.values():
+        table[name] = table.get(name, 0) + size
+    return table
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, int]:
+    """Bytes that autograd keeps for the backward of `forward()`, by category. `forward` runs `model` and returns the loss."""
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, _: object) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, _: object, __: object) -> None:
+        left = running.pop()
+        assert left is module
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    for module in model.modules():
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        table = _record(model, forward, lambda: _category(running[-1] if running else None))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict.fromkeys(CATEGORIES, 0) | table
+
+
+def saved_bytes_compiled(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Total bytes kept for the backward of a compiled `forward()`, where hooks on layers would break the graph."""
+    return sum(_record(model, forward, lambda: "all").values())
+
+
+def cpu_peak_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, forward_backward: Callable[[int], None], micro_batches: int = 1
+) -> int:
+    """Most bytes of tensors alive at once during `forward_backward(i)` for each micro-batch i.
+
+    Counts parameters, gradients, optimiser state (once it exists), activations and temporaries.
+    """
+    from torch.distributed._tools.mem_tracker import MemTracker  # no public form of it exists; same in 2.11 to 2.13
+
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for micro_batch in range(micro_batches):
+            tracker.reset_mod_stats()  # it refuses a second pass through a module otherwise; the peak is kept
+            forward_backward(micro_batch)
+    snapshot = tracker.get_tracker_snapshot("peak")
+    return int(next(iter(snapshot.values()))["Total"])
+
+
+def rss_bytes() -> int:
+    """Largest resident set of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_bytes(size: float) -> str:
+    """`size` with three significant digits and a binary unit: 1536 -> "1.50 KiB"."""
+    if size < 1024:
+        return f"{size:.0f} B"
+    units = ("KiB", "MiB", "GiB", "TiB")
+    exponent = min(int(math.log(size, 1024)), len(units))
+    value = size / 1024**exponent
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {units[exponent - 1]}"
+
+
+def memory_table(saved: dict[str, int], others: dict[str, int]) -> str:
+    """The table that a run prints: categories kept for backward, their total, then `others`."""
+    total = sum(saved.values())
+    lines = ["kept for backward, per micro-batch:"]
+    lines += [f"  {name:<18}{format_bytes(size):>12}{size / max(total, 1):>7.1%}" for name, size in saved.items() if size]
+    lines.append(f"  {'total':<18}{format_bytes(total):>12}")
+    lines += [f"{name:<20}{format_bytes(size):>12}" for name, size in others.items()]
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""Finished runs, read back from their folders and put into groups that differ in their seed alone.
+
+A group is named by what tells it from the others: the method, its rank, and any other option in which the given runs differ.
+Means over seeds come with a 95% interval (Student's t, since seeds are few); a single seed has no interval and says so.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.metrics import read_metrics
+from harness.rundir import CONFIG_FILE, FREE_OPTIONS, METRICS_FILE, flatten, read_config, read_summary
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run: its folder, its options by dotted name, its summary and its rows of metrics."""
+
+    folder: Path
+    options: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        return int(self.options["seed"])
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of `metric`, where it was logged."""
+        pairs = [(row["step"], row[metric]) for row in self.rows if metric in row]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def last(self, metric: str) -> float:
+        """The last logged value of `metric`, NaN if there is none."""
+        return float(next((row[metric] for row in reversed(self.rows) if metric in row), math.nan))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, in order of seed."""
+
+    label: str
+    runs: list[RunResult]
+
+    @property
+    def method(self) -> str:
+        return str(self.runs[0].options["method.name"])
+
+    @property
+    def rank(self) -> int | None:
+        rank: int | None = self.runs[0].options.get("method.rank")
+        return rank
+
+
+def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
+    """All finished runs in or below `paths`, and one sentence for each folder that could not be used.
+
+    Raises ValueError if a path does not exist.
+    """
+    runs, complaints = [], []
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"runs={path}: no such folder")
+        for file in sorted(path.rglob(CONFIG_FILE)):
+            folder = file.parent
+            summary = read_summary(folder)
+            if summary.get("status") != "finished":
+                reason = summary.get("reason", "it is not finished; the command that started it continues it")
+                complaints.append(f"{folder} is left out: {summary.get('status', 'no summary')}, {reason}")
+                continue
+            options = flatten(read_config(folder))
+            runs.append(RunResult(folder, options, summary, read_metrics(folder / METRICS_FILE)))
+    return runs, complaints
+
+
+def group_runs(runs: Sequence[RunResult]) -> list[Group]:
+    """Groups of equal options except the seed: exact first, then by method, rank (largest first) and the rest."""
+
+    def identity(run: RunResult) -> dict[str, Any]:
+        return {k: v for k, v in run.options.items() if k != "seed" and not k.startswith(FREE_OPTIONS)}
+
+    by_identity: dict[str, list[RunResult]] = {}
+    for run in runs:
+        by_identity.setdefault(repr(sorted(identity(run).items())), []).append(run)
+    identities = {key: identity(members[0]) for key, members in by_identity.items()}
+    groups = []
+    for key, members in by_identity.items():
+        same_method = [other for other in identities.values() if other["method.name"] == identities[key]["method.name"]]
+        label = _label(identities[key], same_method, list(identities.values()))
+        groups.append(Group(label, sorted(members, key=lambda run: run.seed)))
+    return sorted(groups, key=lambda g: (g.method != "exact", g.method, -(g.rank or 0), g.label))
+
+
+def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
+    """Method and rank, then every other option that varies: method options among its own kind, the rest among all."""
+    parts = [f"R={options['method.rank']}"] if "method.rank" in options else []
+    for option, value in options.items():
+        if option in ("method.name", "method.rank"):
+            continue
+        peers = same_method if option.startswith("method.") else everything
+        if any(peer.get(option) != value for peer in peers):
+            parts.append(f"{option.removeprefix('method.')}={value}")
+    return " ".join([options["method.name"], *parts])
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half the width of its 95% interval (Student's t); None for the latter with a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    from scipy import stats
+
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread
+
+
+def format_mean(values: Sequence[float], digits: int = 3) -> str:
+    """ "6.850 ± 0.012", or "6.850" for a single value."""
+    mean, half = mean_and_interval(values)
+    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"

@@ -1,0 +1,226 @@
+"""Everything a run consists of, put together in the order in which it can be refused.
+
+`set_up` first checks what needs no data (device, method scope, the run directory's old configuration), then prepares the data,
+builds model and optimiser, and only then writes into the run directory. It continues from the newest sound checkpoint if
+there is one: weights, optimiser, random state, the losses not yet logged and the best validation loss; batches and sketch
+noise need no state, they are functions of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import basis
+from data import Sampler, ValidationWindows, validation_windows
+from data.prepare import prepare
+from harness import memory, rundir
+from harness.build import build_model, check_method, fill_vocabulary
+from harness.checkpoint import Checkpoints, Loaded
+from harness.config import Config
+from harness.device import Runtime, resolve
+from harness.identity import run_id, run_labels
+from harness.metrics import MetricsLog
+from harness.optim import make_optimizer
+from harness.tracker import Tracker, make_tracker, require_wandb
+from models import GPT
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the weights are no longer finite numbers."""
+
+
+@dataclass
+class Run:
+    """A run between two steps. `step` optimiser steps are done; `pending` holds the losses of those not yet logged."""
+
+    config: Config
+    folder: Path
+    runtime: Runtime
+    sampler: Sampler
+    validation: ValidationWindows
+    model: GPT
+    forward: Callable[[Tensor, Tensor], Tensor]
+    sketched: list[str]
+    data_hashes: dict[str, str]
+    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    tracker: Tracker
+    id: str
+    step: int = 0
+    saved_step: int = -1
+    val_loss: float | None = None
+    best_val_loss: float = math.inf
+    pending: list[Tensor] = field(default_factory=list)
+
+    def micro_batch_loss(self, step: int, micro_batch: int) -> Tensor:
+        """Forward of one micro-batch with its own noise; the mean loss over its tokens, with graph."""
+        basis.set_noise_key(self.model, seed=self.config.seed, step=step, micro_batch=micro_batch)
+        inputs, targets = self.sampler.batch(step, micro_batch)
+        device = self.runtime.device
+        with self.runtime.autocast():
+            return self.forward(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+
+    def pending_losses(self) -> list[float]:
+        """Losses of the steps since the last logged row. Raises NonFiniteError naming the first step that has none."""
+        losses: list[float] = torch.stack(self.pending).tolist() if self.pending else []
+        for index, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.step - len(losses) + index + 1
+                raise NonFiniteError(
+                    f"step {step}: the training loss is {loss} (method {self.config.method.name}, "
+                    f"optim.lr={self.config.optim.lr}); the last checkpoint is of step {self.saved_step}"
+                )
+        return losses
+
+    def save(self) -> None:
+        """Checkpoint the present step, unless that is done. Raises NonFiniteError rather than save broken weights."""
+        if self.saved_step == self.step:
+            return
+        losses = self.pending_losses()
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        if not bool(torch.stack(norms).isfinite().all()):
+            raise NonFiniteError(
+                f"step {self.step}: weights are not finite after the update (method {self.config.method.name}, "
+                f"optim.lr={self.config.optim.lr}); the last checkpoint is of step {self.saved_step}"
+            )
+        self.metrics.sync()
+        self.checkpoints.save(
+            self.step,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "rng_cuda": torch.cuda.get_rng_state_all() if self.runtime.device.type == "cuda" else [],
+                "pending_losses": losses,
+                "val_loss": self.val_loss,
+                "best_val_loss": self.best_val_loss,
+                "run_id": self.id,
+                "config": self.config.to_dict(),
+                "data": self.data_hashes,
+            },
+            val_loss=self.val_loss if self.config.checkpoint.best else None,  # what the best is kept by
+        )
+        self.saved_step = self.step
+
+    def restore(self, loaded: Loaded) -> None:
+        """Continue from a checkpoint of this run."""
+        state = loaded.state
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if self.runtime.device.type == "cuda" and state["rng_cuda"]:
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        self.pending = [torch.tensor(loss, device=self.runtime.device) for loss in state["pending_losses"]]
+        self.best_val_loss, self.val_loss = state["best_val_loss"], state["val_loss"]
+        self.step = self.saved_step = loaded.step
+
+    def measure_memory(self) -> dict[str, int]:
+        """Bytes of one training step, under the metric names `mem/...`; nothing about the run is changed by it."""
+        micro_batches = min(self.config.micro_batches, 2)  # the second one meets the first one's gradients
+
+        def forward() -> Tensor:
+            return self.micro_batch_loss(self.step, 0)
+
+        def forward_backward(micro_batch: int) -> None:
+            (self.micro_batch_loss(self.step, micro_batch) / micro_batches).backward()
+
+        compiled, self.forward = self.forward, self.model
+        with torch.random.fork_rng():
+            saved = memory.saved_bytes(self.model, forward)
+            peak = 0
+            if self.runtime.device.type == "cpu":
+                peak = memory.cpu_peak_bytes(self.model, self.optimizer, forward_backward, micro_batches)
+                self.optimizer.zero_grad(set_to_none=True)
+            self.forward = compiled
+            total = memory.saved_bytes_compiled(self.model, forward) if self.runtime.compile else sum(saved.values())
+        parameters = memory.tensor_bytes(self.model.parameters())
+        measured = {"mem/saved_bytes": total} | {f"mem/saved_bytes/{name}": size for name, size in saved.items()}
+        measured |= {"mem/parameter_bytes": parameters, "mem/gradient_bytes": parameters}
+        return measured | ({"mem/peak_bytes": peak} if peak else {})
+
+
+def set_up(config: Config, folder: Path) -> Run:
+    """The run of `config` in `folder`, new or continued. Raises ValueError for what the user can mend, before writing."""
+    runtime = resolve(config.device, config.precision, config.compile, deterministic=config.deterministic)
+    require_wandb(config.tracker.mode)
+    check_method(config)
+    rundir.check_same_run(folder, config)
+    given = config.to_dict()
+
+    prepared = prepare(config.data, progress=config.log.progress)
+    config.model = fill_vocabulary(config.model, prepared.train)
+    sampler = Sampler(
+        prepared.train,
+        block_size=config.model.block_size,
+        batch_size=config.micro_batch_size,
+        order=config.data.order,
+        seed=config.seed,
+        micro_batches=config.micro_batches,
+    )
+    validation = validation_windows(
+        prepared.val, block_size=config.model.block_size, batch_size=config.eval.batch_size, batches=config.eval.batches
+    )
+    model, sketched = build_model(config)
+    model.to(runtime.device)
+    optimizer = make_optimizer(model, config.optim)
+    checkpoints = Checkpoints(folder / rundir.CHECKPOINT_FOLDER, keep=config.checkpoint.keep)
+    loaded = checkpoints.load_latest()
+    data_hashes = {"train": prepared.train.sha256, "validation": validation.hash}
+    if loaded and loaded.state["data"] != data_hashes:
+        raise ValueError(
+            f"data.path={config.data.path}: the prepared tokens are not those that the run in {folder} was started with; "
+            "bring the same text back, give another hydra.run.dir, or delete the folder"
+        )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rundir.write_config(folder, given)
+    identity = run_id(folder)
+    metrics = MetricsLog(folder / rundir.METRICS_FILE)
+    metrics.truncate_after(loaded.step if loaded else -1)
+    labels = run_labels(
+        method=config.method.name,
+        settings={"R": getattr(config.method, "rank", None)},
+        seed=config.seed,
+        experiment=config.experiment_name,
+    )
+    tracker = make_tracker(
+        config.tracker,
+        run_dir=folder,
+        run_id=identity,
+        config=config.to_dict(),
+        group=labels.group,
+        job_type=labels.job_type,
+        tags=labels.tags,
+        name=labels.name,
+    )
+    forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model) if runtime.compile else model
+    run = Run(
+        config=config,
+        folder=folder,
+        runtime=runtime,
+        sampler=sampler,
+        validation=validation,
+        model=model,
+        forward=forward,
+        sketched=sketched,
+        data_hashes=data_hashes,
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        tracker=tracker,
+        id=identity,
+    )
+    if loaded:
+        run.restore(loaded)
+        log.info("continuing from step %d (%s)", run.step, loaded.path)
+    return run

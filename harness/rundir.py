@@ -1,0 +1,154 @@
+"""The run directory: where a run's evidence is, and whether it may be continued.
+
+    config.yaml     the resolved configuration
+    run.json        id and labels, the same for all segments of the run
+    metrics.jsonl   every number, the source of truth
+    summary.json    status and final numbers, with command, commit, machine and versions
+    checkpoints/    the last ones and the best
+
+The name is made of the overrides, without a clock, so the same command finds the same directory and continues it. A
+different configuration in the same directory is refused, option by option, except for options that do not change what is
+computed, and for more steps where the learning rate does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from harness.config import Config
+from harness.files import write_atomic
+
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINT_FOLDER = "checkpoints"
+
+# What a run may be continued with although it was started otherwise.
+FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "data.cache_dir")
+_NAME_LIMIT = 120
+
+
+def run_name(overrides: str) -> str:
+    """A folder name for a comma-separated list of overrides: readable, stable, without slashes, never too long.
+
+    "method.rank=8,seed=1" stays as it is; what a path can't hold is replaced and a digest keeps different lists apart.
+    """
+    if not overrides:
+        return "default"
+    name = re.sub(r"[^A-Za-z0-9_.,=+@-]", "_", overrides)
+    if name == overrides and len(name) <= _NAME_LIMIT and not name.startswith("."):
+        return name
+    return f"{name[:_NAME_LIMIT].lstrip('.')}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts to dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changed_options(old: dict[str, Any], config: Config) -> list[str]:
+    """ "option: old -> new" for each option in which a run can't be continued."""
+    before, now = flatten(old), flatten(config.to_dict())
+    changes = []
+    for option in sorted(before.keys() | now.keys()):
+        if option.startswith(FREE_OPTIONS) or before.get(option) == now.get(option):
+            continue
+        if option == "steps" and config.optim.schedule == "constant" and before["steps"] < config.steps:
+            continue
+        changes.append(f"{option}: {before.get(option)} -> {now.get(option)}")
+    return changes
+
+
+def check_same_run(run_dir: Path, config: Config) -> None:
+    """Raise ValueError naming every changed option if `run_dir` holds a run of another configuration."""
+    file = run_dir / CONFIG_FILE
+    if not file.exists():
+        return
+    changes = changed_options(read_config(run_dir), config)
+    if changes:
+        raise ValueError(
+            f"{run_dir} holds a run of another configuration:\n  "
+            + "\n  ".join(changes)
+            + "\nGive the same options to continue it, another hydra.run.dir to start anew, or delete the folder."
+        )
+
+
+def write_config(run_dir: Path, config: dict[str, Any]) -> None:
+    """Leave the resolved configuration, as nested dicts, in the run directory."""
+    write_atomic(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config)))
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration that a run left, as nested dicts."""
+    config = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
+    assert isinstance(config, dict)
+    return {str(group): values for group, values in config.items()}
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json, or an empty dict if there is none yet."""
+    file = run_dir / SUMMARY_FILE
+    summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return summary
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Replace summary.json."""
+    write_atomic(run_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """What a reader needs to trust a number: command, commit, machine, versions."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.system(),
+        },
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
+
+
+def _commit() -> str | None:
+    """The clone's commit, with "+" if tracked files differ from it; None outside a clone or without git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,82 @@
+"""Text from a trained model.
+
+    python scripts/sample.py runs/default --prompt "ROMEO:" --tokens 200 --temperature 0.8 --top-k 50 --seed 1
+
+Takes a run folder; uses the checkpoint of lowest validation loss, or the newest with --latest. The tokenizer is the one the
+run's data was prepared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from data.prepare import DataOptions, prepare
+from harness.checkpoint import CheckpointError, Checkpoints
+from harness.rundir import CHECKPOINT_FOLDER
+from models import GPT, GPTConfig
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a newline)")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to add (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=200, help="draw from the k likeliest tokens (default: 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--latest", action="store_true", help="the newest checkpoint instead of the best")
+    options = parser.parse_args(argv)
+    if options.temperature < 0 or options.top_k < 1 or options.tokens < 1:
+        parser.error("--temperature must be at least 0, --top-k and --tokens at least 1")
+    try:
+        sample(options)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"sample: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Load, continue the prompt, print token by token. Raises ValueError or CheckpointError if something is missing."""
+    checkpoints = Checkpoints(options.run / CHECKPOINT_FOLDER)
+    best = None if options.latest else checkpoints.best()
+    loaded = checkpoints.load(best) if best else checkpoints.load_latest()
+    if loaded is None:
+        raise ValueError(f"{options.run} holds no checkpoint; give a run folder such as runs/default")
+    config = loaded.state["config"]
+    model = GPT(GPTConfig(**config["model"]))
+    model.load_state_dict(loaded.state["model"])
+    model.eval()
+    tokenizer = prepare(DataOptions(**config["data"])).tokenizer
+    prompt = list(tokenizer.encode(options.prompt))
+    if not prompt:
+        raise ValueError("--prompt is empty; give at least one character")
+    print(f"step {loaded.step}, val/loss {loaded.val_loss}", file=sys.stderr)
+    generator = torch.Generator().manual_seed(options.seed)
+    text = options.prompt
+    print(text, end="", flush=True)
+    ids = prompt
+    columns = model.generate(
+        torch.tensor([prompt]),
+        options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        vocab_size=tokenizer.vocab_size,
+        generator=generator,
+    )
+    for column in columns:
+        # A character can span tokens: print what the whole text has more than before, once it is complete.
+        ids.append(int(column))
+        whole = tokenizer.decode(ids)
+        if not whole.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(whole[len(text) :], end="", flush=True)
+            text = whole
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

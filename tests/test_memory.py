@@ -1,0 +1,88 @@
+"""Byte accounting against counts made by hand."""
+
+import pytest
+import torch
+
+import basis
+from harness.memory import cpu_peak_bytes, format_bytes, optimizer_bytes, saved_bytes, saved_bytes_compiled, tensor_bytes
+from models import GPT, GPTConfig
+
+BATCH, T, C, V, LAYERS, HEADS = 3, 16, 32, 50, 2, 2
+ROWS = BATCH * T
+UNIT = ROWS * C * 4  # bytes of one B x T x C tensor in float32
+
+
+def model_and_forward(method: str):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=LAYERS, n_head=HEADS, n_embd=C))
+    if method == "basis":
+        basis.convert(model, basis.BalancedSketch(4))
+    tokens = torch.randint(V, (BATCH, T))
+    return model, lambda: model(tokens, tokens)
+
+
+def test_categories_of_an_exact_gpt_as_counted_by_hand() -> None:
+    model, forward = model_and_forward("exact")
+    table = saved_bytes(model, forward)
+    # Inputs of qkv, fc and mlp.proj (proj's input is the attention output, saved by attention), and of the head.
+    assert table["linear inputs"] == LAYERS * (1 + 1 + 4) * UNIT + UNIT
+    assert table["sketches"] == 0
+    # q, k, v and output, and the log-sum-exp: one float32 per row and head.
+    assert table["attention"] == LAYERS * (4 * UNIT + ROWS * HEADS * 4)
+    # Two LayerNorms a block and the last one: input, mean and reciprocal deviation.
+    assert table["norms"] == (2 * LAYERS + 1) * (UNIT + 2 * ROWS * 4)
+    assert table["activations"] == LAYERS * 4 * UNIT
+    assert table["logits and loss"] - ROWS * V * 4 in range(65)  # log-probabilities; targets are counted where first seen
+    assert table["other"] <= ROWS * 8 + T * 8 + 64  # token and position indices
+
+
+def test_sketches_replace_linear_inputs() -> None:
+    exact = saved_bytes(*model_and_forward("exact"))
+    sketched = saved_bytes(*model_and_forward("basis"))
+    assert sketched["linear inputs"] == 0
+    layers = 4 * LAYERS + 1
+    assert sketched["sketches"] == 4 * 4 * (LAYERS * (C + C + C + 4 * C) + C) + 8 * layers  # R rows of float32, and the keys
+    unchanged = ("attention", "norms", "activations", "logits and loss", "other")
+    assert {name: sketched[name] for name in unchanged} == {name: exact[name] for name in unchanged}
+
+
+def test_hooks_are_removed_and_nothing_is_left_behind() -> None:
+    model, forward = model_and_forward("basis")
+    saved_bytes(model, forward)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_total_without_categories_agrees_in_eager_mode() -> None:
+    model, forward = model_and_forward("exact")
+    assert saved_bytes_compiled(model, forward) == sum(saved_bytes(model, forward).values())
+
+
+@pytest.mark.parametrize("method", ["exact", "basis"])
+def test_cpu_peak_holds_at_least_what_must_exist_at_once(method: str) -> None:
+    model, forward = model_and_forward(method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    parameters = tensor_bytes(model.parameters())
+    kept = sum(saved_bytes(model, forward).values())
+    peak = cpu_peak_bytes(model, optimizer, lambda _: forward().backward())
+    assert parameters + kept < peak < 2 * parameters + 3 * kept
+    again = cpu_peak_bytes(model, optimizer, lambda _: forward().backward(), micro_batches=2)
+    assert again > peak + 0.5 * parameters  # the second micro-batch meets the gradients of the first
+    optimizer.step()
+    assert optimizer_bytes(optimizer) == parameters
+    assert (
+        cpu_peak_bytes(model, optimizer, lambda _: forward().backward()) >= peak + parameters
+    )  # state and gradients are there now
+
+
+def test_tensor_bytes_counts_a_storage_once() -> None:
+    whole = torch.zeros(100)
+    assert tensor_bytes([whole, whole[:10], whole.view(10, 10), None, torch.zeros(3, dtype=torch.int64)]) == 400 + 24
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1536, "1.50 KiB"), (20480, "20.0 KiB"), (12.3 * 2**20, "12.3 MiB")],
+)
+def test_format_bytes(size: float, text: str) -> None:
+    assert format_bytes(size) == text

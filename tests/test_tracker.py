@@ -1,0 +1,371 @@
+"""The tracker: the mirror says what metrics.jsonl says, offline is offline, and no run ends without its exit code."""
+
+import contextlib
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from offline_wandb import clean_environment, history, records, segments, summary
+
+from harness.identity import Labels, new_run_id, read_run_file, run_id, run_labels
+from harness.tracker import Tracker, TrackerOptions, exit_code_of, make_tracker, require_wandb
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def wandb_offline(monkeypatch):
+    """wandb, installed, and none of a user's WANDB_ settings (the handle of this process's helper must stay)."""
+    wandb = pytest.importorskip("wandb")
+    for name in os.environ:
+        if name.startswith("WANDB_") and name != "WANDB_SERVICE":
+            monkeypatch.delenv(name)
+    return wandb
+
+
+# --- options, labels, identity ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "foo"}, r"tracker\.mode='foo': must be one of online, offline, disabled"),
+        ({"mode": ""}, r"tracker\.mode=''"),
+        ({"project": "a/b"}, r"tracker\.project='a/b': must be 1 to 128 characters, none of"),
+        ({"project": ""}, r"tracker\.project=''"),
+        ({"tags": ["ok", ""]}, r"tracker\.tags\[1\]='': must be 1 to 64 characters"),
+        ({"tags": ["x" * 65]}, r"tracker\.tags\[0\]='x+'"),
+    ],
+)
+def test_options_that_wandb_would_refuse_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrackerOptions(**options)
+
+
+def test_options_are_a_structured_config():
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.structured(TrackerOptions)
+    assert config.mode == "offline"
+    merged = omegaconf.OmegaConf.merge(config, {"group": "sweep", "tags": ["a"]})
+    options = omegaconf.OmegaConf.to_object(merged)
+    assert options == TrackerOptions(group="sweep", tags=["a"])
+    assert type(options.tags) is list
+    with pytest.raises(ValueError, match=r"tracker\.mode='on'"):
+        omegaconf.OmegaConf.to_object(omegaconf.OmegaConf.merge(config, {"mode": "on"}))
+
+
+def test_labels_of_a_sweep():
+    assert run_labels(method="basis", settings={"R": 32}, seed=0, experiment="rank_sweep") == Labels(
+        name="basis R=32 seed=0", group="rank_sweep", job_type="train", tags=["basis", "R=32"]
+    )
+    assert run_labels(method="exact", settings={"R": None}, seed=3) == Labels("exact seed=3", None, "train", ["exact"])
+    mixed = run_labels(
+        method="vjp", settings={"keep": 0.1 + 0.2, "scope": "x" * 63}, seed=1, job_type="bench", tags=["basis", "vjp"]
+    )
+    assert mixed.name == f"vjp keep=0.3 scope={'x' * 63} seed=1"
+    assert mixed.tags == ["vjp", "keep=0.3", "basis"]  # too long for a tag; no tag twice
+    assert mixed.job_type == "bench"
+
+
+def test_the_run_id_is_drawn_once_and_kept(tmp_path):
+    first = run_id(tmp_path / "runs" / "a")
+    assert first.isascii()
+    assert first.isalnum()
+    assert first[0].isalpha()
+    assert len(first) == 10
+    assert run_id(tmp_path / "runs" / "a") == first
+    assert json.loads((tmp_path / "runs" / "a" / "run.json").read_text()) == {"id": first}
+    assert len({new_run_id() for _ in range(100)}) == 100
+
+
+def test_a_run_file_of_somebody_else(tmp_path):
+    (tmp_path / "run.json").write_text('{"status": "x"}')
+    drawn = run_id(tmp_path)
+    assert read_run_file(tmp_path) == {"status": "x", "id": drawn}
+    for content, message in (('{"id": "a/b"}', "'a/b' must be"), ("[]", "not a JSON object"), ("{", "not readable")):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            run_id(tmp_path)
+        assert str(tmp_path / "run.json") in str(caught.value)
+
+
+def test_a_sweep_agent_brings_the_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert run_id(tmp_path / "a") != "abc123"  # a leftover, no sweep
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    assert run_id(tmp_path / "b") == "abc123"
+    monkeypatch.setenv("WANDB_RUN_ID", "other")
+    assert run_id(tmp_path / "b") == "abc123"
+
+
+def test_exit_codes():
+    cases = [
+        (None, 0),
+        (ValueError("x"), 1),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(), 0),
+        (SystemExit(0), 0),
+        (SystemExit(143), 143),
+        (SystemExit("message"), 1),
+    ]
+    for error, code in cases:
+        assert exit_code_of(error) == code
+
+
+# --- disabled ---------------------------------------------------------------------------------------------------------
+
+WITHOUT_WANDB = """
+import sys
+from pathlib import Path
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split(".")[0] != "wandb", "wandb was looked for"
+
+sys.meta_path.insert(0, Blocker())
+from harness.tracker import TrackerOptions, make_tracker
+
+with make_tracker(TrackerOptions(mode=sys.argv[1]), run_dir=Path(sys.argv[2]), run_id="a1", config={}) as tracker:
+    tracker.log({"step": 1, "train/loss": 2.0})
+    tracker.summary({"val/loss": 2.0})
+    assert tracker.url is None and tracker.folder is None
+assert not [name for name in sys.modules if name.split(".")[0] == "wandb"]
+print("done")
+"""
+
+
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_only_disabled_never_looks_for_wandb(tmp_path, mode):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_WANDB, mode, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if mode == "disabled":
+        assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    else:
+        assert "AssertionError: wandb was looked for" in done.stderr
+
+
+class Nowhere:
+    """A finder of modules that finds none."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        return None
+
+
+def test_a_missing_wandb_is_an_error_that_names_the_option(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k.split(".")[0] != "wandb"})
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "meta_path", [Nowhere])
+        for mode in ("offline", "online"):
+            with pytest.raises(ValueError, match=rf"tracker\.mode='{mode}': wandb is not installed"):
+                make_tracker(TrackerOptions(mode=mode), run_dir=tmp_path, run_id="a1", config={})
+        require_wandb("disabled")
+    # A folder with the runs of a wandb that is gone looks like a package to Python.
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        require_wandb("offline")
+
+
+def test_the_disabled_tracker_accepts_everything(tmp_path):
+    tracker = Tracker()
+    with tracker as entered:
+        assert entered is tracker
+        tracker.log({"step": 1})
+        tracker.finish(3)
+        tracker.finish()
+
+
+# --- offline ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_logged_offline_is_what_wandb_wrote(tmp_path, wandb_offline, capfd):
+    config = {"method": {"name": "basis", "rank": 32}, "seed": 0, "model": {"n_layer": 2}}
+    labels = run_labels(method="basis", settings={"R": 32}, seed=0, experiment="rank_sweep")
+    rows = [
+        {"step": 0, "tokens": 0, "val/loss": 5.0, "mem/peak_bytes": 900},
+        {"step": 1, "tokens": 64, "train/loss": 4.0, "mem/peak_bytes": 2000},
+        {"step": 2, "tokens": 128, "train/loss": math.nan, "val/loss": 3.0, "mem/peak_bytes": 1000},
+        {"step": 1, "tokens": 64, "train/loss": 4.25, "val/loss": 4.5},  # resumed: a step again
+    ]
+    tracker = make_tracker(
+        TrackerOptions(tags=["try", "basis"], group=None),
+        run_dir=tmp_path,
+        run_id="abc0000001",
+        config=config,
+        group=labels.group,
+        job_type=labels.job_type,
+        tags=labels.tags,
+        name=labels.name,
+    )
+    with tracker:
+        for row in rows:
+            tracker.log(row)
+        tracker.summary({"val/loss": math.inf, "seconds": 12.5, "status": "finished", "versions": {"torch": "2"}})
+    tracker.finish(1)  # too late to change anything
+    assert capfd.readouterr() == ("", "")  # never in the way
+
+    (segment,) = segments(tmp_path)
+    assert segment == tracker.folder
+    assert segment.name.startswith("offline-run-")
+    assert segment.name.endswith("-abc0000001")
+    assert history(segment) == [row | {k: "NaN" for k, v in row.items() if v != v} for row in rows]
+    (run,) = records(segment, "run")
+    assert run["run_id"] == "abc0000001"
+    assert run["display_name"] == "basis R=32 seed=0"
+    assert run["run_group"] == "rank_sweep"
+    assert run["job_type"] == "train"
+    assert run["project"] == "basis"
+    assert run["resume"] is True
+    axes = {metric.get("glob_name", metric.get("name")): metric["step_metric"] for metric in records(segment, "metric")}
+    assert axes["*"] == axes["val/loss"] == "step"
+    assert set(axes.values()) == {"step"}
+    seen = summary(segment)
+    assert (seen["state"], seen["exit_code"]) == ("finished", 0)
+    assert seen["tags"] == ["basis", "R=32", "try"]
+    assert seen["config"] == config
+    values = {name: value for name, value in seen["summary"].items() if not name.startswith("_")}
+    assert values == {
+        "step": 1,
+        "tokens": 64,
+        "train/loss": 4.25,
+        "val/loss": {"min": 3, "last": 4.5},
+        "mem/peak_bytes": {"max": 2000},
+        "final/val/loss": "Infinity",
+        "final/seconds": 12.5,
+        "final/status": "finished",
+    }
+    assert read_run_file(tmp_path) == {
+        "id": "abc0000001",
+        "project": "basis",
+        "entity": None,
+        "name": "basis R=32 seed=0",
+        "group": "rank_sweep",
+        "job_type": "train",
+        "tags": ["basis", "R=32", "try"],
+    }
+
+
+def test_options_win_over_what_the_run_would_choose(tmp_path):
+    options = TrackerOptions(mode="disabled", group="mine", name="this one", project="p", entity="e")
+    make_tracker(options, run_dir=tmp_path, run_id="a1", config={}, group="experiment", name="basis", tags=["x"])
+    assert read_run_file(tmp_path) == {
+        "id": "a1",
+        "project": "p",
+        "entity": "e",
+        "name": "this one",
+        "group": "mine",
+        "job_type": "train",
+        "tags": ["x"],
+    }
+
+
+def test_two_runs_in_one_process_and_one_of_them_continued(tmp_path, wandb_offline):
+    """As in a multirun whose first job fails and is started again by the same command."""
+    ends = []
+    for name, error in (("a", RuntimeError), ("b", None), ("a", KeyboardInterrupt)):
+        folder = tmp_path / name
+        tracker = make_tracker(TrackerOptions(), run_dir=folder, run_id=run_id(folder), config={"job": name})
+        with contextlib.ExitStack() as stack:
+            if error:
+                stack.enter_context(pytest.raises(error))
+            stack.enter_context(tracker)
+            tracker.log({"step": len(ends)})
+            if error:
+                raise error
+        ends.append((name, tracker.folder))
+    assert run_id(tmp_path / "a") != run_id(tmp_path / "b")
+    assert [path for name, path in ends if name == "a"] == segments(tmp_path / "a")
+    assert [path for name, path in ends if name == "b"] == segments(tmp_path / "b")
+    seen = [summary(path) for _, path in ends]
+    assert [s["run_id"] for s in seen] == [run_id(tmp_path / name) for name, _ in ends]
+    assert [s["exit_code"] for s in seen] == [1, 0, 130]
+    assert [s["config"] for s in seen] == [{"job": name} for name, _ in ends]
+    assert [s["summary"]["step"] for s in seen] == [0, 1, 2]
+
+
+def test_a_run_left_unfinished_does_not_swallow_the_next(tmp_path, wandb_offline):
+    first = make_tracker(TrackerOptions(), run_dir=tmp_path / "a", run_id="first00001", config={})
+    first.log({"step": 1})
+    second = make_tracker(TrackerOptions(), run_dir=tmp_path / "b", run_id="second0001", config={})
+    with second:
+        second.log({"step": 2})
+    assert [path.name[-10:] for path in segments(tmp_path / "a")] == ["first00001"]
+    (segment,) = segments(tmp_path / "b")
+    assert summary(segment)["run_id"] == "second0001"
+    first.finish()
+
+
+NETWORK = """
+import sys
+from pathlib import Path
+from harness.tracker import TrackerOptions, make_tracker
+
+options = TrackerOptions(mode=sys.argv[1])
+with make_tracker(options, run_dir=Path(sys.argv[2]), run_id="net0000001", config={}) as tracker:
+    tracker.log({"step": 1, "train/loss": 2.0})
+print("done")
+"""
+
+
+@pytest.mark.parametrize("telemetry", [False, True])
+def test_offline_makes_no_attempt_to_reach_the_network(tmp_path, wandb_offline, telemetry):
+    """All of wandb's traffic is sent to a proxy that only counts. With the telemetry left on, the count is not 0."""
+    attempts = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def count() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:  # shut down
+                    return
+                with connection, contextlib.suppress(OSError):
+                    attempts.append("somebody")
+                    attempts[-1] = connection.recv(4096).split(b"\r\n")[0].decode()
+
+        counter = threading.Thread(target=count)
+        counter.start()
+        proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
+        proxies = dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], proxy)
+        extra = {"WANDB_ERROR_REPORTING": "true"} if telemetry else {}
+        done = subprocess.run(
+            [sys.executable, "-c", NETWORK, "offline", str(tmp_path)],
+            cwd=ROOT,
+            env=clean_environment(**proxies, **extra, no_proxy="", NO_PROXY="", HOME=str(tmp_path)),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        server.shutdown(socket.SHUT_RDWR)
+    counter.join()
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert bool(attempts) == telemetry, attempts
+    assert len(segments(tmp_path)) == 1
+
+
+def test_online_without_a_key_says_what_to_do(tmp_path, wandb_offline):
+    done = subprocess.run(
+        [sys.executable, "-c", NETWORK, "online", str(tmp_path)],
+        cwd=ROOT,
+        env=clean_environment(HOME=str(tmp_path), WANDB_ERROR_REPORTING="false"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "ValueError: tracker.mode='online': " in done.stderr
+    assert "set tracker.mode=offline and upload later" in done.stderr

@@ -1,0 +1,352 @@
+"""train.py as its users meet it: what it writes, that it resumes to the last bit, and what it refuses."""
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import CompactHydraException
+from tiny import REPOSITORY, command, losses, run_command, train_here
+
+from harness import rundir
+from harness.checkpoint import Checkpoints
+from harness.run import Run
+
+METHODS = {"exact": ["method=exact"], "basis": ["method=basis", "method.rank=3"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the text and its prepared tokens, shared by the tests."""
+    return tmp_path_factory.mktemp("data")
+
+
+def test_a_run_leaves_its_evidence(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_here(data, run, "seed=3")
+    rows = losses(run)
+    assert [row["step"] for row in rows] == [0, 4, 8, 10, 12, 16, 20]
+    assert [row["step"] for row in rows if "val/loss" in row] == [0, 10, 20]
+    assert rows[-1]["tokens"] == 20 * 16
+    assert rows[-1]["train/loss"] < rows[1]["train/loss"]
+    assert rows[0]["mem/saved_bytes"] == sum(v for k, v in rows[0].items() if k.startswith("mem/saved_bytes/"))
+    assert rows[0]["mem/saved_bytes/sketches"] > 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["step"] == 20
+    assert summary["val/loss"] == rows[-1]["val/loss"]
+    assert summary["sketched_layers"] == ["blocks.0.mlp.fc", "blocks.0.mlp.proj", "head"]
+    assert {"command", "commit", "machine", "versions", "run_id", "data"} <= summary.keys()
+    assert json.loads((run / "run.json").read_text())["id"] == summary["run_id"]
+    config = rundir.read_config(run)
+    assert (config["seed"], config["method"]["rank"], config["method"]["shrinkage"]) == (3, 32, 0.01)
+    assert Checkpoints(run / "checkpoints").steps() == [10, 20]
+
+
+def test_a_checkpoint_is_a_plain_model(data: Path, tmp_path: Path) -> None:
+    from models import GPT, GPTConfig
+
+    train_here(data, tmp_path)
+    loaded = Checkpoints(tmp_path / "checkpoints").load_latest()
+    model = GPT(GPTConfig(**loaded.state["config"]["model"]))
+    model.load_state_dict(loaded.state["model"])
+    assert model.config.vocab_size > 10  # filled in from the data
+
+
+def test_methods_share_weights_data_and_validation_set(data: Path, tmp_path: Path) -> None:
+    for name, options in METHODS.items():
+        train_here(data, tmp_path / name, *options)
+    exact, basis = (losses(tmp_path / name) for name in METHODS)
+    assert exact[0]["val/loss"] == basis[0]["val/loss"]
+    assert exact[-1]["val/loss"] != basis[-1]["val/loss"]
+    summaries = [rundir.read_summary(tmp_path / name) for name in METHODS]
+    assert summaries[0]["data"] == summaries[1]["data"]
+
+
+def test_rank_of_all_rows_without_shrinkage_is_exact(data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path / "exact", "method=exact")
+    train_here(data, tmp_path / "full", "method=basis", "method.rank=16", "method.shrinkage=0")
+    for a, b in zip(losses(tmp_path / "exact"), losses(tmp_path / "full"), strict=True):
+        assert a.get("train/loss", 0) == pytest.approx(b.get("train/loss", 0), rel=1e-4)
+
+
+def test_accumulation_equals_one_large_batch(data: Path, tmp_path: Path) -> None:
+    base = ["method=exact", "tokens_per_step=64"]
+    train_here(data, tmp_path / "one", *base, "micro_batch_size=4")
+    train_here(data, tmp_path / "four", *base, "micro_batch_size=1")
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
+        for metric in ("train/loss", "val/loss", "grad_norm"):
+            assert a.get(metric, 0) == pytest.approx(b.get(metric, 0), rel=1e-4)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < end, "the run never got there"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_killed_and_resumed_equals_straight_to_the_last_bit(method: str, data: Path, tmp_path: Path) -> None:
+    options = [
+        *METHODS[method],
+        "steps=600",
+        "eval.every=40",
+        "checkpoint.every=30",  # not a multiple of log.every: losses not yet logged are part of the checkpoint
+        "log.every=7",
+        "model.dropout=0.1",  # so that the generator's state matters
+        "tokens_per_step=32",
+        "optim=adamw",
+    ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train_here(data, straight, *options)
+    arguments = command(data, *options, f"hydra.run.dir={killed}")
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(killed.glob("checkpoints/step_*"))) >= 2, process)
+    process.kill()
+    process.wait()
+    steps = Checkpoints(killed / "checkpoints").steps()
+    assert steps[-1] < 600
+    done = run_command(arguments, tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "continuing from step" in done.stdout
+    assert losses(killed) == losses(straight)
+
+
+def test_sigterm_saves_and_the_same_command_continues(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["steps=1500", "checkpoint.every=0", "eval.every=0", "log.every=10"]
+    arguments = command(data, *options, f"hydra.run.dir={run}")
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "the same command continues" in output
+    (step,) = Checkpoints(run / "checkpoints").steps()
+    assert 0 < step < 1500
+    summary = rundir.read_summary(run)
+    assert (summary["status"], summary["step"]) == ("interrupted", step)
+    train_here(data, run, *options)
+    assert rundir.read_summary(run)["status"] == "finished"
+    train_here(data, tmp_path / "straight", *options)
+    assert losses(run) == losses(tmp_path / "straight")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight, damaged = tmp_path / "straight", tmp_path / "damaged"
+    train_here(data, straight, "steps=30")
+    train_here(data, damaged, "steps=20")
+    file = damaged / "checkpoints" / "step_00000020" / "state.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with caplog.at_level(logging.INFO):
+        train_here(data, damaged, "steps=30")  # more steps at a constant rate: the same run, further
+    assert "step_00000020" in caplog.text
+    assert "SHA-256" in caplog.text
+    assert "continuing from step 10" in caplog.text
+    assert losses(damaged) == losses(straight)
+
+
+def test_a_changed_configuration_is_refused_by_name(data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CompactHydraException) as refusal:
+        train_here(data, tmp_path, "optim.lr=0.5", "method.rank=7")
+    assert "optim.lr: 0.01 -> 0.5" in str(refusal.value)
+    assert "method.rank: 32 -> 7" in str(refusal.value)
+    with pytest.raises(CompactHydraException, match=r"steps: 20 -> 10"):
+        train_here(data, tmp_path, "steps=10", "checkpoint.keep=3")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    # Options that do not change what is computed may differ.
+    train_here(data, tmp_path, "steps=24", "checkpoint.keep=3", "log.every=2")
+    assert rundir.read_summary(tmp_path)["step"] == 24
+
+
+def test_more_steps_are_another_run_where_the_rate_depends_on_their_number(data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path, "optim.schedule=cosine")
+    with pytest.raises(CompactHydraException, match=r"steps: 20 -> 30"):
+        train_here(data, tmp_path, "optim.schedule=cosine", "steps=30")
+
+
+def test_changed_data_is_refused_on_resume(data: Path, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("one two three four five six seven\n" * 400)
+    train_here(data, tmp_path / "run", f"data.path={text}")
+    text.write_text("seven six five four three two one\n" * 400)
+    with pytest.raises(CompactHydraException, match="not those that the run"):
+        train_here(data, tmp_path / "run", f"data.path={text}", "steps=30")
+
+
+def test_a_finished_run_is_skipped(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train_here(data, tmp_path)
+    before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
+    with caplog.at_level(logging.INFO):
+        train_here(data, tmp_path)
+    assert "is finished (step 20" in caplog.text
+    assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_here(data, tmp_path, "steps=10")
+    good = Checkpoints(tmp_path / "checkpoints").load_latest()
+    original = Run.micro_batch_loss  # from step 13 on the loss is made infinite
+    monkeypatch.setattr(
+        Run, "micro_batch_loss", lambda self, step, i: original(self, step, i) * (1.0 if step < 12 else math.inf)
+    )
+    with pytest.raises(CompactHydraException) as failure:
+        train_here(data, tmp_path, "steps=20")
+    assert "step 13: the training loss is inf (method basis" in str(failure.value)
+    assert "the last checkpoint is of step 10" in str(failure.value)
+    summary = rundir.read_summary(tmp_path)
+    assert summary["status"] == "failed"
+    assert "step 13" in summary["reason"]
+    kept = Checkpoints(tmp_path / "checkpoints").load_latest()
+    assert kept.step == 10
+    assert all(torch.equal(kept.state["model"][k], v) for k, v in good.state["model"].items())
+
+
+def test_a_divergent_learning_rate_fails_with_exit_code_1(data: Path, tmp_path: Path) -> None:
+    done = run_command(command(data, "optim.lr=1e20", "method=exact", f"hydra.run.dir={tmp_path / 'run'}"), tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "method exact, optim.lr=1e+20" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+REFUSED = [
+    (["method.rnk=3"], "method.rnk"),
+    (["+method.rnk=3"], "method.rnk"),
+    (["method.rank=abc"], "method.rank"),
+    (["method.rank=0"], "method.rank=0"),
+    (["method.hashing=other"], "method.hashing='other'"),
+    (["method.include=[blocks.*.mpl.*]"], "method.include='blocks.*.mpl.*'"),
+    (["optim.lr=0"], "optim.lr=0"),
+    (["model.n_head=3"], "model.n_head=3"),
+    (["model.vocab_size=5"], "model.vocab_size=5"),
+    (["tokens_per_step=100"], "tokens_per_step=100"),
+    (["micro_batch_size=0"], "micro_batch_size=0"),
+    (["eval.batches=100000"], "eval.batches=100000"),
+    (["eval.batches=0"], "eval.batches=0"),
+    (["precision=float16"], "precision='float16'"),
+    (["device=tpu"], "device='tpu'"),
+    (["data.order=sorted"], "data.order='sorted'"),
+    (["tracker.mode=maybe"], "tracker.mode='maybe'"),
+    (["steps=1.5"], "steps"),
+    (["optim.warmup_steps=21"], "optim.warmup_steps=21"),
+    (["method.name=unheard_of"], "method.name='unheard_of'"),
+    (["model.n_layer=null"], "model.n_layer"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "named"), REFUSED, ids=lambda value: value if isinstance(value, str) else None)
+def test_mistakes_are_named_and_nothing_is_written(wrong: list[str], named: str, data: Path, tmp_path: Path) -> None:
+    from hydra.errors import ConfigCompositionException
+
+    run = tmp_path / "runs" / "run"
+    with pytest.raises((CompactHydraException, ConfigCompositionException)) as refusal:
+        train_here(data, run, *wrong)
+    assert named in str(refusal.value) or named in str(refusal.value.__cause__)
+    assert not run.exists()
+
+
+def test_refusals_on_the_command_line_are_short_and_leave_nothing(data: Path, tmp_path: Path) -> None:
+    done = run_command(command(data, "method.rank=0", f"hydra.run.dir={tmp_path / 'a' / 'b'}"), tmp_path)
+    assert done.returncode == 1
+    assert "method.rank=0: must be at least 1" in done.stdout
+    assert len(done.stdout.splitlines()) <= 5, done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_goes_on_after_a_failure_reports_it_and_skips_what_is_finished(data: Path, tmp_path: Path) -> None:
+    arguments = command(data, "-m", "method=basis", "method.rank=0,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = run_command(arguments, tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.count("method.rank=0: must be at least 1") >= 1
+    assert re.search(r"^FAILED: .*method\.rank=0", done.stdout, re.MULTILINE), done.stdout
+    (finished,) = [p for p in (tmp_path / "sweep").iterdir() if p.is_dir()]
+    assert "method.rank=2" in finished.name
+    again = run_command([a.replace("method.rank=0,2", "method.rank=2") for a in arguments], tmp_path)
+    assert again.returncode == 0, again.stdout
+    assert "is finished" in again.stdout
+
+
+def test_disabled_tracker_needs_no_wandb_and_offline_says_what_to_do(data: Path, tmp_path: Path) -> None:
+    program = """import runpy, sys
+sys.modules["wandb"] = None  # importing it fails
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    arguments = command(data, f"hydra.run.dir={tmp_path / 'run'}")
+    done = run_command([sys.executable, "-c", program, *arguments[1:]], tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stdout
+    other = [a.replace("tracker.mode=disabled", "tracker.mode=offline").replace("/run", "/other") for a in arguments[1:]]
+    refused = run_command([sys.executable, "-c", program, *other], tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert refused.returncode == 1
+    assert "tracker.mode='offline': wandb is not installed" in refused.stdout
+    assert not (tmp_path / "other").exists()
+
+
+def test_offline_mirror_holds_the_run(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_command(command(data, "tracker.mode=offline", f"hydra.run.dir={run}"), tmp_path)
+    assert done.returncode == 0, done.stdout
+    identity = json.loads((run / "run.json").read_text())
+    assert (identity["group"], identity["name"]) == ("default", "basis R=32 seed=0")
+    assert {"basis", "R=32"} <= set(identity["tags"])
+    (segment,) = (run / "wandb").glob(f"offline-run-*-{identity['id']}")
+    assert (segment / f"run-{identity['id']}.wandb").stat().st_size > 1000
+
+
+def test_bfloat16_trains_and_keeps_less(data: Path, tmp_path: Path) -> None:
+    for precision in ("float32", "bfloat16"):
+        train_here(data, tmp_path / precision, f"precision={precision}", "method.rank=4")
+    full, low = (losses(tmp_path / precision) for precision in ("float32", "bfloat16"))
+    assert low[-1]["val/loss"] == pytest.approx(full[-1]["val/loss"], rel=0.05)
+    kept = "mem/saved_bytes/sketches"
+    keys = 8 * 3  # of the three sketched layers
+    assert low[0][kept] - keys == (full[0][kept] - keys) // 2
+
+
+def test_compiled_run_agrees_with_eager_to_rounding(data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path / "eager", "steps=6")
+    train_here(data, tmp_path / "compiled", "steps=6", "compile=true")
+    for a, b in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
+        assert a.get("train/loss", 0) == pytest.approx(b.get("train/loss", 0), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("", "default"),
+        ("method=exact,seed=1", "method=exact,seed=1"),
+        ("method.include=[head]", "method.include=_head_-" + "X" * 8),
+        ("data.path=/a/b.txt", "data.path=_a_b.txt-" + "X" * 8),
+        ("..", "-" + "X" * 8),
+    ],
+)
+def test_run_names_are_stable_and_safe(text: str, name: str) -> None:
+    made = rundir.run_name(text)
+    assert made == rundir.run_name(text)
+    assert len(made) == len(name)
+    assert made.startswith(name.removesuffix("X" * 8))
+    assert os.sep not in made
+
+
+def test_long_run_names_are_cut_and_told_apart() -> None:
+    a, b = ("x=1," * 80 + end for end in ("y=1", "y=2"))
+    assert rundir.run_name(a) != rundir.run_name(b)
+    assert len(rundir.run_name(a)) < 140

@@ -1,0 +1,233 @@
+"""Train a GPT, exactly or with sketched activations.
+
+    python train.py                                         # the paper's model, BASIS R = 32, Shakespeare, 2,000 steps
+    python train.py method=exact
+    python train.py -m method=basis method.rank=1,8,32 seed=0,1,2
+    python train.py --help                                  # every option and its default
+
+The same command continues an interrupted run and skips a finished one. A run leaves config.yaml, metrics.jsonl,
+summary.json and checkpoints in its directory, runs/<overrides>. What a run is made of stands in harness/run.py; here is the loop.
+
+Exit codes: 0 finished, 1 refused or failed (the message says why), 128 + signal when stopped by Ctrl-C or SIGTERM after saving.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from harness import memory, rundir
+from harness.checkpoint import CheckpointError
+from harness.config import load
+from harness.evaluate import validation_loss
+from harness.metrics import read_metrics
+from harness.optim import learning_rate
+from harness.run import NonFiniteError, Run, set_up
+from harness.signals import StopRequest
+
+log = logging.getLogger("train")
+
+OmegaConf.register_new_resolver("run_name", rundir.run_name, replace=True)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Take the steps that are left. Returns the final numbers, which summary.json holds too."""
+    config, model, optimizer = run.config, run.model, run.optimizer
+    table = run.measure_memory()
+    describe(run, table)
+    progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=None if config.log.progress else True)
+    started = time.perf_counter()
+    with StopRequest() as stop, logging_redirect_tqdm(), progress:
+        if run.step == 0:
+            record(run, table | evaluate(run))
+        mark, first = time.perf_counter(), run.step  # of the interval that the next row's timings are about
+        while run.step < config.steps and stop.code is None:
+            lr = learning_rate(config.optim, run.step, config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses = []
+            for micro_batch in range(config.micro_batches):
+                loss = run.micro_batch_loss(run.step, micro_batch)
+                (loss / config.micro_batches).backward()
+                losses.append(loss.detach())
+            done = run.step + 1
+            log_now, eval_now, save_now = (
+                due(done, g.every, config.steps) for g in (config.log, config.eval, config.checkpoint)
+            )
+            grad_norm = None
+            if config.optim.grad_clip is not None:
+                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            elif log_now:  # a pass over all gradients, so only where it is shown
+                grad_norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.step = done
+            run.pending.append(torch.stack(losses).mean())
+            progress.update()
+
+            row: dict[str, Any] = {}
+            if log_now or eval_now or save_now:
+                run.runtime.synchronize()
+            if log_now:
+                step_losses = run.pending_losses()
+                run.pending.clear()
+                assert grad_norm is not None
+                now = time.perf_counter()
+                seconds, mark, first = (now - mark) / (done - first), now, done
+                row = {
+                    "train/loss": math.fsum(step_losses) / len(step_losses),
+                    "train/loss_last_step": step_losses[-1],
+                    "lr": lr,
+                    "grad_norm": float(grad_norm),
+                    "step_seconds": seconds,
+                    "tokens_per_second": config.step_tokens / seconds,
+                    "mem/rss_bytes": memory.rss_bytes(),
+                    "mem/optimizer_bytes": memory.optimizer_bytes(optimizer),
+                }
+                if run.runtime.device.type == "cuda":
+                    row["mem/peak_bytes"] = torch.cuda.max_memory_allocated()
+            # A step's time is with logging, and without evaluation and checkpoint: their time is taken out by moving the mark.
+            paused = time.perf_counter()
+            if eval_now:
+                row |= evaluate(run)
+            mark += time.perf_counter() - paused
+            if row:
+                show(progress, record(run, row), table["mem/saved_bytes"])
+            paused = time.perf_counter()
+            if save_now or (eval_now and config.checkpoint.best and run.val_loss == run.best_val_loss):
+                run.save()  # after the row is written: a resumed run has the rows up to its checkpoint
+            mark += time.perf_counter() - paused
+        if stop.code is not None:
+            run.save()
+            log.warning("stopped by a signal at step %d, checkpoint saved; the same command continues", run.step)
+            raise SystemExit(stop.code)
+    return {"wall_seconds": time.perf_counter() - started, "memory": table}
+
+
+def due(done: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Validation loss of the present weights; the run remembers the last and the best."""
+    run.val_loss = validation_loss(run.model, run.validation, run.runtime, run.forward)
+    if math.isfinite(run.val_loss):
+        run.best_val_loss = min(run.best_val_loss, run.val_loss)
+    return {"val/loss": run.val_loss, "val/perplexity": math.exp(min(run.val_loss, 700.0))}
+
+
+def record(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+    """Write one row of metrics to the run directory and to the tracker; returns it with its step and tokens."""
+    row = {"step": run.step, "tokens": run.step * run.config.step_tokens} | row
+    run.metrics.log(row)
+    run.tracker.log(row)
+    return row
+
+
+def show(progress: tqdm[Any], row: dict[str, Any], kept: int) -> None:
+    """The latest numbers behind the progress bar, and a line for each evaluation."""
+    if "val/loss" in row:
+        log.info("step %d  val/loss %.4f", row["step"], row["val/loss"])
+    shown = {"kept": memory.format_bytes(kept)}
+    if "train/loss" in row:
+        shown |= {"loss": f"{row['train/loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+    progress.set_postfix(shown, refresh=False)
+
+
+def describe(run: Run, table: dict[str, int]) -> None:
+    """Say what is about to run, and where its bytes are."""
+    config = run.config
+    sketch = f"{len(run.sketched)} dense layers sketched" if run.sketched else "all dense layers exact"
+    log.info(
+        "%s on %s, %s%s; %s parameters, %s; %d tokens a step",
+        config.method.name,
+        run.runtime.device,
+        config.precision,
+        ", compiled" if run.runtime.compile else "",
+        f"{run.model.parameter_count():,}",
+        sketch,
+        config.step_tokens,
+    )
+    prefix = "mem/saved_bytes/"
+    saved = {name.removeprefix(prefix): size for name, size in table.items() if name.startswith(prefix)}
+    others = {name.removeprefix("mem/").removesuffix("_bytes"): size for name, size in table.items() if prefix not in name}
+    if not run.runtime.compile:
+        del others["saved"]  # the total of the categories
+    log.info("%s\nrun directory: %s", memory.memory_table(saved, others), run.folder)
+
+
+def execute(values: DictConfig, folder: Path) -> None:
+    """Check, set up, train, and leave a summary whatever happens."""
+    summary = rundir.read_summary(folder)
+    try:
+        config = load(values)
+        if summary.get("status") == "finished" and summary["step"] >= config.steps:
+            rundir.check_same_run(folder, config)
+            log.info("%s is finished (step %d, val/loss %.4f)", folder, summary["step"], summary["val/loss"])
+            return
+        run = set_up(config, folder)
+    except (ValueError, CheckpointError) as error:
+        remove_if_empty(folder)
+        raise CompactHydraException(str(error)) from error
+
+    summary = {"status": "failed", "run_id": run.id, "method": config.method.name} | rundir.provenance()
+    summary |= {"data": run.data_hashes, "parameters": run.model.parameter_count(), "sketched_layers": run.sketched}
+    with run.metrics, run.tracker:
+        try:
+            result = train(run)
+            summary |= {"status": "finished"} | result
+        except NonFiniteError as error:
+            summary["reason"] = str(error)
+            raise CompactHydraException(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            summary["reason"] = "out of memory"
+            raise CompactHydraException(
+                f"out of memory on {run.runtime.device}: halve micro_batch_size (tokens_per_step stays), sketch more layers "
+                "(method.include=['*']), or set precision=bfloat16"
+            ) from error
+        except (KeyboardInterrupt, SystemExit):
+            summary["status"] = "interrupted"
+            raise
+        finally:
+            last = {
+                k: v for row in read_metrics(folder / rundir.METRICS_FILE) for k, v in row.items()
+            }  # of each metric the last value
+            best = run.best_val_loss if math.isfinite(run.best_val_loss) else None
+            summary |= last | {"step": run.step, "val/loss_best": best}
+            rundir.write_summary(folder, summary)
+            run.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+    log.info("finished: val/loss %.4f, best %.4f, %.0f s", summary["val/loss"], best, summary["wall_seconds"])
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Hydra makes the run directory before anything is checked; a refused run should leave nothing behind.
+
+    Empty parents go too, as far as they lie below the working directory.
+    """
+    here = Path.cwd()
+    for candidate in (folder, *(parent for parent in folder.parents if here in parent.parents)):
+        if not candidate.is_dir() or any(candidate.iterdir()):
+            return
+        candidate.rmdir()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(values: DictConfig) -> None:
+    execute(values, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
