@@ -52,7 +52,7 @@ def sample(options: argparse.Namespace) -> None:
     model.load_state_dict(loaded.state["model"])
     model.eval()
     tokenizer = prepare(DataOptions(**config["data"])).tokenizer
-    prompt = list(tokenizer.encode(options.prompt))
+    prompt = [int(token) for token in tokenizer.encode(options.prompt)]
     if not prompt:
         raise ValueError("--prompt is empty; give at least one character")
     print(f"step {loaded.step}, val/loss {loaded.val_loss}", file=sys.stderr)
