@@ -48,6 +48,8 @@ def train(run: Run) -> dict[str, Any]:
     table = run.measure_memory()
     describe(run, table)
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=None if config.log.progress else True)
+    if run.runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # else a sweep's later runs would show the peak of an earlier one
     started = time.perf_counter()
     with StopRequest() as stop, logging_redirect_tqdm(), progress:
         if run.step == 0:
@@ -163,9 +165,11 @@ def describe(run: Run, table: dict[str, int]) -> None:
     )
     prefix = "mem/saved_bytes/"
     saved = {name.removeprefix(prefix): size for name, size in table.items() if name.startswith(prefix)}
-    others = {name.removeprefix("mem/").removesuffix("_bytes"): size for name, size in table.items() if prefix not in name}
-    if not run.runtime.compile:
-        del others["saved"]  # the total of the categories
+    others = {"parameters": table["mem/parameter_bytes"], "gradients": table["mem/gradient_bytes"]}
+    if run.runtime.compile:
+        others = {"kept when compiled": table["mem/saved_bytes"]} | others
+    if "mem/peak_bytes" in table:
+        others["peak of a step"] = table["mem/peak_bytes"]
     log.info("%s\nrun directory: %s", memory.memory_table(saved, others), run.folder)
 
 

@@ -150,12 +150,9 @@ class SketchedLinear(nn.Linear):
 
     def set_noise_key(self, key: int | Tensor) -> None:
         """Fix the noise: an integer in [0, 2^63) is a seed, a tensor of B codes an explicit hashing (`encode_hashing`)."""
-        if isinstance(key, Tensor):
-            self.noise_key = key.to(self.weight.device)
-        elif self.noise_key is None or self.noise_key.ndim or self.noise_key.device != self.weight.device:
-            self.noise_key = torch.tensor(key, dtype=torch.int64, device=self.weight.device)
-        else:
-            self.noise_key.fill_(key)  # in place: a compiled graph goes on reading the same tensor
+        # A new tensor each time: a compiled graph may keep the one it was given until backward.
+        device = self.weight.device
+        self.noise_key = key.to(device) if isinstance(key, Tensor) else torch.full((), key, dtype=torch.int64, device=device)
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):

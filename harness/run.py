@@ -100,7 +100,7 @@ class Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state_all() if self.runtime.device.type == "cuda" else [],
+                "rng_cuda": torch.cuda.get_rng_state() if self.runtime.device.type == "cuda" else None,
                 "pending_losses": losses,
                 "val_loss": self.val_loss,
                 "best_val_loss": self.best_val_loss,
@@ -118,8 +118,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        if self.runtime.device.type == "cuda" and state["rng_cuda"]:
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        if self.runtime.device.type == "cuda" and state["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng_cuda"])
         self.pending = [torch.tensor(loss, device=self.runtime.device) for loss in state["pending_losses"]]
         self.best_val_loss, self.val_loss = state["best_val_loss"], state["val_loss"]
         self.step = self.saved_step = loaded.step
@@ -203,6 +203,8 @@ def set_up(config: Config, folder: Path) -> Run:
         tags=labels.tags,
         name=labels.name,
     )
+    if runtime.compile:
+        torch.compiler.reset()  # graphs of a sweep's earlier runs count against the limit of recompilations
     forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model) if runtime.compile else model
     run = Run(
         config=config,

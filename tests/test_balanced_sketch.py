@@ -128,6 +128,14 @@ def test_norms_of_low_precision_are_taken_in_float32() -> None:
     assert sketch.float().norm().item() == pytest.approx(512.0, rel=1e-2)
 
 
+def test_norm_of_millions_of_elements_keeps_its_digits() -> None:
+    x = torch.randn(
+        256, 50257, generator=torch.Generator().manual_seed(0)
+    )  # one float32 sum over them is off by a thousandth
+    sketch = BalancedSketch(4).sketch(x, torch.tensor(1))
+    assert sketch.double().norm().item() == pytest.approx(x.double().norm().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "start"),
     [

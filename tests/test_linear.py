@@ -141,6 +141,10 @@ def test_compile_fullgraph_gives_the_same_gradients_and_keeps_as_little() -> Non
         expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
         got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    loss = compiled(x).square().sum()
+    basis.set_noise_key(model, seed=0, step=3)  # between forward and backward, as a second micro-batch would
+    compiled(x)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), expected, rtol=1e-4, atol=1e-4)
     kept = kept_for_backward(lambda: compiled(x), model.parameters())
     floats = sorted(t.numel() for t in kept if t.is_floating_point())
     # The first layer's sketch and not its input; Tanh's own output, which Tanh keeps with or without BASIS; the second layer's

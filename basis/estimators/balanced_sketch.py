@@ -56,9 +56,13 @@ def signed_bin_sums(x: Tensor, bins: Tensor, signs: Tensor, rank: int) -> Tensor
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Frobenius norm, in float32 at least: a norm over many elements in bfloat16 would stop growing."""
+    """Frobenius norm of a matrix, in float32 at least: over many elements a norm in bfloat16 would stop growing.
+
+    Row by row first, then over the rows: one long float32 sum over millions of elements loses digits on the CPU.
+    """
     low = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.linalg.vector_norm(x, dtype=torch.float32 if low else x.dtype)
+    rows = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32 if low else x.dtype)
+    return torch.linalg.vector_norm(rows)
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,7 @@ class BalancedSketch(Estimator):
             raise ValueError(f"eps={self.eps}: must be positive")
 
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        # A clone, because a layer's key is overwritten in place at the next step (8 bytes, or 8 a row if explicit).
-        return self.sketch(x, key), key.clone()
+        return self.sketch(x, key), key
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         sketched_x, key = kept
