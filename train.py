@@ -38,6 +38,7 @@ from harness.run import NonFiniteError, Run, set_up
 from harness.signals import StopRequest
 
 log = logging.getLogger("train")
+STARTED = time.time()
 
 OmegaConf.register_new_resolver("run_name", rundir.run_name, replace=True)
 
@@ -50,7 +51,6 @@ def train(run: Run) -> dict[str, Any]:
     progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=None if config.log.progress else True)
     if run.runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # else a sweep's later runs would show the peak of an earlier one
-    started = time.perf_counter()
     with StopRequest() as stop, logging_redirect_tqdm(), progress:
         if run.step == 0:
             record(run, table | evaluate(run))
@@ -115,7 +115,7 @@ def train(run: Run) -> dict[str, Any]:
             run.save()
             log.warning("stopped by a signal at step %d, checkpoint saved; the same command continues", run.step)
             raise SystemExit(stop.code)
-    return {"wall_seconds": time.perf_counter() - started, "memory": table}
+    return {"memory": table}
 
 
 def due(done: int, every: int, steps: int) -> bool:
@@ -125,7 +125,9 @@ def due(done: int, every: int, steps: int) -> bool:
 
 def evaluate(run: Run) -> dict[str, float]:
     """Validation loss of the present weights; the run remembers the last and the best."""
-    run.val_loss = validation_loss(run.model, run.validation, run.runtime, run.forward)
+    run.val_step, run.val_loss = run.step, validation_loss(run.model, run.validation, run.runtime, run.forward)
+    if run.runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the peak that is logged is training's
     if math.isfinite(run.val_loss):
         run.best_val_loss = min(run.best_val_loss, run.val_loss)
     return {"val/loss": run.val_loss, "val/perplexity": math.exp(min(run.val_loss, 700.0))}
@@ -183,12 +185,15 @@ def execute(values: DictConfig, folder: Path) -> None:
             log.info("%s is finished (step %d, val/loss %.4f)", folder, summary["step"], summary["val/loss"])
             return
         run = set_up(config, folder)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
         remove_if_empty(folder)
         raise CompactHydraException(str(error)) from error
 
-    summary = {"status": "failed", "run_id": run.id, "method": config.method.name} | rundir.provenance()
+    summary = {"status": "running", "run_id": run.id, "method": config.method.name, "runtime": run.runtime.describe()}
     summary |= {"data": run.data_hashes, "parameters": run.model.parameter_count(), "sketched_layers": run.sketched}
+    summary |= rundir.provenance()
+    rundir.write_summary(folder, summary)  # a run that is killed from here on is not taken for finished
+    summary["status"] = "failed"
     with run.metrics, run.tracker:
         try:
             result = train(run)
@@ -210,9 +215,10 @@ def execute(values: DictConfig, folder: Path) -> None:
                 k: v for row in read_metrics(folder / rundir.METRICS_FILE) for k, v in row.items()
             }  # of each metric the last value
             best = run.best_val_loss if math.isfinite(run.best_val_loss) else None
-            summary |= last | {"step": run.step, "val/loss_best": best}
+            summary |= last | {"step": run.step, "val/loss_best": best, "wall_seconds": run.wall_seconds()}
             rundir.write_summary(folder, summary)
             run.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+            run.lock.release()
     log.info("finished: val/loss %.4f, best %.4f, %.0f s", summary["val/loss"], best, summary["wall_seconds"])
 
 
@@ -223,7 +229,8 @@ def remove_if_empty(folder: Path) -> None:
     """
     here = Path.cwd()
     for candidate in (folder, *(parent for parent in folder.parents if here in parent.parents)):
-        if not candidate.is_dir() or any(candidate.iterdir()):
+        made_now = candidate.is_dir() and candidate.stat().st_mtime >= STARTED
+        if candidate == here or not made_now or any(candidate.iterdir()):
             return
         candidate.rmdir()
 

@@ -15,12 +15,24 @@ from basis.estimator import Estimator
 from basis.linear import SketchedLinear
 from basis.noise import fold
 
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Modules that hold the real one under a name of their own, by class name (so that none of them need be imported).
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
 
 
-def plain_name(name: str) -> str:
-    """A module's name without the parts that torch.compile, DDP, FSDP and checkpoint wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def plain_name(model: nn.Module, name: str) -> str:
+    """A module's name in `model` without the parts that torch.compile, DDP, FSDP and checkpoint wrappers put in."""
+    parts, module = [], model
+    for part in name.split(".") if name else []:
+        if _WRAPPERS.get(type(module).__name__) != part:
+            parts.append(part)
+        module = getattr(module, part)
+    return ".".join(parts)
 
 
 def convert(
@@ -40,7 +52,7 @@ def convert(
         for name, module in model.named_modules(remove_duplicate=False)
         if type(module) in (nn.Linear, SketchedLinear)
     }
-    names = {name: plain_name(name) for name in layers}
+    names = {name: plain_name(model, name) for name in layers}
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
@@ -55,9 +67,16 @@ def convert(
     if not chosen:
         raise ValueError(f"include={include}, exclude={exclude}: no dense layer is left to convert")
     made: dict[int, nn.Module] = {}
+    for (
+        name
+    ) in chosen:  # all are made before the first is put in place: a layer that can't be changed leaves the model as it was
+        if id(layers[name]) not in made:
+            try:
+                made[id(layers[name])] = SketchedLinear.from_linear(layers[name], estimator)
+            except ValueError as error:
+                raise ValueError(f"include={names[name]!r}: {error}") from None
     for name in chosen:
-        old = layers[name]
-        _replace(model, name, made.setdefault(id(old), SketchedLinear.from_linear(old, estimator)))
+        _replace(model, name, made[id(layers[name])])
     return [names[name] for name in chosen]
 
 
@@ -65,10 +84,11 @@ def revert(model: nn.Module) -> list[str]:
     """Replace every SketchedLinear by a plain nn.Linear with the same parameters. Returns the names changed."""
     made: dict[int, nn.Module] = {}
     changed = []
+    names = {name: plain_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, SketchedLinear):
             _replace(model, name, made.setdefault(id(layer), layer.to_linear()))
-            changed.append(plain_name(name))
+            changed.append(names[name])
     return changed
 
 
@@ -76,7 +96,7 @@ def sketched_layers(model: nn.Module) -> Iterator[tuple[str, SketchedLinear]]:
     """The sketched layers and their plain names, each once."""
     for name, module in model.named_modules():
         if isinstance(module, SketchedLinear):
-            yield plain_name(name), module
+            yield plain_name(model, name), module
 
 
 def set_noise_key(model: nn.Module, *, seed: int, step: int, micro_batch: int = 0, rank: int = 0) -> None:

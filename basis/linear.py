@@ -12,7 +12,7 @@ Double backward is refused: a second derivative would have to go through X, whic
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from basis.estimator import Estimator
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.noise import draw_key, encode_hashing
+
+Layer = TypeVar("Layer", bound=nn.Linear)
 
 
 class _SketchedLinearFunction(torch.autograd.Function):
@@ -34,6 +36,11 @@ class _SketchedLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, _, key, estimator = inputs
+        # torch.func runs backward at the same level for a second derivative and would make it zero; refuse like autograd.
+        if not torch.compiler.is_compiling() and (torch._C._functorch.maybe_current_level() or 0) > 1:
+            raise RuntimeError(
+                "sketched linear: nested transforms of torch.func (second derivatives, vmap) are not supported"
+            )
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
             kept = estimator.compress(input.reshape(-1, input.shape[-1]), key)
@@ -55,6 +62,11 @@ class _SketchedLinearFunction(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None
 
 
+def wants_weight_grad(weight: Tensor) -> bool:
+    """Whether a forward now will be asked for dW; if not, there is nothing to keep and no noise to draw."""
+    return torch.is_grad_enabled() and weight.requires_grad
+
+
 def sketched_linear(input: Tensor, weight: Tensor, bias: Tensor | None, key: Tensor, estimator: Estimator) -> Tensor:
     """`F.linear(input, weight, bias)` whose weight gradient is `estimator`'s.
 
@@ -68,6 +80,8 @@ def sketched_linear(input: Tensor, weight: Tensor, bias: Tensor | None, key: Ten
         raise ValueError(f"sketched linear: input {tuple(input.shape)} does not fit weight {tuple(weight.shape)}")
     if input.numel() == 0:
         raise ValueError(f"sketched linear: empty batch, input has shape {tuple(input.shape)}")
+    if not wants_weight_grad(weight):
+        return F.linear(input, weight, bias)
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))
@@ -93,10 +107,15 @@ def basis_linear(
     do not fit.
     """
     estimator = BalancedSketch(rank, invariant_scalars=invariant_scalars, shrinkage=shrinkage)
+    if input.ndim == 0:
+        raise ValueError("basis_linear: input has no dimension; it must be (..., N)")
     if (bins is None) != (signs is None):
         raise ValueError("basis_linear: bins and signs go together; give both or neither")
     if bins is None or signs is None:
-        return sketched_linear(input, weight, bias, draw_key(input.device), estimator)
+        key = draw_key(input.device) if wants_weight_grad(weight) else torch.zeros((), dtype=torch.int64)
+        return sketched_linear(input, weight, bias, key, estimator)
+    if bins.is_floating_point():
+        raise ValueError(f"basis_linear: bins must be integers, got {bins.dtype}")
     rows = input.numel() // max(input.shape[-1], 1)
     if bins.shape != (rows,) or signs.shape != (rows,):
         raise ValueError(
@@ -114,12 +133,10 @@ def basis_linear(
 class SketchedLinear(nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
-    Same parameters, same state_dict, same forward. `noise_key` (a buffer that is not saved) decides the noise; while it is
-    None, each training forward draws a key from PyTorch's default generator. `basis.set_noise_key` sets it for a whole
-    model. Under DistributedDataParallel use broadcast_buffers=False, else all ranks would share rank 0's noise.
+    Same parameters, same state_dict, same forward. `noise_key` decides the noise; while it is None, each training forward
+    draws a key from PyTorch's default generator. `basis.set_noise_key` sets it for a whole model. It is no buffer: it is
+    not saved, and DistributedDataParallel does not overwrite it with rank 0's.
     """
-
-    noise_key: Tensor | None
 
     def __init__(
         self,
@@ -133,20 +150,22 @@ class SketchedLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.estimator = estimator
-        self.register_buffer("noise_key", None, persistent=False)
+        self.noise_key: Tensor | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
-        """The same layer, sharing `linear`'s parameters (the very Parameter objects: optimisers and ties stay valid)."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, estimator=estimator, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        return layer.train(linear.training)
+        """The same layer, sharing `linear`'s parameters (the very Parameter objects: optimisers and ties stay valid) and hooks.
+
+        Raises ValueError if the weight is not a parameter of its own but computed by a hook (old-style weight_norm).
+        """
+        if linear._parameters.get("weight") is None:
+            raise ValueError("sketched linear: the layer's weight is computed by a hook, not a parameter")
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, estimator=estimator, device="meta")
+        return _take_over(new, linear)
 
     def to_linear(self) -> nn.Linear:
-        """The plain layer again, sharing this layer's parameters."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+        """The plain layer again, sharing this layer's parameters and hooks."""
+        return _take_over(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"), self)
 
     def set_noise_key(self, key: int | Tensor) -> None:
         """Fix the noise: an integer in [0, 2^63) is a seed, a tensor of B codes an explicit hashing (`encode_hashing`)."""
@@ -155,13 +174,25 @@ class SketchedLinear(nn.Linear):
         self.noise_key = key.to(device) if isinstance(key, Tensor) else torch.full((), key, dtype=torch.int64, device=device)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return F.linear(input, self.weight, self.bias)
         key = self.noise_key
-        if key is None:
-            device = input.device
-            key = draw_key(device) if self.estimator.uses_noise else torch.zeros((), dtype=torch.int64, device=device)
+        if key is not None:
+            key = key.to(input.device)
+        elif self.estimator.uses_noise and self.weight.requires_grad and (self.training or torch.is_grad_enabled()):
+            # Before the look at the grad mode: a reentrant checkpoint runs its first forward without, and its recomputation
+            # must find that the generator has moved on, else all steps and layers would share one key.
+            key = draw_key(input.device)
+        else:
+            key = torch.zeros((), dtype=torch.int64, device=input.device)
         return sketched_linear(input, self.weight, self.bias, key, self.estimator)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, estimator={self.estimator}"
+
+
+def _take_over(layer: Layer, old: nn.Linear) -> Layer:
+    """Give `layer` the parameters, hooks and mode of `old`."""
+    layer.weight, layer.bias = old.weight, old.bias
+    for name, value in vars(old).items():
+        if "hooks" in name:
+            setattr(layer, name, value)
+    return layer.train(old.training)

@@ -98,6 +98,10 @@ class Config:
     def __post_init__(self) -> None:
         _at_least(1, "", steps=self.steps, micro_batch_size=self.micro_batch_size)
         _at_least(0, "", seed=self.seed)
+        if self.seed >= 1 << 63:
+            raise ValueError(f"seed={self.seed}: must be less than 2^63")
+        if self.method.name == "exact" and (self.method.include or self.method.exclude):
+            raise ValueError("method.include, method.exclude: exact backpropagation concerns all layers; leave them empty")
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
         if self.precision not in PRECISIONS:

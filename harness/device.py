@@ -32,6 +32,10 @@ class Runtime:
     precision: str
     compile: bool
 
+    def describe(self) -> dict[str, str | bool]:
+        """What was decided, in words that a summary can hold and a resumed run can compare."""
+        return {"device": self.device.type, "precision": self.precision, "compile": self.compile}
+
     def autocast(self) -> AbstractContextManager[object]:
         """Around every forward."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()

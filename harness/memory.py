@@ -12,6 +12,7 @@ since they are there anyway. The category is the kind of the layer whose forward
 | norms | LayerNorm, RMSNorm: input and statistics |
 | activations | GELU and its like: their input or output |
 | logits and loss | the model itself: log-probabilities of the cross-entropy |
+| weight copies | autocast: the low-precision copy of a weight, which nn.Linear keeps and SketchedLinear makes again |
 | other | embeddings (token indices), dropout, anything else |
 
 A tensor that two layers need, such as a LayerNorm's output that is a dense layer's input, counts where it is saved first. The
@@ -19,7 +20,8 @@ categories come from an eager pass. A compiled model keeps what its partitioner 
 compiled function and reported beside, without categories.
 
 *Peak.* On CUDA the allocator knows. On the CPU PyTorch's `MemTracker` follows the tensors of one forward and backward:
-parameters, gradients, activations and temporaries that exist at once. Optimiser state is added to it as soon as it is known.
+parameters, gradients, activations and temporaries that exist at once, and the optimiser's state, which is counted
+before it exists.
 
 Cost: one to three extra forward passes before the first step, side effects undone (gradients, random state).
 """
@@ -30,6 +32,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ from torch import Tensor, nn
 from basis import SketchedLinear
 from models.gpt import GPT, CausalSelfAttention
 
-CATEGORIES = ("linear inputs", "sketches", "attention", "norms", "activations", "logits and loss", "other")
+CATEGORIES = ("linear inputs", "sketches", "attention", "norms", "activations", "logits and loss", "weight copies", "other")
 
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((SketchedLinear,), "sketches"),
@@ -49,7 +52,11 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 )
 
 
-def _category(module: nn.Module | None) -> str:
+def _category(module: nn.Module | None, tensor: Tensor) -> str:
+    if isinstance(module, nn.Linear) and tensor.dtype != module.weight.dtype:
+        shapes = (module.weight.shape, module.weight.t().shape)
+        if tensor.is_floating_point() and tensor.shape in shapes:
+            return "weight copies"
     for kinds, category in _KINDS:
         if isinstance(module, kinds):
             return category
@@ -62,19 +69,22 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimiser's state tensors; 0 before its first step."""
-    return tensor_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    """Bytes of the optimiser's state tensors; before its first step, those that SGD or AdamW will make (scalars left out)."""
+    if optimizer.state:
+        return tensor_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    copies = {torch.optim.SGD: int(optimizer.defaults.get("momentum", 0) > 0), torch.optim.AdamW: 2}[type(optimizer)]
+    return copies * tensor_bytes(p for group in optimizer.param_groups for p in group["params"])
 
 
-def _record(model: nn.Module, forward: Callable[[], Tensor], category: Callable[[], str]) -> dict[str, int]:
-    """Bytes kept for the backward of `forward()`, by what `category()` says at the moment of saving."""
+def _record(model: nn.Module, forward: Callable[[], Tensor], category: Callable[[Tensor], str]) -> dict[str, int]:
+    """Bytes kept for the backward of `forward()`, by what `category(tensor)` says at the moment of saving."""
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     found: dict[int, tuple[str, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            found.setdefault(storage.data_ptr(), (category(), storage.nbytes()))
+            found.setdefault(storage.data_ptr(), (category(tensor), storage.nbytes()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -101,7 +111,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
     for module in model.modules():
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
-        table = _record(model, forward, lambda: _category(running[-1] if running else None))
+        table = _record(model, forward, lambda tensor: _category(running[-1] if running else None, tensor))
     finally:
         for handle in handles:
             handle.remove()
@@ -110,7 +120,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
 
 def saved_bytes_compiled(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Total bytes kept for the backward of a compiled `forward()`, where hooks on layers would break the graph."""
-    return sum(_record(model, forward, lambda: "all").values())
+    return sum(_record(model, forward, lambda _: "all").values())
 
 
 def cpu_peak_bytes(
@@ -129,13 +139,16 @@ def cpu_peak_bytes(
             tracker.reset_mod_stats()  # it refuses a second pass through a module otherwise; the peak is kept
             forward_backward(micro_batch)
     snapshot = tracker.get_tracker_snapshot("peak")
-    return int(next(iter(snapshot.values()))["Total"])
+    ahead = 0 if optimizer.state else optimizer_bytes(optimizer)
+    return int(next(iter(snapshot.values()))["Total"]) + ahead
 
 
 def rss_bytes() -> int:
-    """Largest resident set of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Resident set of this process: now on Linux, elsewhere the largest so far."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def format_bytes(size: float) -> str:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 import basis
@@ -55,12 +58,16 @@ class Run:
     checkpoints: Checkpoints
     metrics: MetricsLog
     tracker: Tracker
+    lock: FileLock
     id: str
     step: int = 0
-    saved_step: int = -1
+    saved_step: int | None = None
+    val_step: int | None = None
     val_loss: float | None = None
     best_val_loss: float = math.inf
     pending: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0  # wall time of earlier segments
+    started: float = field(default_factory=time.perf_counter)
 
     def micro_batch_loss(self, step: int, micro_batch: int) -> Tensor:
         """Forward of one micro-batch with its own noise; the mean loss over its tokens, with graph."""
@@ -78,9 +85,16 @@ class Run:
                 step = self.step - len(losses) + index + 1
                 raise NonFiniteError(
                     f"step {step}: the training loss is {loss} (method {self.config.method.name}, "
-                    f"optim.lr={self.config.optim.lr}); the last checkpoint is of step {self.saved_step}"
+                    f"optim.lr={self.config.optim.lr}); {self._last_checkpoint()}"
                 )
         return losses
+
+    def _last_checkpoint(self) -> str:
+        return "no checkpoint yet" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
+
+    def wall_seconds(self) -> float:
+        """Seconds since the run began, over all its segments, without the time between them."""
+        return self.seconds + time.perf_counter() - self.started
 
     def save(self) -> None:
         """Checkpoint the present step, unless that is done. Raises NonFiniteError rather than save broken weights."""
@@ -91,7 +105,7 @@ class Run:
         if not bool(torch.stack(norms).isfinite().all()):
             raise NonFiniteError(
                 f"step {self.step}: weights are not finite after the update (method {self.config.method.name}, "
-                f"optim.lr={self.config.optim.lr}); the last checkpoint is of step {self.saved_step}"
+                f"optim.lr={self.config.optim.lr}); {self._last_checkpoint()}"
             )
         self.metrics.sync()
         self.checkpoints.save(
@@ -102,13 +116,17 @@ class Run:
                 "rng": torch.get_rng_state(),
                 "rng_cuda": torch.cuda.get_rng_state() if self.runtime.device.type == "cuda" else None,
                 "pending_losses": losses,
+                "val_step": self.val_step,
                 "val_loss": self.val_loss,
                 "best_val_loss": self.best_val_loss,
                 "run_id": self.id,
                 "config": self.config.to_dict(),
                 "data": self.data_hashes,
+                "runtime": self.runtime.describe(),
+                "seconds": self.wall_seconds(),
             },
-            val_loss=self.val_loss if self.config.checkpoint.best else None,  # what the best is kept by
+            # What the best is kept by: the loss of these very weights.
+            val_loss=self.val_loss if self.config.checkpoint.best and self.val_step == self.step else None,
         )
         self.saved_step = self.step
 
@@ -121,7 +139,8 @@ class Run:
         if self.runtime.device.type == "cuda" and state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"])
         self.pending = [torch.tensor(loss, device=self.runtime.device) for loss in state["pending_losses"]]
-        self.best_val_loss, self.val_loss = state["best_val_loss"], state["val_loss"]
+        self.best_val_loss, self.val_step, self.val_loss = state["best_val_loss"], state["val_step"], state["val_loss"]
+        self.seconds = state["seconds"]
         self.step = self.saved_step = loaded.step
 
     def measure_memory(self) -> dict[str, int]:
@@ -181,8 +200,20 @@ def set_up(config: Config, folder: Path) -> Run:
             f"data.path={config.data.path}: the prepared tokens are not those that the run in {folder} was started with; "
             "bring the same text back, give another hydra.run.dir, or delete the folder"
         )
+    if loaded and loaded.state["runtime"] != runtime.describe():
+        before, now = loaded.state["runtime"], runtime.describe()
+        changes = "; ".join(
+            f"{option}: {before[option]} -> {now[option]}" for option in now if before[option] != now[option]
+        )
+        raise ValueError(f"{folder} holds a run that computes elsewhere ({changes}); losses would not continue bit for bit")
 
     folder.mkdir(parents=True, exist_ok=True)
+    fresh = not any(folder.iterdir())
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however it ends
+    except Timeout:
+        raise ValueError(f"{folder}: another process is working on this run") from None
     rundir.write_config(folder, given)
     identity = run_id(folder)
     metrics = MetricsLog(folder / rundir.METRICS_FILE)
@@ -193,16 +224,23 @@ def set_up(config: Config, folder: Path) -> Run:
         seed=config.seed,
         experiment=config.experiment_name,
     )
-    tracker = make_tracker(
-        config.tracker,
-        run_dir=folder,
-        run_id=identity,
-        config=config.to_dict(),
-        group=labels.group,
-        job_type=labels.job_type,
-        tags=labels.tags,
-        name=labels.name,
-    )
+    try:
+        tracker = make_tracker(
+            config.tracker,
+            run_dir=folder,
+            run_id=identity,
+            config=config.to_dict(),
+            group=labels.group,
+            job_type=labels.job_type,
+            tags=labels.tags,
+            name=labels.name,
+        )
+    except ValueError:  # no key, no entry: known only when asked, and then nothing should stay of a run that did not begin
+        metrics.close()
+        lock.release()
+        if fresh:
+            shutil.rmtree(folder)
+        raise
     if runtime.compile:
         torch.compiler.reset()  # graphs of a sweep's earlier runs count against the limit of recompilations
     forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model) if runtime.compile else model
@@ -220,6 +258,7 @@ def set_up(config: Config, folder: Path) -> Run:
         checkpoints=checkpoints,
         metrics=metrics,
         tracker=tracker,
+        lock=lock,
         id=identity,
     )
     if loaded:

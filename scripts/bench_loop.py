@@ -84,6 +84,11 @@ def bare_loop(overrides: list[str], steps: int) -> list[float]:
 
     with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
         config = load(compose("config", overrides=overrides))
+    plain = (config.micro_batches == 1, config.precision == "float32", not config.compile, config.device != "cuda")
+    if not all(plain) or config.optim.grad_clip is not None or config.optim.schedule != "constant":
+        raise ValueError(
+            "bench_loop: the bare loop knows one micro-batch, float32, eager, constant rate, no clipping, on the CPU"
+        )
     tokens = prepare(config.data).train
     config.model = fill_vocabulary(config.model, tokens)
     model, _ = build_model(config)

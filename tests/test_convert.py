@@ -116,6 +116,28 @@ def test_keys_depend_on_each_number_and_on_the_name_only() -> None:
     assert keys(wrapped) == keys(head)
 
 
+def test_only_real_wrappers_are_left_out_of_names() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(2, 2), "module": nn.ModuleDict({"fc": nn.Linear(2, 2)})})
+    assert basis.convert(model, SKETCH) == ["fc", "module.fc"]
+    basis.set_noise_key(model, seed=0, step=0)
+    assert model["fc"].noise_key != model["module"]["fc"].noise_key
+
+
+def test_hooks_survive_and_a_computed_weight_is_refused_with_nothing_changed() -> None:
+    seen: list[str] = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    basis.convert(model, SKETCH)
+    model(torch.ones(2, 4))
+    basis.revert(model)
+    model(torch.ones(2, 4))
+    assert seen == ["forward", "forward"]
+    torch.nn.utils.spectral_norm(model[1])
+    with pytest.raises(ValueError, match=r"include='1': .*computed by a hook"):
+        basis.convert(model, SKETCH)
+    assert type(model[0]) is nn.Linear
+
+
 def test_noise_keys_are_not_saved() -> None:
     model = gpt()
     basis.convert(model, SKETCH)

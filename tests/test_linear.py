@@ -180,10 +180,22 @@ def test_evaluation_never_advances_the_noise() -> None:
     sketched = layer()
     state = torch.get_rng_state()
     with torch.no_grad():
-        sketched(batch())
+        basis.basis_linear(batch(), sketched.weight, rank=2)
+        sketched.eval()(batch())
+    sketched.train()
     sketched.weight.requires_grad_(False)
     sketched(batch())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_reentrant_checkpoints_draw_new_noise_each_time() -> None:
+    sketched, x = layer(), batch()
+    grads = []
+    for _ in range(2):
+        sketched.weight.grad = None
+        checkpoint(sketched, x, use_reentrant=True).sin().sum().backward()
+        grads.append(sketched.weight.grad)
+    assert not torch.equal(*grads)
 
 
 @pytest.mark.parametrize("keyed", [True, False])
@@ -288,3 +300,5 @@ def test_works_under_functional_transform() -> None:
     got = torch.func.grad(loss)(parameters)
     expected = torch.autograd.grad(sketched(x).square().sum(), list(parameters.values()))
     torch.testing.assert_close(tuple(got.values()), expected)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.func.grad(lambda t: torch.func.grad(lambda u: sketched(u).pow(3).sum())(t).sum())(x)

@@ -250,6 +250,8 @@ REFUSED = [
     (["optim.warmup_steps=21"], "optim.warmup_steps=21"),
     (["method.name=unheard_of"], "method.name='unheard_of'"),
     (["model.n_layer=null"], "model.n_layer"),
+    (["seed=18446744073709551616"], "seed=18446744073709551616"),
+    (["method=exact", "+method.include=[head]"], "method.include"),
 ]
 
 
@@ -298,6 +300,66 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
     assert refused.returncode == 1
     assert "tracker.mode='offline': wandb is not installed" in refused.stdout
     assert not (tmp_path / "other").exists()
+
+
+def test_online_without_a_key_is_refused_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
+    arguments = command(data, "tracker.mode=online", f"hydra.run.dir={tmp_path / 'run'}")
+    done = run_command(arguments, tmp_path, WANDB_API_KEY="", HOME=str(tmp_path / "home"), NETRC=str(tmp_path / "netrc"))
+    assert done.returncode == 1, done.stdout
+    assert "tracker.mode='online'" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_share_a_run(data: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    tmp_path.joinpath("run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(CompactHydraException, match="another process"):
+        train_here(data, tmp_path / "run")
+    train_here(data, tmp_path / "run")
+
+
+def test_a_continued_run_that_is_killed_is_not_taken_for_finished(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_here(data, tmp_path)
+    seen: list[str] = []
+    original = Run.micro_batch_loss
+    monkeypatch.setattr(
+        Run,
+        "micro_batch_loss",
+        lambda self, step, i: (seen.append(rundir.read_summary(tmp_path)["status"]), original(self, step, i))[1],
+    )
+    train_here(data, tmp_path, "steps=24")
+    assert set(seen) == {"running"}
+    assert rundir.read_summary(tmp_path)["status"] == "finished"
+
+
+def test_a_checkpoint_carries_the_loss_of_its_own_weights_only(data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path, "checkpoint.every=7", "checkpoint.keep=9", "eval.every=10", "checkpoint.best=true")
+    evaluated = {row["step"]: row["val/loss"] for row in losses(tmp_path) if "val/loss" in row}
+    found = Checkpoints(tmp_path / "checkpoints", keep=9)
+    manifests = {
+        step: json.loads((tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())["val_loss"]
+        for step in found.steps()
+    }
+    assert {7, 14, 20} <= manifests.keys()
+    assert all(loss == evaluated.get(step) for step, loss in manifests.items())
+
+
+def test_a_resumed_run_must_compute_the_same_way(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_here(data, tmp_path, "compile=null")
+    from harness.device import Runtime
+
+    monkeypatch.setattr(Runtime, "describe", lambda self: {"device": "cuda", "precision": "float32", "compile": True})
+    with pytest.raises(CompactHydraException, match="device: cpu -> cuda; compile: False -> True"):
+        train_here(data, tmp_path, "compile=null", "steps=30")
+
+
+def test_a_refused_run_never_removes_the_working_directory(data: Path, tmp_path: Path) -> None:
+    done = run_command(command(data, "method.rank=0", "hydra.run.dir=."), tmp_path)
+    assert done.returncode == 1
+    assert tmp_path.is_dir()
 
 
 def test_offline_mirror_holds_the_run(data: Path, tmp_path: Path) -> None:

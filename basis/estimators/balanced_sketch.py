@@ -22,8 +22,9 @@ B = q R + s the share of same-bin pairs, (s (q + 1) q + (R - s) q (q - 1)) / (B 
 (Proof: S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]] off the diagonal; two of them correlate only if they
 belong to the same unordered pair of rows. reference.py has the formula, the tests compare it with draws.)
 
-Kept: R N elements in the precision of X, and the 8-byte key. FLOPs besides the product: B (N + M) additions for the
-sketches, B (N + M) multiply-adds for the norms. The published code also uses shrinkage = 0.01 unless told otherwise.
+Kept: R N elements in the precision of X, and the 8-byte key. FLOPs besides the product: B (N + M) multiply-adds for the
+norms, and for the sketches B (N + M) additions, or 2 R B (N + M) where they are made by a product with S (see
+`signed_bin_sums`: small R, low precision, CUDA). The published code also uses shrinkage = 0.01 unless told otherwise.
 """
 
 from __future__ import annotations
