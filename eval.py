@@ -18,12 +18,12 @@ from pathlib import Path
 
 import hydra
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harness import figures
 from harness.files import write_atomic
 from harness.memory import format_bytes
-from harness.results import Group, find_runs, format_mean, group_runs
+from harness.results import Group, find_runs, format_mean, group_runs, setting
 
 COLUMNS = (
     "method",
@@ -41,12 +41,13 @@ COLUMNS = (
 
 def table(groups: list[Group]) -> list[dict[str, str]]:
     """A row per group. Losses in nats per token, mean ± half a 95% interval over seeds; times are medians over rows."""
-    exact = {run.seed: run for group in groups if group.method == "exact" for run in group.runs}
+    exact = {(setting(run), run.seed): run for group in groups if group.method == "exact" for run in group.runs}
     rows = []
     for group in groups:
         runs = group.runs
         dense = ("mem/saved_bytes/linear inputs", "mem/saved_bytes/sketches")
-        paired = [run.last("val/loss") - exact[run.seed].last("val/loss") for run in runs if run.seed in exact]
+        pairs = [(run, exact.get((setting(run), run.seed))) for run in runs]
+        paired = [run.last("val/loss") - partner.last("val/loss") for run, partner in pairs if partner is not None]
         milliseconds = [1000 * value for run in runs for value in run.series("step_seconds")[1]]
         rows.append(
             {
@@ -105,8 +106,10 @@ def report(folders: list[Path], out: Path | None) -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(values: DictConfig) -> None:
-    folders = values.runs if isinstance(values.runs, ListConfig) else [values.runs]
     try:
+        if OmegaConf.is_missing(values, "runs"):
+            raise ValueError("runs=???: give a folder or a list of folders, as in `python eval.py runs=runs/demo`")
+        folders = values.runs if isinstance(values.runs, ListConfig) else [values.runs]
         report([Path(str(folder)) for folder in folders], Path(values.out) if values.out else None)
     except ValueError as error:
         raise CompactHydraException(str(error)) from error

@@ -183,6 +183,8 @@ def execute(values: DictConfig, folder: Path) -> None:
         if summary.get("status") == "finished" and summary["step"] >= config.steps:
             rundir.check_same_run(folder, config)
             log.info("%s is finished (step %d, val/loss %.4f)", folder, summary["step"], summary["val/loss"])
+            if config.tracker.mode == "online":
+                log.info("to upload it: python scripts/sync.py %s --mode online", folder)
             return
         run = set_up(config, folder)
     except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:

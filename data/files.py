@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.sources import Counted, Document, split_by_characters, split_by_hash
+from data.documents import Counted, Document, split_by_characters, split_by_hash
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_ROWS = 1000  # rows decoded at a time
@@ -50,27 +50,34 @@ class Text(Counted):
                         yield Document(text, split_by_hash(text, self.val_fraction))
 
     def _jsonl(self, file: Path) -> Iterator[str]:
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
                         row = json.loads(line)
-                    except json.JSONDecodeError as error:
+                    except ValueError as error:  # not JSON, or not UTF-8
                         raise ValueError(f"data.path: {file} line {number} is not JSON ({error})") from error
                     if not isinstance(row, dict) or not isinstance(row.get(self.text_column), str):
                         raise ValueError(
-                            f"data.text_column={self.text_column!r}: {file} line {number} has no such text"
-                            + (f", only {', '.join(row)}" if isinstance(row, dict) else "")
+                            f"data.text_column={self.text_column!r}: {file} line {number} has no string of that name"
+                            + (f", only {', '.join(row)}" if isinstance(row, dict) and self.text_column not in row else "")
                         )
                     yield row[self.text_column]
 
     def _parquet(self, file: Path) -> Iterator[str]:
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(file) as table:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"data.path: {file} is not a Parquet file ({error})") from error
+        with table:
             if self.text_column not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names)
                 raise ValueError(f"data.text_column={self.text_column!r}: {file} has only the columns {names}")
+            kind = table.schema_arrow.field(self.text_column).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise ValueError(f"data.text_column={self.text_column!r}: in {file} it holds {kind}, not text")
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[self.text_column]):
                 yield from batch.column(0).to_pylist()
 

@@ -13,9 +13,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.documents import Document, Position, split_by_hash
 from data.files import describe_files, local_files
 from data.options import DataOptions
-from data.sources import Document, Position, split_by_hash
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -21,10 +21,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data.documents import Source
 from data.fetch import locked, write_bytes
 from data.options import REPOSITORY, DataOptions
 from data.shards import SPLITS, join, remove, tokenize
-from data.sources import Source, make_source
+from data.sources import make_source
 from data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer
 from data.tokens import TokenFile
 
@@ -98,7 +99,10 @@ def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -
     tokenizer = _tokenizer(options, source, folder)
     shards = folder / "shards"
     manifest = tokenize(source, tokenizer, shards, max_tokens=options.max_tokens, progress=progress)
-    for split, advice in (("train", "the source holds no training text"), ("val", "raise it or data.max_tokens")):
+    for split, advice in (("train", "lower it"), ("val", "raise it or data.max_tokens")):
+        if sum(manifest.tokens.values()) == 0:
+            remove(shards)
+            raise ValueError(f"data.path={options.path!r}: holds no text")
         if manifest.tokens[split] == 0:
             remove(shards)
             raise ValueError(f"data.val_fraction={options.val_fraction}: no token for {split}; {advice}")
@@ -157,6 +161,9 @@ def main(overrides: Sequence[str]) -> int:
     """The command line. Prints folder, counts and hashes; 1 after a mistake of the user's or a failed download."""
     import logging
 
+    if {"-h", "--help"} & set(overrides):
+        print(__doc__)
+        return 0
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

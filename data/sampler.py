@@ -128,7 +128,8 @@ def validation_windows(tokens: TokenFile, *, block_size: int, batch_size: int, b
         raise ValueError(
             f"eval.batches={batches}: {batches} batches of {batch_size} windows of {length} tokens "
             f"(model.block_size + 1) need {needed * length:,} tokens and {tokens.path} holds {tokens.count:,}; "
-            f"at most eval.batches={available // batch_size} fit, or prepare more validation text"
+            + (f"at most eval.batches={available // batch_size} fit" if available >= batch_size else "lower eval.batch_size")
+            + ", or hold out more text (data.val_fraction)"
         )
     flat = tokens.read(0, needed * length)
     windows = flat.reshape(batches, batch_size, length)

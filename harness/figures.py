@@ -17,7 +17,7 @@ def validation_curves(groups: list[Group], stem: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.4 + 0.22 * max(len(groups) - 3, 0)), layout="constrained")
     colours = plt.get_cmap("viridis")
     sketched = [group for group in groups if group.method != "exact"]
     for group in groups:
@@ -35,7 +35,8 @@ def validation_curves(groups: list[Group], stem: Path) -> list[Path]:
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    columns = 3 if max(len(group.label) for group in groups) <= 24 else 1
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     paths = []
     for suffix in ("png", "svg"):
         paths.append(stem.with_suffix(f".{suffix}"))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from harness.metrics import read_metrics
 from harness.rundir import CONFIG_FILE, FREE_OPTIONS, METRICS_FILE, flatten, read_config, read_summary
 
@@ -62,32 +64,59 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
 
     Raises ValueError if a path does not exist.
     """
-    runs, complaints = [], []
+    runs: list[RunResult] = []
+    complaints: list[str] = []
+    folders: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"runs={path}: no such folder")
-        for file in sorted(path.rglob(CONFIG_FILE)):
-            folder = file.parent
-            summary = read_summary(folder)
-            if summary.get("status") != "finished":
-                reason = summary.get("reason", "it is not finished; the command that started it continues it")
-                complaints.append(f"{folder} is left out: {summary.get('status', 'no summary')}, {reason}")
-                continue
-            options = flatten(read_config(folder))
-            runs.append(RunResult(folder, options, summary, read_metrics(folder / METRICS_FILE)))
+        folders |= {file.parent.resolve(): file.parent for file in sorted(path.rglob(CONFIG_FILE))}
+    seen: dict[str, Path] = {}
+    for folder in folders.values():
+        try:
+            run = _read(folder)
+        except (OSError, ValueError, KeyError, YAMLError) as error:
+            what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            complaints.append(f"{folder} is left out: {what}{' '.join(str(error).split())}")
+            continue
+        key = repr((_identity(run), run.seed))
+        if key in seen:
+            complaints.append(f"{folder} is left out: the same run as {seen[key]}, which counts once")
+            continue
+        seen[key] = folder
+        runs.append(run)
     return runs, complaints
+
+
+def _read(folder: Path) -> RunResult:
+    summary = read_summary(folder)
+    if summary.get("status") != "finished":
+        reason = summary.get("reason", "the command that started it continues it")
+        raise ValueError(f"{summary.get('status', 'without summary.json')}, {reason}")
+    return RunResult(folder, flatten(read_config(folder)), summary, read_metrics(folder / METRICS_FILE))
+
+
+# Options in which runs may differ and still be the same experiment: none of them changes a loss.
+_SAME_EXPERIMENT = (*FREE_OPTIONS, "seed", "experiment_name", "device", "eval.every")
+
+
+def _identity(run: RunResult) -> dict[str, Any]:
+    """What two runs must share to be seeds of one group: options that change the loss, and the text itself."""
+    options = {k: v for k, v in run.options.items() if not k.startswith(_SAME_EXPERIMENT)}
+    return dict(sorted(options.items())) | {"text": run.summary["data"]}
+
+
+def setting(run: RunResult) -> str:
+    """What two runs must share to be compared at all: everything but the method. Runs of equal setting and seed are pairs."""
+    return repr({k: v for k, v in _identity(run).items() if not k.startswith("method.")})
 
 
 def group_runs(runs: Sequence[RunResult]) -> list[Group]:
     """Groups of equal options except the seed: exact first, then by method, rank (largest first) and the rest."""
-
-    def identity(run: RunResult) -> dict[str, Any]:
-        return {k: v for k, v in run.options.items() if k != "seed" and not k.startswith(FREE_OPTIONS)}
-
     by_identity: dict[str, list[RunResult]] = {}
     for run in runs:
-        by_identity.setdefault(repr(sorted(identity(run).items())), []).append(run)
-    identities = {key: identity(members[0]) for key, members in by_identity.items()}
+        by_identity.setdefault(repr(_identity(run)), []).append(run)
+    identities = {key: _identity(members[0]) for key, members in by_identity.items()}
     groups = []
     for key, members in by_identity.items():
         same_method = [other for other in identities.values() if other["method.name"] == identities[key]["method.name"]]
@@ -100,12 +129,13 @@ def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everythin
     """Method and rank, then every other option that varies: method options among its own kind, the rest among all."""
     parts = [f"R={options['method.rank']}"] if "method.rank" in options else []
     for option, value in options.items():
-        if option in ("method.name", "method.rank"):
+        if option in ("method.name", "method.rank", "text"):
             continue
         peers = same_method if option.startswith("method.") else everything
         if any(peer.get(option) != value for peer in peers):
             parts.append(f"{option.removeprefix('method.')}={value}")
-    return " ".join([options["method.name"], *parts])
+    label = " ".join([options["method.name"], *parts])
+    return label if len(label) <= 90 else label[:87] + "..."
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:

@@ -8,6 +8,7 @@ noise need no state, they are functions of the step.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import shutil
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,7 +28,7 @@ from data.prepare import prepare
 from harness import memory, rundir
 from harness.build import build_model, check_method, fill_vocabulary
 from harness.checkpoint import Checkpoints, Loaded
-from harness.config import Config
+from harness.config import Config, make_estimator
 from harness.device import Runtime, resolve
 from harness.identity import run_id, run_labels
 from harness.metrics import MetricsLog
@@ -168,6 +170,15 @@ class Run:
         return measured | ({"mem/peak_bytes": peak} if peak else {})
 
 
+def telling_settings(config: Config) -> dict[str, object]:
+    """What tells runs of one method apart in a sweep: R, or else the estimator's options that have no default."""
+    if hasattr(config.method, "rank"):
+        return {"R": config.method.rank}
+    estimator: Any = make_estimator(config.method)
+    options = dataclasses.fields(estimator)
+    return {f.name: getattr(config.method, f.name) for f in options if f.default is dataclasses.MISSING}
+
+
 def set_up(config: Config, folder: Path) -> Run:
     """The run of `config` in `folder`, new or continued. Raises ValueError for what the user can mend, before writing."""
     runtime = resolve(config.device, config.precision, config.compile, deterministic=config.deterministic)
@@ -220,7 +231,7 @@ def set_up(config: Config, folder: Path) -> Run:
     metrics.truncate_after(loaded.step if loaded else -1)
     labels = run_labels(
         method=config.method.name,
-        settings={"R": getattr(config.method, "rank", None)},
+        settings=telling_settings(config),
         seed=config.seed,
         experiment=config.experiment_name,
     )

@@ -40,14 +40,16 @@ _NAME_LIMIT = 120
 
 
 def run_name(overrides: str) -> str:
-    """A folder name for a comma-separated list of overrides: readable, stable, without slashes, never too long.
+    """A folder name for a comma-separated list of overrides: readable, stable, never too long, usable on a command line.
 
-    "method.rank=8,seed=1" stays as it is; what a path can't hold is replaced and a digest keeps different lists apart.
+    "method.rank=8,seed=1" becomes "method.rank-8_seed-1", since Hydra would want quotes around the other. What else
+    can't be in a name is replaced too, and a digest keeps different lists apart.
     """
     if not overrides:
         return "default"
-    name = re.sub(r"[^A-Za-z0-9_.,=+@-]", "_", overrides)
-    if name == overrides and len(name) <= _NAME_LIMIT and not name.startswith("."):
+    readable = overrides.replace("=", "-").replace(",", "_")
+    name = re.sub(r"[^A-Za-z0-9_.+@-]", "_", readable)
+    if name == readable and len(name) <= _NAME_LIMIT and not name.startswith("."):
         return name
     return f"{name[:_NAME_LIMIT].lstrip('.')}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 

@@ -51,7 +51,12 @@ def sample(options: argparse.Namespace) -> None:
     model = GPT(GPTConfig(**config["model"]))
     model.load_state_dict(loaded.state["model"])
     model.eval()
-    tokenizer = prepare(DataOptions(**config["data"])).tokenizer
+    prepared = prepare(DataOptions(**config["data"]))
+    if prepared.train.sha256 != loaded.state["data"]["train"]:
+        raise ValueError(
+            f"the text behind {options.run} has changed since; its tokens would be read with another vocabulary"
+        )
+    tokenizer = prepared.tokenizer
     prompt = [int(token) for token in tokenizer.encode(options.prompt)]
     if not prompt:
         raise ValueError("--prompt is empty; give at least one character")

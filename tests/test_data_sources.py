@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from data import fetch, shakespeare
+from data.documents import Document, split_by_hash
 from data.files import local_files
 from data.options import COMMIT, REPOSITORY, DataOptions
 from data.shakespeare import SHAKESPEARE_HELD_OUT
-from data.sources import Document, make_source, split_by_hash
+from data.sources import make_source
 
 CACHE_DIR = os.environ.get("BASIS_CACHE_DIR", ".cache")
 CONFIGS = sorted((REPOSITORY / "conf" / "data").glob("*.yaml"))
@@ -142,7 +143,7 @@ def test_hash_split_is_the_documented_rule_and_about_its_fraction() -> None:
     ("name", "content", "message"),
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 is not JSON"),
-        ("x.jsonl", b'{"body": "a"}\n', r"data\.text_column='text': .* line 1 has no such text, only body"),
+        ("x.jsonl", b'{"body": "a"}\n', r"data\.text_column='text': .* line 1 has no string of that name, only body"),
         ("x.jsonl", b'["a"]\n', r"data\.text_column='text'"),
         ("x.txt", b"\xff\xfe", r"data\.path: .*x\.txt is not UTF-8"),
         ("x.csv", b"a,b", r"data\.path='.*x\.csv': must be or hold files ending in \.txt, \.jsonl, \.parquet"),

@@ -59,6 +59,42 @@ def test_options_that_differ_are_part_of_the_label(runs: Path, tmp_path: Path) -
     assert {group.label for group in group_runs(found)} == {"basis R=2 hashing=uniform", "basis R=2 hashing=balanced"}
 
 
+def test_repeats_count_once_and_pairs_share_everything_but_the_method(runs: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    train_here(data, tmp_path / "exact", "method=exact", "steps=12")
+    train_here(data, tmp_path / "short", "method.rank=2", "steps=12")
+    train_here(data, tmp_path / "longer", "method.rank=2", "steps=16")
+    train_here(data, tmp_path / "again", "method.rank=2", "steps=12", "tracker.project=other")
+    found, complaints = find_runs([tmp_path, tmp_path])
+    assert len(found) == 3
+    (complaint,) = complaints
+    assert "the same run as" in complaint
+    above = {row["method"]: row["above exact"] for row in evaluation.table(group_runs(found))}
+    assert above["basis R=2 steps=16"] == ""  # no exact run of 16 steps to compare with
+    assert above["basis R=2 steps=12"] != ""
+
+
+def test_other_text_is_another_group(tmp_path: Path) -> None:
+    train_here(tmp_path, tmp_path / "a", "seed=0")
+    text = tmp_path / "text.txt"
+    text.write_text(text.read_text()[::-1])
+    train_here(tmp_path, tmp_path / "b", "seed=1")
+    found, _ = find_runs([tmp_path])
+    assert [len(group.runs) for group in group_runs(found)] == [1, 1]
+
+
+def test_one_bad_folder_is_named_and_the_rest_reported(runs: Path, tmp_path: Path) -> None:
+    for name, config, summary in (("a", "{bad", "{}"), ("b", "a: 1", "{"), ("c", "a: 1", '{"status": "finished"}')):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(config)
+        (folder / "summary.json").write_text(summary)
+    found, complaints = find_runs([runs, tmp_path])
+    assert len(found) == 6
+    assert all(any(str(tmp_path / name) in complaint for complaint in complaints) for name in "abc")
+
+
 def test_interval_is_students() -> None:
     mean, half = mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2.0

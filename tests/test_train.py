@@ -394,9 +394,9 @@ def test_compiled_run_agrees_with_eager_to_rounding(data: Path, tmp_path: Path) 
     ("text", "name"),
     [
         ("", "default"),
-        ("method=exact,seed=1", "method=exact,seed=1"),
-        ("method.include=[head]", "method.include=_head_-" + "X" * 8),
-        ("data.path=/a/b.txt", "data.path=_a_b.txt-" + "X" * 8),
+        ("method=exact,seed=1", "method-exact_seed-1"),
+        ("method.include=[head]", "method.include-_head_-" + "X" * 8),
+        ("data.path=/a/b.txt", "data.path-_a_b.txt-" + "X" * 8),
         ("..", "-" + "X" * 8),
     ],
 )
