@@ -249,8 +249,9 @@ def set_up(config: Config, folder: Path) -> Run:
     except ValueError:  # no key, no entry: known only when asked, and then nothing should stay of a run that did not begin
         metrics.close()
         lock.release()
-        if fresh:
-            shutil.rmtree(folder)
+        if fresh:  # the contents alone: the folder may be the user's, or the working directory
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     if runtime.compile:
         torch.compiler.reset()  # graphs of a sweep's earlier runs count against the limit of recompilations

@@ -1,0 +1,98 @@
+"""What train.py refuses: in few lines, by the name of the option, with exit code 1 and nothing written."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import CompactHydraException
+from tiny import REPOSITORY, command, run_command, train_here
+
+from harness import rundir
+
+REFUSED = [
+    (["method.rnk=3"], "method.rnk"),
+    (["+method.rnk=3"], "method.rnk"),
+    (["method.rank=abc"], "method.rank"),
+    (["method.rank=0"], "method.rank=0"),
+    (["method.hashing=other"], "method.hashing='other'"),
+    (["method.include=[blocks.*.mpl.*]"], "method.include='blocks.*.mpl.*'"),
+    (["optim.lr=0"], "optim.lr=0"),
+    (["model.n_head=3"], "model.n_head=3"),
+    (["model.vocab_size=5"], "model.vocab_size=5"),
+    (["tokens_per_step=100"], "tokens_per_step=100"),
+    (["micro_batch_size=0"], "micro_batch_size=0"),
+    (["eval.batches=100000"], "eval.batches=100000"),
+    (["eval.batches=0"], "eval.batches=0"),
+    (["precision=float16"], "precision='float16'"),
+    (["device=tpu"], "device='tpu'"),
+    (["data.order=sorted"], "data.order='sorted'"),
+    (["tracker.mode=maybe"], "tracker.mode='maybe'"),
+    (["steps=1.5"], "steps"),
+    (["optim.warmup_steps=21"], "optim.warmup_steps=21"),
+    (["method.name=unheard_of"], "method.name='unheard_of'"),
+    (["model.n_layer=null"], "model.n_layer"),
+    (["seed=18446744073709551616"], "seed=18446744073709551616"),
+    (["method=exact", "+method.include=[head]"], "method.include"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "named"), REFUSED, ids=lambda value: value if isinstance(value, str) else None)
+def test_mistakes_are_named_and_nothing_is_written(wrong: list[str], named: str, data: Path, tmp_path: Path) -> None:
+    from hydra.errors import ConfigCompositionException
+
+    run = tmp_path / "runs" / "run"
+    with pytest.raises((CompactHydraException, ConfigCompositionException)) as refusal:
+        train_here(data, run, *wrong)
+    assert named in str(refusal.value) or named in str(refusal.value.__cause__)
+    assert not run.exists()
+
+
+def test_refusals_on_the_command_line_are_short_and_leave_nothing(data: Path, tmp_path: Path) -> None:
+    done = run_command(command(data, "method.rank=0", f"hydra.run.dir={tmp_path / 'a' / 'b'}"), tmp_path)
+    assert done.returncode == 1
+    assert "method.rank=0: must be at least 1" in done.stdout
+    assert len(done.stdout.splitlines()) <= 5, done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_goes_on_after_a_failure_reports_it_and_skips_what_is_finished(data: Path, tmp_path: Path) -> None:
+    arguments = command(data, "-m", "method=basis", "method.rank=0,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = run_command(arguments, tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.count("method.rank=0: must be at least 1") >= 1
+    assert re.search(r"^FAILED: .*method\.rank=0", done.stdout, re.MULTILINE), done.stdout
+    (finished,) = [p for p in (tmp_path / "sweep").iterdir() if p.is_dir()]
+    assert rundir.read_config(finished)["method"]["rank"] == 2
+    again = run_command([a.replace("method.rank=0,2", "method.rank=2") for a in arguments], tmp_path)
+    assert again.returncode == 0, again.stdout
+    assert "is finished" in again.stdout
+
+
+def test_disabled_tracker_needs_no_wandb_and_offline_says_what_to_do(data: Path, tmp_path: Path) -> None:
+    program = """import runpy, sys
+sys.modules["wandb"] = None  # importing it fails
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    arguments = command(data, f"hydra.run.dir={tmp_path / 'run'}")
+    done = run_command([sys.executable, "-c", program, *arguments[1:]], tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stdout
+    other = [a.replace("tracker.mode=disabled", "tracker.mode=offline").replace("/run", "/other") for a in arguments[1:]]
+    refused = run_command([sys.executable, "-c", program, *other], tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert refused.returncode == 1
+    assert "tracker.mode='offline': wandb is not installed" in refused.stdout
+    assert not (tmp_path / "other").exists()
+
+
+def test_online_without_a_key_is_refused_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
+    arguments = command(data, "tracker.mode=online", f"hydra.run.dir={tmp_path / 'run'}")
+    done = run_command(arguments, tmp_path, WANDB_API_KEY="", HOME=str(tmp_path / "home"), NETRC=str(tmp_path / "netrc"))
+    assert done.returncode == 1, done.stdout
+    assert "tracker.mode='online'" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_run_never_removes_the_working_directory(data: Path, tmp_path: Path) -> None:
+    done = run_command(command(data, "method.rank=0", "hydra.run.dir=."), tmp_path)
+    assert done.returncode == 1
+    assert tmp_path.is_dir()
