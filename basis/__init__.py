@@ -17,6 +17,7 @@ from basis.convert import convert, revert, set_noise_key, sketched_layers
 from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS, BalancedSketch, Exact
 from basis.linear import SketchedLinear, basis_linear, sketched_linear
+from basis.loss_head import linear_cross_entropy
 from basis.noise import encode_hashing
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "basis_linear",
     "convert",
     "encode_hashing",
+    "linear_cross_entropy",
     "revert",
     "set_noise_key",
     "sketched_layers",

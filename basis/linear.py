@@ -26,6 +26,20 @@ from basis.noise import draw_key, encode_hashing
 Layer = TypeVar("Layer", bound=nn.Linear)
 
 
+def refuse_nested_transforms() -> None:
+    """Raise RuntimeError inside nested transforms: a second derivative would silently be zero, since autograd never asks."""
+    if not torch.compiler.is_compiling() and (torch._C._functorch.maybe_current_level() or 0) > 1:
+        raise RuntimeError("sketched linear: nested transforms of torch.func (second derivatives, vmap) are not supported")
+
+
+def cast_for_autocast(input: Tensor) -> Tensor:
+    """`input` in the precision of autocast, if that is on: what is kept of it is then small too."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return input.to(torch.get_autocast_dtype(device))
+    return input
+
+
 class _SketchedLinearFunction(torch.autograd.Function):
     """Y = X W^T + b; backward: dX = dY W, dW by the estimator, db = column sums of dY."""
 
@@ -36,11 +50,7 @@ class _SketchedLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, _, key, estimator = inputs
-        # torch.func runs backward at the same level for a second derivative and would make it zero; refuse like autograd.
-        if not torch.compiler.is_compiling() and (torch._C._functorch.maybe_current_level() or 0) > 1:
-            raise RuntimeError(
-                "sketched linear: nested transforms of torch.func (second derivatives, vmap) are not supported"
-            )
+        refuse_nested_transforms()
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
             kept = estimator.compress(input.reshape(-1, input.shape[-1]), key)
@@ -82,10 +92,7 @@ def sketched_linear(input: Tensor, weight: Tensor, bias: Tensor | None, key: Ten
         raise ValueError(f"sketched linear: empty batch, input has shape {tuple(input.shape)}")
     if not wants_weight_grad(weight):
         return F.linear(input, weight, bias)
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device))
-    return _SketchedLinearFunction.apply(input, weight, bias, key, estimator)
+    return _SketchedLinearFunction.apply(cast_for_autocast(input), weight, bias, key, estimator)
 
 
 def basis_linear(
@@ -173,17 +180,18 @@ class SketchedLinear(nn.Linear):
         device = self.weight.device
         self.noise_key = key.to(device) if isinstance(key, Tensor) else torch.full((), key, dtype=torch.int64, device=device)
 
-    def forward(self, input: Tensor) -> Tensor:
-        key = self.noise_key
-        if key is not None:
-            key = key.to(input.device)
-        elif self.estimator.uses_noise and self.weight.requires_grad and (self.training or torch.is_grad_enabled()):
+    def key_for(self, input: Tensor) -> Tensor:
+        """The key of a forward now, on the input's device: `noise_key`, else a fresh one if this forward may be trained on."""
+        if self.noise_key is not None:
+            return self.noise_key.to(input.device)
+        if self.estimator.uses_noise and self.weight.requires_grad and (self.training or torch.is_grad_enabled()):
             # Before the look at the grad mode: a reentrant checkpoint runs its first forward without, and its recomputation
             # must find that the generator has moved on, else all steps and layers would share one key.
-            key = draw_key(input.device)
-        else:
-            key = torch.zeros((), dtype=torch.int64, device=input.device)
-        return sketched_linear(input, self.weight, self.bias, key, self.estimator)
+            return draw_key(input.device)
+        return torch.zeros((), dtype=torch.int64, device=input.device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sketched_linear(input, self.weight, self.bias, self.key_for(input), self.estimator)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, estimator={self.estimator}"

@@ -14,7 +14,9 @@ Bit-wise reproducible: on the CPU always, for the same machine, thread count, ve
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -59,4 +61,22 @@ def resolve(device: str, precision: str, compile: bool | None, *, deterministic:
     torch.use_deterministic_algorithms(deterministic)
     if kind == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    else:
+        keep_freed_memory()
     return Runtime(torch.device(kind), precision, kind == "cuda" if compile is None else compile)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that a training step frees, for the next step to use again.
+
+    By default blocks of more than a few MB go back to the system when freed, and each page of the next one has to be mapped
+    and zeroed anew: a sixth of the paper model's step. Costs nothing but that the process stays as large as it was at its
+    peak. Elsewhere than on Linux with glibc nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)

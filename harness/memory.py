@@ -11,7 +11,7 @@ since they are there anyway. The category is the kind of the layer whose forward
 | attention | the attention module: q, k, v, output, log-sum-exp, dropout |
 | norms | LayerNorm, RMSNorm: input and statistics |
 | activations | GELU and its like: their input or output |
-| logits and loss | the model itself: log-probabilities of the cross-entropy |
+| loss head | the model itself: dX and dW of the head, which are formed with the loss (basis/loss_head.py) |
 | weight copies | autocast: the low-precision copy of a weight, which nn.Linear keeps and SketchedLinear makes again |
 | other | embeddings (token indices), dropout, anything else |
 
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from basis import SketchedLinear
 from models.gpt import GPT, CausalSelfAttention
 
-CATEGORIES = ("linear inputs", "sketches", "attention", "norms", "activations", "logits and loss", "weight copies", "other")
+CATEGORIES = ("linear inputs", "sketches", "attention", "norms", "activations", "loss head", "weight copies", "other")
 
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((SketchedLinear,), "sketches"),
@@ -48,7 +48,7 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((CausalSelfAttention, nn.MultiheadAttention), "attention"),
     ((nn.LayerNorm, nn.RMSNorm), "norms"),
     ((nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid), "activations"),
-    ((GPT,), "logits and loss"),
+    ((GPT,), "loss head"),
 )
 
 
@@ -109,6 +109,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
 
     handles: list[torch.utils.hooks.RemovableHandle] = []
     for module in model.modules():
+        if isinstance(model, GPT) and module is model.head:
+            continue  # with a hook on it, its logits would be made for the hook to see
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         table = _record(model, forward, lambda tensor: _category(running[-1] if running else None, tensor))

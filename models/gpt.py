@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basis import linear_cross_entropy
+
 
 @dataclass
 class GPTConfig:
@@ -148,10 +150,11 @@ class GPT(nn.Module):
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (b, T, C)
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.ln_f(x))  # (b, T, V)
+        x = self.ln_f(x)
         if targets is None:
+            logits: Tensor = self.head(x)  # (b, T, V)
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return linear_cross_entropy(self.head, x, targets)
 
     @torch.no_grad()
     def generate(

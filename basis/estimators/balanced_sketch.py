@@ -46,11 +46,13 @@ def signed_bin_sums(x: Tensor, bins: Tensor, signs: Tensor, rank: int) -> Tensor
 
     Two routes to the same sums. A product with the dense sign matrix reads x once, accumulates low precision in float32 and
     is deterministic everywhere, at 2 R B N FLOPs. Adding rows to bins takes B N additions however large R is, but
-    accumulates in x's precision and, on CUDA, in no fixed order; so it serves float32 and float64 on the CPU.
+    accumulates in x's precision and, on CUDA, in no fixed order; so it serves float32 and float64 on the CPU, where rows
+    lie one after the other: the transposed view that the loss head gives would be walked through across the grain.
     """
-    if rank <= _DENSE_MAX_RANK or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    exact_sums = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not _transposed(x)
+    if rank <= _DENSE_MAX_RANK or not exact_sums:
         matrix = x.new_zeros(rank, x.shape[0]).scatter_(0, bins[None], signs[None].to(x.dtype))
-        return matrix @ x
+        return (x.t() @ matrix.t()).t() if _transposed(x) else matrix @ x  # in the memory order of x
     # Positive and negative rows go to bins of their own, and these are subtracted: no signed copy of x is made.
     sums = x.new_zeros(2 * rank, x.shape[1]).index_add_(0, torch.where(signs < 0, bins + rank, bins), x)
     return sums[:rank] - sums[rank:]
@@ -62,8 +64,14 @@ def _norm(x: Tensor) -> Tensor:
     Row by row first, then over the rows: one long float32 sum over millions of elements loses digits on the CPU.
     """
     low = x.dtype in (torch.bfloat16, torch.float16)
+    x = x.t() if _transposed(x) else x
     rows = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32 if low else x.dtype)
     return torch.linalg.vector_norm(rows)
+
+
+def _transposed(x: Tensor) -> bool:
+    """Whether the matrix lies in memory column by column."""
+    return x.stride(0) == 1 and x.stride(1) > 1
 
 
 @dataclass(frozen=True)

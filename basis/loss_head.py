@@ -1,0 +1,106 @@
+"""The last dense layer and the cross-entropy as one step: no logits outlive the forward pass.
+
+At a vocabulary of 50,257 the head is most of a small GPT's step, and its logits are most of what backward would keep. But
+the gradient of a mean cross-entropy is known as soon as the logits are,
+
+    dY = (softmax(Y) - onehot(targets)) / B,        Y = X W^T                          (B rows, V classes)
+
+so forward turns Y into dY in place, forms dX = dY W (exact) and dW (by the layer's estimator, exact or sketched), and lets dY go.
+Backward multiplies both by the gradient of the loss, which is 1 in a plain training step. One path for every method, so
+that comparisons between methods compare the methods.
+
+Layout: Y is made vocabulary-major, as W X^T. Its product, the one with S and the one that forms dW then read W and Y row by
+row; with few rows (B = 64) that is up to twice as fast as X W^T on a CPU. Estimators see dY as the (B, V) view.
+
+What is exact: the loss, dX. What is estimated: dW, if the estimator says so.
+Kept until backward: dX (B N elements) and dW (V N, the gradient itself, there a little earlier than usual).
+Held during forward: one B x V block in float32 at least, where F.linear and F.cross_entropy hold two, and three in backward.
+FLOPs: as without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from basis.estimator import Estimator
+from basis.estimators.exact import Exact
+from basis.linear import SketchedLinear, cast_for_autocast, refuse_nested_transforms, wants_weight_grad
+
+
+class _LinearCrossEntropyFunction(torch.autograd.Function):
+    """(loss, dX, dW) of the mean cross-entropy of X W^T; the last two are kept for backward, not differentiated."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, targets: Tensor, key: Tensor, estimator: Estimator, needs_weight_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows = x.shape[0]
+        w = weight.to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)  # softmax of low-precision logits is taken in float32
+        y = (w @ x.t()).to(wide)  # (V, B)
+        index = targets[None]
+        at_target = y.gather(0, index)
+        largest = y.amax(0)
+        sums = y.sub_(largest).exp_().sum(0)
+        loss = (sums.log() + largest - at_target[0]).mean()
+        y.mul_(1.0 / (sums * rows))
+        grad_y = y.scatter_add_(0, index, y.new_full(index.shape, -1.0 / rows)).to(x.dtype)  # dY^T
+        grad_x = grad_y.t() @ w
+        grad_weight = None
+        if needs_weight_grad:
+            grad_weight = estimator.weight_grad(estimator.compress(x, key), grad_y.t()).to(weight.dtype)
+        return loss, grad_x, grad_weight
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        refuse_nested_transforms()
+        _, grad_x, grad_weight = output
+        ctx.mark_non_differentiable(*(grad for grad in (grad_x, grad_weight) if grad is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_x if ctx.needs_input_grad[0] else None, grad_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,) * 6
+        # A look at the value spares a pass over dW. Not on a GPU, where looking waits for it, nor where there is no value.
+        may_look = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (may_look and float(grad_loss) == 1.0):
+            grad_x = None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype)
+            grad_weight = None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype)
+        return grad_x, grad_weight, None, None, None, None
+
+
+def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor) -> Tensor:
+    """`F.cross_entropy(layer(input), targets)` in nats, a scalar, with dW by the layer's estimator.
+
+    layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0, V). Without gradients to
+    form, or where the layer has a bias or hooks that must see its output, PyTorch's own functions do it, from whole logits.
+    Raises ValueError if the shapes do not fit.
+    """
+    if input.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"linear_cross_entropy: targets {tuple(targets.shape)} do not fit the rows of input {tuple(input.shape)}"
+        )
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    fusible = type(layer) in (nn.Linear, SketchedLinear) and layer.bias is None and not hooked
+    needs_grad = torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
+    if not fusible or not needs_grad:
+        logits = layer(input).flatten(0, -2)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+    if isinstance(layer, SketchedLinear):
+        estimator, key = layer.estimator, layer.key_for(input)
+    else:
+        estimator, key = Exact(), torch.zeros((), dtype=torch.int64, device=input.device)
+    x = cast_for_autocast(input).flatten(0, -2)
+    loss, _, _ = _LinearCrossEntropyFunction.apply(
+        x, layer.weight, targets.flatten(), key, estimator, wants_weight_grad(layer.weight)
+    )
+    return loss
