@@ -33,7 +33,7 @@ from harness.checkpoint import CheckpointError
 from harness.config import load
 from harness.evaluate import validation_loss
 from harness.metrics import read_metrics
-from harness.optim import learning_rate
+from harness.optim import learning_rate, momentum_norm
 from harness.run import NonFiniteError, Run, set_up
 from harness.signals import StopRequest
 
@@ -93,6 +93,7 @@ def train(run: Run) -> dict[str, Any]:
                     "train/loss_last_step": step_losses[-1],
                     "lr": lr,
                     "grad_norm": float(grad_norm),
+                    "momentum_norm": momentum_norm(optimizer),
                     "step_seconds": seconds,
                     "tokens_per_second": config.step_tokens / seconds,
                     "mem/rss_bytes": memory.rss_bytes(),

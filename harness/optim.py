@@ -79,3 +79,13 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
     progress = (step - options.warmup_steps) / max(steps - 1 - options.warmup_steps, 1)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return options.lr * (options.min_lr_ratio + (1.0 - options.min_lr_ratio) * cosine)
+
+
+def momentum_norm(optimizer: torch.optim.Optimizer) -> float:
+    """2-norm of the running mean of gradients, all parameters together: SGD's momentum buffers, AdamW's first moments.
+
+    0 before the first step, and for SGD without momentum.
+    """
+    names = ("momentum_buffer", "exp_avg")
+    buffers = [state[name] for state in optimizer.state.values() for name in names if state.get(name) is not None]
+    return float(torch.nn.utils.get_total_norm(buffers)) if buffers else 0.0

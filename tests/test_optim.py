@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.optim import OptimOptions, learning_rate, make_optimizer
+from harness.optim import OptimOptions, learning_rate, make_optimizer, momentum_norm
 
 
 def test_constant_rate_after_linear_warmup() -> None:
@@ -65,3 +65,16 @@ def test_adamw_decays_matrices_alone() -> None:
 def test_wrong_options_are_named(options: dict, start: str) -> None:
     with pytest.raises(ValueError, match="^" + start.replace(".", r"\.")):
         OptimOptions(**options)
+
+
+@pytest.mark.parametrize("options", [OptimOptions(), OptimOptions(momentum=0.0), OptimOptions(name="adamw")])
+def test_momentum_norm_is_that_of_the_running_means(options: OptimOptions) -> None:
+    weight = nn.Parameter(torch.zeros(3, 2))
+    bias = nn.Parameter(torch.zeros(2))
+    optimizer = make_optimizer(nn.ParameterList([weight, bias]), options)
+    assert momentum_norm(optimizer) == 0.0
+    for _ in range(2):
+        weight.grad, bias.grad = torch.full((3, 2), 2.0), torch.full((2,), -1.0)
+        optimizer.step()
+    factor = {"sgd": 1 + options.momentum if options.momentum else 0.0, "adamw": 1 - options.beta1**2}[options.name]
+    assert momentum_norm(optimizer) == pytest.approx(factor * (6 * 4 + 2 * 1) ** 0.5, rel=1e-6)
