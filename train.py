@@ -59,15 +59,20 @@ def train(run: Run) -> dict[str, Any]:
             lr = learning_rate(config.optim, run.step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            done = run.step + 1
+            log_now, eval_now, save_now, look_now = (
+                due(done, g.every, config.steps) for g in (config.log, config.eval, config.checkpoint, config.diagnostics)
+            )
+            row: dict[str, Any] = {}
+            if look_now and config.diagnostics.every:
+                paused = time.perf_counter()
+                row = run.gradient_quality()
+                mark += time.perf_counter() - paused
             losses = []
             for micro_batch in range(config.micro_batches):
                 loss = run.micro_batch_loss(run.step, micro_batch)
                 (loss / config.micro_batches).backward()
                 losses.append(loss.detach())
-            done = run.step + 1
-            log_now, eval_now, save_now = (
-                due(done, g.every, config.steps) for g in (config.log, config.eval, config.checkpoint)
-            )
             grad_norm = None
             if config.optim.grad_clip is not None:
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
@@ -79,7 +84,6 @@ def train(run: Run) -> dict[str, Any]:
             run.pending.append(torch.stack(losses).mean())
             progress.update()
 
-            row: dict[str, Any] = {}
             if log_now or eval_now or save_now:
                 run.runtime.synchronize()
             if log_now:
@@ -88,7 +92,7 @@ def train(run: Run) -> dict[str, Any]:
                 assert grad_norm is not None
                 now = time.perf_counter()
                 seconds, mark, first = (now - mark) / (done - first), now, done
-                row = {
+                row |= {
                     "train/loss": math.fsum(step_losses) / len(step_losses),
                     "train/loss_last_step": step_losses[-1],
                     "lr": lr,
@@ -101,7 +105,7 @@ def train(run: Run) -> dict[str, Any]:
                 }
                 if run.runtime.device.type == "cuda":
                     row["mem/peak_bytes"] = torch.cuda.max_memory_allocated()
-            # A step's time is with logging, and without evaluation and checkpoint: their time is taken out by moving the mark.
+            # A step's time is with logging; that of diagnostics, evaluation and checkpoint is taken out by moving the mark.
             paused = time.perf_counter()
             if eval_now:
                 row |= evaluate(run)

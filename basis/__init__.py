@@ -19,16 +19,19 @@ from basis.estimators import ESTIMATORS, BalancedSketch, Exact
 from basis.linear import SketchedLinear, basis_linear, sketched_linear
 from basis.loss_head import linear_cross_entropy
 from basis.noise import encode_hashing
+from basis.quality import Quality, gradient_quality
 
 __all__ = [
     "ESTIMATORS",
     "BalancedSketch",
     "Estimator",
     "Exact",
+    "Quality",
     "SketchedLinear",
     "basis_linear",
     "convert",
     "encode_hashing",
+    "gradient_quality",
     "linear_cross_entropy",
     "revert",
     "set_noise_key",

@@ -74,6 +74,19 @@ class LogOptions:
 
 
 @dataclass
+class DiagnosticsOptions:
+    """Every `every` steps (0: never) exact dW beside the estimate, per sketched layer, and over `masks` further noises."""
+
+    every: int = 0
+    masks: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(0, "diagnostics", every=self.every, masks=self.masks)
+        if self.masks == 1:
+            raise ValueError("diagnostics.masks=1: must be 0, or at least 2 to tell bias from variance")
+
+
+@dataclass
 class Config:
     """One run. Raises ValueError naming the dotted option; see the groups' own classes for theirs."""
 
@@ -93,6 +106,7 @@ class Config:
     eval: EvalOptions = field(default_factory=EvalOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
+    diagnostics: DiagnosticsOptions = field(default_factory=DiagnosticsOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
 
     def __post_init__(self) -> None:

@@ -79,6 +79,20 @@ class Run:
         with self.runtime.autocast():
             return self.forward(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
 
+    def gradient_quality(self) -> dict[str, float]:
+        """Estimated against exact dW in the step about to be taken (its first micro-batch), as metrics `sketch/<layer>/...`.
+
+        The noise is that of the step; weights, gradients and random state stay as they are.
+        """
+        compiled, self.forward = self.forward, self.model
+        try:
+            panel = basis.gradient_quality(
+                self.model, lambda: self.micro_batch_loss(self.step, 0), masks=self.config.diagnostics.masks
+            )
+        finally:
+            self.forward = compiled
+        return {f"sketch/{layer}/{name}": v for layer, quality in panel.items() for name, v in quality.metrics().items()}
+
     def pending_losses(self) -> list[float]:
         """Losses of the steps since the last logged row. Raises NonFiniteError naming the first step that has none."""
         losses: list[float] = torch.stack(self.pending).tolist() if self.pending else []

@@ -35,7 +35,7 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 
 # What a run may be continued with although it was started otherwise.
-FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "data.cache_dir")
+FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "diagnostics.", "data.cache_dir")
 _NAME_LIMIT = 120
 
 

@@ -277,6 +277,26 @@ def test_offline_mirror_holds_the_run(data: Path, tmp_path: Path) -> None:
     assert (segment / f"run-{identity['id']}.wandb").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    "more", [[], ["tokens_per_step=32", "model.dropout=0.1"]], ids=["plain", "accumulation and dropout"]
+)
+def test_diagnostics_change_nothing_and_see_the_gradients(data: Path, tmp_path: Path, more: list[str]) -> None:
+    options = ["method.rank=3", "checkpoint.every=10", *more]
+    train_here(data, tmp_path / "without", *options)
+    train_here(data, tmp_path / "with", *options, "diagnostics.every=5", "diagnostics.masks=3")
+    rows = losses(tmp_path / "with")
+    looks = [{k: row.pop(k) for k in list(row) if k.startswith("sketch/")} for row in rows]
+    assert [row["step"] for row, look in zip(rows, looks, strict=True) if look] == [5, 10, 15, 20]
+    assert [row for row in rows if len(row) > 2] == losses(tmp_path / "without")
+    weights = [Checkpoints(tmp_path / name / "checkpoints").load_latest().state["model"] for name in ("with", "without")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    last = looks[-1]
+    layers = ("blocks.0.mlp.fc", "blocks.0.mlp.proj", "head", "all")
+    metrics = ("relative_error", "cosine", "norm_ratio", "bias", "variance")
+    assert list(last) == [f"sketch/{layer}/{metric}" for layer in layers for metric in metrics]
+    assert 0 < last["sketch/all/cosine"] < 1
+
+
 def test_bfloat16_trains_and_keeps_less(data: Path, tmp_path: Path) -> None:
     for precision in ("float32", "bfloat16"):
         train_here(data, tmp_path / precision, f"precision={precision}", "method.rank=4")

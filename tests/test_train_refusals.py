@@ -24,6 +24,7 @@ REFUSED = [
     (["micro_batch_size=0"], "micro_batch_size=0"),
     (["eval.batches=100000"], "eval.batches=100000"),
     (["eval.batches=0"], "eval.batches=0"),
+    (["diagnostics.masks=1"], "diagnostics.masks=1"),
     (["precision=float16"], "precision='float16'"),
     (["device=tpu"], "device='tpu'"),
     (["data.order=sorted"], "data.order='sorted'"),
