@@ -191,6 +191,9 @@ def execute(values: DictConfig, folder: Path) -> None:
             if config.tracker.mode == "online":
                 log.info("to upload it: python scripts/sync.py %s --mode online", folder)
             return
+        if summary.get("status") == "diverged":  # it would do so again: a run is a function of its configuration
+            rundir.check_same_run(folder, config)
+            raise ValueError(f"{folder} holds a run that diverged: {summary['reason']}; delete it to run it again")
         run = set_up(config, folder)
     except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
         remove_if_empty(folder)
@@ -206,7 +209,7 @@ def execute(values: DictConfig, folder: Path) -> None:
             result = train(run)
             summary |= {"status": "finished"} | result
         except NonFiniteError as error:
-            summary["reason"] = str(error)
+            summary |= {"status": "diverged", "reason": str(error)}
             raise CompactHydraException(str(error)) from error
         except torch.OutOfMemoryError as error:
             summary["reason"] = "out of memory"

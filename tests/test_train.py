@@ -205,8 +205,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert "step 13: the training loss is inf (method basis" in str(failure.value)
     assert "the last checkpoint is of step 10" in str(failure.value)
     summary = rundir.read_summary(tmp_path)
-    assert summary["status"] == "failed"
+    assert summary["status"] == "diverged"
     assert "step 13" in summary["reason"]
+    with pytest.raises(CompactHydraException, match="holds a run that diverged: step 13"):  # at once, without a step
+        train_here(data, tmp_path, "steps=20")
     kept = Checkpoints(tmp_path / "checkpoints").load_latest()
     assert kept.step == 10
     assert all(torch.equal(kept.state["model"][k], v) for k, v in good.state["model"].items())
