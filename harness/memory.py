@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from basis import SketchedLinear
 from models.gpt import GPT, CausalSelfAttention
@@ -65,7 +66,13 @@ def _category(module: nn.Module | None, tensor: Tensor) -> str:
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of all storages behind `tensors`, each once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+    return sum({_storage_id(t): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+
+
+def _storage_id(tensor: Tensor) -> int:
+    """Equal for two tensors if they lie in the same memory. Fake tensors have storages, and no memory behind them."""
+    storage = tensor.untyped_storage()
+    return int(storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr())
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -78,13 +85,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _record(model: nn.Module, forward: Callable[[], Tensor], category: Callable[[Tensor], str]) -> dict[str, int]:
     """Bytes kept for the backward of `forward()`, by what `category(tensor)` says at the moment of saving."""
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    known = {_storage_id(t) for t in [*model.parameters(), *model.buffers()]}
     found: dict[int, tuple[str, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found.setdefault(storage.data_ptr(), (category(tensor), storage.nbytes()))
+        if _storage_id(tensor) not in known:
+            found.setdefault(_storage_id(tensor), (category(tensor), tensor.untyped_storage().nbytes()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,13 +1,12 @@
-"""Finished runs, read back from their folders and put into groups that differ in their seed alone.
+"""Runs that came to an end, read back from their folders and put into groups that differ in their seed alone.
 
 A group is named by what tells it from the others: the method, its rank, and any other option in which the given runs differ.
-Means over seeds come with a 95% interval (Student's t, since seeds are few); a single seed has no interval and says so.
+A run that diverged came to an end too: it is a result, without final losses.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from harness.rundir import CONFIG_FILE, FREE_OPTIONS, METRICS_FILE, flatten, rea
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run: its folder, its options by dotted name, its summary and its rows of metrics."""
+    """A run that finished or diverged: its folder, its options by dotted name, its summary and its rows of metrics."""
 
     folder: Path
     options: dict[str, Any]
@@ -31,6 +30,16 @@ class RunResult:
     @property
     def seed(self) -> int:
         return int(self.options["seed"])
+
+    @property
+    def id(self) -> str:
+        """The id that it has in the tracker too."""
+        return str(self.summary["run_id"])
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its loss or weights stopped being finite numbers."""
+        return bool(self.summary["status"] == "diverged")
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of `metric`, where it was logged."""
@@ -54,13 +63,18 @@ class Group:
         return str(self.runs[0].options["method.name"])
 
     @property
+    def diverged(self) -> list[RunResult]:
+        """Those without final losses."""
+        return [run for run in self.runs if run.diverged]
+
+    @property
     def rank(self) -> int | None:
         rank: int | None = self.runs[0].options.get("method.rank")
         return rank
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """All finished runs in or below `paths`, and one sentence for each folder that could not be used.
+    """All finished and diverged runs in or below `paths`, and one sentence for each folder that could not be used.
 
     Raises ValueError if a path does not exist.
     """
@@ -90,7 +104,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
 
 def _read(folder: Path) -> RunResult:
     summary = read_summary(folder)
-    if summary.get("status") != "finished":
+    if summary.get("status") not in ("finished", "diverged"):
         reason = summary.get("reason", "the command that started it continues it")
         raise ValueError(f"{summary.get('status', 'without summary.json')}, {reason}")
     return RunResult(folder, flatten(read_config(folder)), summary, read_metrics(folder / METRICS_FILE))
@@ -136,20 +150,3 @@ def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everythin
             parts.append(f"{option.removeprefix('method.')}={value}")
     label = " ".join([options["method.name"], *parts])
     return label if len(label) <= 90 else label[:87] + "..."
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95% interval (Student's t); None for the latter with a single value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    from scipy import stats
-
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * spread
-
-
-def format_mean(values: Sequence[float], digits: int = 3) -> str:
-    """ "6.850 ± 0.012", or "6.850" for a single value."""
-    mean, half = mean_and_interval(values)
-    return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"

@@ -1,0 +1,129 @@
+"""Figures of groups of runs, as PNG and SVG. matplotlib is drawn without a display and imported when asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.report.statistics import Estimate, estimate
+from harness.results import Group
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SUFFIXES = ("png", "svg")
+
+
+@contextmanager
+def _figure(stem: Path, panels: int, legend_rows: int) -> Iterator[tuple[Any, Sequence[Axes]]]:
+    """A figure of `panels` axes side by side, saved as stem.png and stem.svg at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "basis"  # equal figures are equal files
+    from matplotlib import pyplot as plt
+
+    size = (7.0 if panels == 1 else 4.6 * panels, 4.2 + 0.22 * legend_rows)
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    yield figure, axes[0]
+    for suffix in SUFFIXES:
+        metadata = {"Date": None} if suffix == "svg" else None
+        figure.savefig(stem.with_suffix(f".{suffix}"), dpi=150, metadata=metadata)
+    plt.close(figure)
+
+
+def _styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Colours by method and rank, exact in black and dashed; learning rates, if several, by the line's pattern."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"]
+    sketched = [group for group in groups if group.method != "exact"]
+    styles = []
+    for group in groups:
+        exact = group.method == "exact"
+        colour = "black" if exact else colours(0.9 * sketched.index(group) / max(len(sketched) - 1, 1))
+        styles.append({"color": colour, "linestyle": "--" if exact else "-"})
+    return styles
+
+
+def _legend(figure: Any, groups: Sequence[Group]) -> None:
+    columns = 3 if max(len(group.label) for group in groups) <= 24 else 1
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _label(group: Group) -> str:
+    return f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
+
+
+def _draw(axes: Axes, group: Group, metric: str, style: dict[str, Any]) -> list[float]:
+    """Mean curve of a metric with a 95% band where there are seeds; returns the means."""
+    steps, values = mean_curve(group, metric)
+    means = [value.mean for value in values]
+    axes.plot(steps, means, linewidth=1.6, label=_label(group), **style)
+    if len(group.runs) > 1:
+        low, high = ([value.low for value in values], [value.high for value in values])
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    return means
+
+
+def mean_curve(group: Group, metric: str) -> tuple[list[int], list[Estimate]]:
+    """Steps at which all runs of the group logged a finite `metric`, and mean and interval there."""
+    curves = [
+        {step: value for step, value in zip(*run.series(metric), strict=True) if math.isfinite(value)} for run in group.runs
+    ]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return steps, [estimate([curve[step] for curve in curves]) for step in steps]
+
+
+def validation_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
+    """Figure 1 of the paper: validation loss (nats per token) against steps, a line per group, a 95% band over seeds.
+
+    The loss of the untrained model is cut off, since all that is to be seen lies below. Returns the paths written.
+    """
+    with _figure(stem, 1, len(groups)) as (figure, (axes,)):
+        top, bottom = 0.0, math.inf
+        for group, style in zip(groups, _styles(groups), strict=True):
+            means = _draw(axes, group, "val/loss", style)
+            later = means[max(1, len(means) // 25) :]
+            if later:
+                top, bottom = max(top, later[0]), min(bottom, *later)
+        if math.isfinite(bottom) and top > bottom:
+            axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
+        axes.set_ylabel("validation loss (nats per token)")
+        _legend(figure, groups)
+    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
+
+
+def stability_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
+    """Validation loss and norm of the momentum against steps, one panel each."""
+    with _figure(stem, 2, len(groups)) as (figure, axes):
+        for group, style in zip(groups, _styles(groups), strict=True):
+            _draw(axes[0], group, "val/loss", style)
+            _draw(axes[1], group, "momentum_norm", style)
+        axes[0].set_ylabel("validation loss (nats per token)")
+        axes[1].set_ylabel("2-norm of the momentum")
+        axes[1].set_yscale("log")
+        _legend(figure, groups)
+    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
+
+
+def quality_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
+    """Cosine and norm ratio of sketched to exact dW against steps; nothing is drawn if no run looked at them."""
+    shown = [group for group in groups if mean_curve(group, "sketch/all/cosine")[0]]
+    if not shown:
+        return []
+    with _figure(stem, 2, len(shown)) as (figure, axes):
+        for group, style in zip(shown, _styles(shown), strict=True):
+            _draw(axes[0], group, "sketch/all/cosine", style)
+            _draw(axes[1], group, "sketch/all/norm_ratio", style)
+        axes[0].set_ylabel("cosine of sketched to exact dW")
+        axes[1].set_ylabel("norm of sketched / exact dW")
+        axes[1].set_yscale("log")
+        _legend(figure, shown)
+    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]

@@ -1,0 +1,90 @@
+"""Losses computed again from a run's checkpoint: a table built from these numbers does not rest on what a log says.
+
+The model is rebuilt from the configuration and weights in the newest checkpoint, the text from the run's data options. Two
+losses, in nats per token:
+
+- *held out*: the very windows that the run was evaluated on. Text the run never trained on (for Shakespeare, whole works).
+  It must equal the logged loss; a difference above 1e-6 is reported.
+- *as published*: 30 windows of text that is **also training text**. The published code validates on the beginning of its
+  training stream, and each evaluation reads the next 30 windows: the k-th (k = steps / 1,000) reads windows 30 (k - 1) to
+  30 k - 1. Such a loss is of text already seen, and two evaluations are of different text.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+
+import torch
+
+from data import Sampler, validation_windows
+from data.options import DataOptions
+from data.prepare import Prepared, prepare
+from harness.checkpoint import CheckpointError, Checkpoints
+from harness.device import resolve
+from harness.evaluate import validation_loss
+from harness.report.paper import EVALUATION_EVERY, EVALUATION_WINDOWS
+from harness.results import RunResult
+from harness.rundir import CHECKPOINT_FOLDER
+from models import GPT, GPTConfig
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats per token, of the weights in the last checkpoint. logged: what the run itself found on the held-out windows."""
+
+    held_out: float
+    as_published: float
+    logged: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether held-out and logged loss are equal to 1e-6."""
+        return abs(self.held_out - self.logged) <= TOLERANCE
+
+
+def recompute(run: RunResult) -> Losses:
+    """Rebuild the model of a finished run and compute its losses again.
+
+    Raises ValueError, in words, if there is no sound checkpoint of the run's last step, or its text can't be had any more.
+    """
+    try:
+        loaded = Checkpoints(run.folder / CHECKPOINT_FOLDER).load_latest()
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+    if loaded is None:
+        raise ValueError(f"no checkpoint in {CHECKPOINT_FOLDER}/, so its losses can't be computed again")
+    if loaded.step != run.summary["step"]:
+        raise ValueError(f"its newest checkpoint is of step {loaded.step:,}, and the run ended at {run.summary['step']:,}")
+    config = loaded.state["config"]
+    prepared = _prepared(json.dumps(config["data"]))
+    model_config = GPTConfig(**config["model"])
+    held_out = validation_windows(
+        prepared.val,
+        block_size=model_config.block_size,
+        batch_size=config["eval"]["batch_size"],
+        batches=config["eval"]["batches"],
+    )
+    if loaded.state["data"] != {"train": prepared.train.sha256, "validation": held_out.hash}:
+        raise ValueError("the text that its data options name now is not the text it was trained on")
+    with torch.random.fork_rng():
+        model = GPT(model_config)
+    model.load_state_dict(loaded.state["model"])
+    runtime = resolve("auto", config["precision"], compile=False)
+    model.to(runtime.device)
+    already_seen = Sampler(
+        prepared.train, block_size=model_config.block_size, batch_size=EVALUATION_WINDOWS, order="paper", seed=0
+    ).batch(max(loaded.step // EVALUATION_EVERY, 1) - 1)
+    return Losses(
+        held_out=validation_loss(model, held_out, runtime),
+        as_published=validation_loss(model, [already_seen], runtime),
+        logged=run.last("val/loss"),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _prepared(options: str) -> Prepared:
+    return prepare(DataOptions(**json.loads(options)), progress=False)

@@ -1,0 +1,156 @@
+"""All tables, sentences and figures about some finished runs, into one folder.
+
+    report.md       everything, to be read            report.json     everything, unrounded
+    <table>.md      each table by itself              <table>.csv     the same for a spreadsheet
+    <figure>.png    and .svg                          metrics/        with `metrics`: each run's evaluations, thinned
+
+A run that can't be used is named with the reason, and the rest is reported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from harness.files import write_atomic
+from harness.report import claims, figures, losses, stability
+from harness.report.recompute import TOLERANCE, Losses, recompute
+from harness.report.tables import Column, Table
+from harness.results import Group, RunResult, find_runs, group_runs, setting
+
+
+@dataclass
+class Report:
+    """What was found, before it is written."""
+
+    groups: list[Group]
+    complaints: list[str]
+    tables: list[Table]
+    sentences: list[str]
+
+
+def gather(folders: Sequence[Path], progress: bool = True) -> Report:
+    """Read runs, compute their losses again, and make the tables. Raises ValueError if no run can be used."""
+    found, complaints = find_runs(folders)
+    runs: list[RunResult] = []
+    recomputed: dict[str, Losses] = {}
+    for run in tqdm(found, desc="losses from checkpoints", unit="run", leave=False, disable=None if progress else True):
+        if not run.diverged:
+            try:
+                recomputed[run.id] = recompute(run)
+            except ValueError as error:
+                complaints.append(f"{run.folder} is left out: {error}")
+                continue
+            if not recomputed[run.id].agrees:
+                new, old = recomputed[run.id].held_out, recomputed[run.id].logged
+                complaints.append(
+                    f"{run.folder}: the validation loss computed again is {new!r}, the logged one {old!r}; they differ by more "
+                    f"than {TOLERANCE:g} (another machine, version or number of threads?)"
+                )
+        runs.append(run)
+    if not runs:
+        raise ValueError("\n".join([f"runs={[str(f) for f in folders]}: no finished run in these folders", *complaints]))
+    groups = group_runs(runs)
+    settings = {setting(group.runs[0]) for group in groups}
+    if len(settings) > 1:
+        complaints.append(
+            f"The runs are of {len(settings)} settings (they differ in more than the method, see their labels); differences to "
+            "exact are formed within each setting only"
+        )
+    tables = [losses.final_losses(groups, recomputed), losses.differences(groups, recomputed), stability.stability(groups)]
+    tables.append(run_list(groups, recomputed))
+    return Report(groups, complaints, [table for table in tables if table.rows], claims.claims(groups, recomputed))
+
+
+def run_list(groups: Sequence[Group], recomputed: dict[str, Losses]) -> Table:
+    """Where every number comes from: a row per run with the command and the commit that made it."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            again = recomputed.get(run.id)
+            machine = run.summary["machine"]
+            where = machine["gpu"] if run.summary["runtime"]["device"] == "cuda" else machine["processor"]
+            rows.append(
+                {
+                    "id": run.id,
+                    "method": group.label,
+                    "seed": run.seed,
+                    "status": run.summary["status"],
+                    "steps": run.summary["step"],
+                    "val": run.last("val/loss"),
+                    "apart": again and abs(again.held_out - again.logged),
+                    "minutes": run.summary["wall_seconds"] / 60,
+                    "command": f"`{run.summary['command']}`",
+                    "commit": run.summary["commit"],
+                    "machine": f"{where}, {machine['threads']} threads" if where != machine["gpu"] else where,
+                    "torch": run.summary["versions"]["torch"],
+                }
+            )
+    columns = {
+        "id": Column("run id"),
+        "method": Column("method"),
+        "seed": Column("seed"),
+        "status": Column("status"),
+        "steps": Column("steps"),
+        "val": Column("logged val loss", digits=4),
+        "apart": Column("computed again, apart by", digits=9),
+        "minutes": Column("minutes", digits=1),
+        "command": Column("command"),
+        "commit": Column("commit"),
+        "machine": Column("machine"),
+        "torch": Column("torch"),
+    }
+    notes = (
+        ["A `+` behind a commit: tracked files differed from it."] if any(str(r["commit"])[-1:] == "+" for r in rows) else []
+    )
+    return Table("runs", "Runs", columns, rows, notes)
+
+
+def write(report: Report, out: Path, *, command: str, metrics: bool = False) -> list[Path]:
+    """Write everything into `out` and return the paths. command: what makes this report again."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "Validation loss": figures.validation_curves(report.groups, out / "validation_loss"),
+        "Loss and momentum": figures.stability_curves(report.groups, out / "stability"),
+        "Quality of dW": figures.quality_curves(report.groups, out / "gradient_quality"),
+    }
+    pictures = {title: paths for title, paths in pictures.items() if paths}
+    written = [path for paths in pictures.values() for path in paths]
+    for table in report.tables:
+        write_atomic(out / f"{table.name}.md", table.markdown())
+        write_atomic(out / f"{table.name}.csv", table.csv())
+        written += [out / f"{table.name}.md", out / f"{table.name}.csv"]
+    parts = ["# Report\n", f"Made by `{command}`.\n"]
+    if report.sentences:
+        parts += ["## What holds\n", *(f"- {sentence}" for sentence in report.sentences), ""]
+    if report.complaints:
+        parts += ["## Left out and noticed\n", *(f"- {line}" for line in report.complaints), ""]
+    parts += [f"## {table.title}\n\n{table.markdown()}" for table in report.tables]
+    parts += [f"## {title}\n\n![{title}]({paths[0].name})\n" for title, paths in pictures.items()]
+    write_atomic(out / "report.md", "\n".join(parts))
+    everything = {
+        "command": command,
+        "sentences": report.sentences,
+        "complaints": report.complaints,
+        "tables": {table.name: table.json() for table in report.tables},
+    }
+    write_atomic(out / "report.json", json.dumps(everything, indent=1) + "\n")
+    written += [out / "report.md", out / "report.json"]
+    if metrics:
+        (out / "metrics").mkdir(exist_ok=True)
+        for run in (run for group in report.groups for run in group.runs):
+            path = out / "metrics" / f"{run.id}.jsonl"
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in thinned(run)))
+            written.append(path)
+    return written
+
+
+def thinned(run: RunResult) -> list[dict[str, Any]]:
+    """The run's evaluations: rows with a validation loss, without what only the machine's moment explains."""
+    fleeting = ("mem/rss_bytes", "step_seconds", "tokens_per_second", "val/perplexity")
+    return [{k: v for k, v in row.items() if k not in fleeting} for row in run.rows if "val/loss" in row]

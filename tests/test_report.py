@@ -1,0 +1,176 @@
+"""Statistics, stability, claims and complexity against numbers worked out by hand."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.report import claims, complexity, losses, stability
+from harness.report.complexity import BASE, Point, count, slope
+from harness.report.figures import quality_curves, validation_curves
+from harness.report.paper import published_row
+from harness.report.recompute import Losses
+from harness.report.statistics import Estimate, estimate
+from harness.report.tables import Column, Table
+from harness.results import RunResult, group_runs
+
+PAPER = {
+    "model.vocab_size": 50257,
+    "model.block_size": 64,
+    "model.n_layer": 2,
+    "model.n_head": 2,
+    "model.n_embd": 64,
+    "model.init": "paper",
+    "model.tie_head": False,
+    "micro_batch_size": 1,
+    "optim.name": "sgd",
+    "optim.lr": 0.01,
+    "optim.momentum": 0.9,
+    "optim.schedule": "constant",
+    "data.order": "paper",
+    "tokens_per_step": None,
+}
+
+
+def run(rank: int | None, seed: int, val: list[float], status: str = "finished", **more: Any) -> RunResult:
+    """A run of the paper's setting with these validation losses, one every 1,000 steps."""
+    method: dict[str, Any] = {"method.name": "exact"}
+    if rank is not None:
+        method = {
+            "method.name": "basis",
+            "method.rank": rank,
+            "method.hashing": "balanced",
+            "method.invariant_scalars": True,
+            "method.shrinkage": 0.01,
+            "method.include": ["blocks.*.mlp.*", "head"],
+            "method.exclude": [],
+        }
+    rows = [{"step": 1000 * i, "val/loss": loss} for i, loss in enumerate(val)]
+    summary = {"status": status, "run_id": f"{rank}-{seed}-{len(more)}", "step": 1000 * (len(val) - 1), "data": "text"}
+    return RunResult(Path("nowhere"), PAPER | method | {"seed": seed} | more, summary, rows)
+
+
+def again(runs: list[RunResult]) -> dict[str, Losses]:
+    return {r.id: Losses(r.last("val/loss"), 0.0, r.last("val/loss")) for r in runs if not r.diverged}
+
+
+def test_interval_and_p_value_are_students() -> None:
+    value = estimate([1.0, 2.0, 3.0])
+    assert value.mean == 2.0
+    assert value.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t(0.975, 2)
+    t = 2.0 * math.sqrt(3)
+    assert value.p == pytest.approx(1 - t / math.sqrt(t * t + 2), rel=1e-9)  # closed form for two degrees of freedom
+    assert estimate([5.0]) == Estimate(5.0, None, 1)
+    assert estimate([5.0]).text() == "5.000"
+    assert value.text(digits=1, sign=True) == "+2.0 ± 2.5"
+    assert estimate([1.0, 1.0]).p == 0.0
+    assert estimate([0.0, 0.0]).p == 1.0
+
+
+def test_late_train_loss_weighs_rows_by_their_steps() -> None:
+    steps = [(500, 9.0), (1000, 8.0), (1600, 7.0), (2000, 5.0)]
+    result = RunResult(Path("nowhere"), {}, {}, [{"step": s, "train/loss": x} for s, x in steps])
+    assert losses.late_train_loss(result) == pytest.approx((600 * 7.0 + 400 * 5.0) / 1000)
+
+
+def test_rises_share_and_momentum() -> None:
+    result = run(1, 0, [9.0, 8.0, 8.5, 8.25, math.nan, math.nan])
+    assert stability.rises(result) == [-1.0, 0.5, -0.25, math.inf, 0.0]
+    assert stability.share_worse(result) == 2 / 5
+    assert stability.largest_rise(result) == math.inf
+    assert stability.largest_rise(run(1, 0, [3.0, 2.0])) == 0.0
+    norms = [(100, 50.0), (200, 3.0), (900, 5.0), (1000, 4.0)]
+    result = RunResult(Path("nowhere"), {}, {}, [{"step": s, "momentum_norm": x} for s, x in norms])
+    assert stability.momentum(result) == pytest.approx((4.0, 1.0 / 4.0))  # the first tenth is left out
+
+
+def test_groups_find_their_published_row() -> None:
+    rows = {
+        group.rank: published_row(group) for group in group_runs([run(rank, 0, [9.0, 8.0]) for rank in (None, 32, 1, 5)])
+    }
+    assert rows[None].val_loss == 6.616
+    assert rows[32].val_loss == 6.575
+    assert rows[5] is None
+    for option, value in (("method.shrinkage", 0.0), ("optim.lr", 0.1), ("model.n_layer", 4), ("tokens_per_step", 128)):
+        (group,) = group_runs([run(32, 0, [9.0, 8.0], **{option: value})])
+        assert published_row(group) is None, option
+
+
+@pytest.mark.parametrize(
+    ("r32", "verdict"),
+    [((4.9, 4.91, 4.92), "supported"), ((5.1, 5.12, 5.11), "contradicted"), ((4.9, 5.1, 5.0), "not supported")],
+)
+def test_regulariser_is_judged_by_the_interval(r32: tuple[float, ...], verdict: str) -> None:
+    runs = [run(None, seed, [9.0, 5.0]) for seed in range(3)] + [run(32, seed, [9.0, loss]) for seed, loss in enumerate(r32)]
+    (sentence,) = [s for s in claims.claims(group_runs(runs), again(runs)) if "regulariser" in s]
+    assert f'regulariser" is {verdict}' in sentence
+    assert "3 pairs" in sentence
+
+
+def test_one_seed_decides_nothing() -> None:
+    runs = [run(None, 0, [9.0, 5.0]), run(32, 0, [9.0, 4.0]), run(1, 0, [9.0, 7.0])]
+    sentences = claims.claims(group_runs(runs), again(runs))
+    assert any("undecided: one pair has no interval" in s for s in sentences)
+    assert any("Graceful degradation" in s and "rises with every cut" in s for s in sentences)
+    assert any("R = 1" in s and "supported: 0 of 1 evaluations" in s for s in sentences)
+
+
+def test_monotonic_convergence_is_counted() -> None:
+    runs = [run(1, 0, [9.0, 8.0, 8.1, 8.0, 7.9])]
+    (sentence,) = claims.claims(group_runs(runs), again(runs))
+    assert "not literally so: 1 of 4 evaluations got worse, by at most 0.100 nats" in sentence
+
+
+def test_invariant_scalars_and_hashing_are_compared_at_equal_rate() -> None:
+    runs = [
+        run(1, 0, [9.0, 8.0]),
+        run(1, 0, [9.0, 12.0], status="diverged", **{"method.invariant_scalars": False}),
+        run(8, 0, [9.0, 7.0]),
+        run(8, 0, [9.0, 7.5], **{"method.hashing": "uniform"}),
+    ]
+    sentences = claims.claims(group_runs(runs), again(runs))
+    (scalars,) = [s for s in sentences if s.startswith("Invariant Scalars")]
+    assert "without, 1 of 1 runs diverged. Only with is stable here." in scalars
+    (hashing,) = [s for s in sentences if s.startswith("Balanced Hashing")]
+    assert "balanced, 0% of evaluations got worse" in hashing
+    assert "uniform, 0% of evaluations got worse, by at most 0.000 nats, last loss 7.500" in hashing
+
+
+def test_tables_leave_out_empty_columns_and_keep_raw_numbers() -> None:
+    columns = {"a": Column("a|b"), "b": Column("never"), "c": Column("c", digits=1, sign=True)}
+    table = Table("t", "T", columns, [{"a": "x", "c": estimate([1.0, 3.0])}], ["note"])
+    assert table.markdown().splitlines()[0] == r"| a\|b | c           |"
+    assert table.csv().splitlines()[0] == "a|b,c"
+    assert table.json()["rows"][0]["c"]["mean"] == 2.0
+
+
+def test_figures_of_nothing_are_not_drawn(tmp_path: Path) -> None:
+    groups = group_runs([run(1, 0, [9.0, 8.0]), run(1, 1, [9.0, 8.0, 7.0])])
+    assert quality_curves(groups, tmp_path / "quality") == []
+    assert all(path.exists() for path in validation_curves(groups, tmp_path / "curve"))
+
+
+def test_slope_is_the_exponent() -> None:
+    assert slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+
+
+def test_counts_of_a_step_by_formula() -> None:
+    """The paper's model: exact keeps 6 tensors of B x C per block for its dense layers, BASIS 7 of R x C (proj's own too)."""
+    exact, sketched = (count(Point(method, B=128, L=3, R=16)) for method in ("exact", "basis"))
+    assert exact["kept_dense"] == 3 * 6 * 128 * 64 * 4
+    assert sketched["kept_dense"] == 3 * (7 * 16 * 64 * 4 + 4 * 8)
+    assert exact["kept_besides"] == sketched["kept_besides"]
+    weights = 3 * 12 * 64 * 64 + 50257 * 64
+    assert exact["dw_flops"] == 2 * 128 * weights
+    products = 2 * 16 * weights
+    signs = 2 * 16 * 128 * 50257  # the head's S dY is a product with the sign matrix
+    assert sketched["dw_flops"] == products + signs
+
+
+def test_slopes_of_exact_bytes_and_flops_are_one() -> None:
+    rows = complexity.measure([Point("exact", **BASE | {"B": rows}) for rows in (64, 128, 256)], timed=False, progress=False)
+    table = {(row["quantity"], row["method"]): row for row in complexity.slopes(rows).rows}
+    assert table["kept by dense layers (bytes)", "exact"]["B"] == pytest.approx(1.0)
+    assert table["FLOPs of dW", "exact"]["B"] == pytest.approx(1.0)
+    assert table["FLOPs of dW", "exact"]["paper_B"] == 1
