@@ -5,8 +5,9 @@ started again after an interruption, finds it there and continues the same run i
 second. The labels are noted beside it, so that `scripts/sync.py` can rebuild the run in wandb without asking the
 program that made it.
 
-`run_labels` makes the labels from plain values so that a sweep reads well in a table of runs: one group per experiment,
-runs named "basis R=32 seed=0", and tags "basis" and "R=32" to filter by.
+`run_labels` makes the labels from plain values so that a sweep reads well without clicking. wandb's default view puts runs of
+equal group and job type together and draws one curve for them, mean and spread. So the group is the experiment and the job type
+what is compared in it, "basis R=32"; runs are named "basis R=32 seed=0", with tags "basis" and "R=32" to filter by.
 """
 
 import json
@@ -41,7 +42,7 @@ def run_labels(
     seed: int,
     settings: Mapping[str, object] | None = None,
     experiment: str | None = None,
-    job_type: str = "train",
+    job_type: str | None = None,
     tags: Sequence[str] = (),
 ) -> Labels:
     """The labels of a run: `run_labels(method="basis", settings={"R": 32}, seed=0, experiment="rank_sweep")`.
@@ -58,7 +59,7 @@ def run_labels(
     return Labels(
         name=" ".join([method, *pairs, f"seed={seed}"]),
         group=experiment,
-        job_type=job_type,
+        job_type=job_type or " ".join([method, *pairs])[:TAG_LIMIT],
         tags=list(dict.fromkeys([*fitting, *tags])),
     )
 

@@ -185,12 +185,17 @@ class Run:
 
 
 def telling_settings(config: Config) -> dict[str, object]:
-    """What tells runs of one method apart in a sweep: R, or else the estimator's options that have no default."""
-    if hasattr(config.method, "rank"):
-        return {"R": config.method.rank}
+    """What tells runs of one method apart in a sweep: the estimator's options that have no default, R first among them.
+
+    Switches and choices that are not at their default are told too; numbers with a default (shrinkage, eps) are not.
+    """
     estimator: Any = make_estimator(config.method)
-    options = dataclasses.fields(estimator)
-    return {f.name: getattr(config.method, f.name) for f in options if f.default is dataclasses.MISSING}
+    telling: dict[str, object] = {}
+    for option in dataclasses.fields(estimator):
+        value = getattr(config.method, option.name)
+        if option.default is dataclasses.MISSING or (value != option.default and not isinstance(value, float)):
+            telling["R" if option.name == "rank" else option.name] = value
+    return telling
 
 
 def set_up(config: Config, folder: Path) -> Run:

@@ -42,6 +42,8 @@ MODES = ("online", "offline", "disabled")
 
 # What a dashboard's table of runs shows of a metric; of all others, the last value. "last" stands here too where it
 # matters besides, because naming any summary replaces the default one.
+# Bytes are the same for all of a run: columns of the table, and no panels that would stand before the curves.
+_HIDDEN = ("mem/*", "lr", "tokens")
 _SUMMARIES = {"val/loss": "min,last", "val/perplexity": "min,last", "mem/peak_bytes": "max", "mem/saved_bytes": "max"}
 
 
@@ -101,8 +103,10 @@ class WandbTracker(Tracker):
         self.url = run.url if online else None  # offline, asking for it prints a warning
         self.folder = Path(run.dir).parent
         run.define_metric("*", step_metric="step")
+        for name in _HIDDEN:
+            run.define_metric(name, step_metric="step", hidden=True)
         for name, summary in _SUMMARIES.items():
-            run.define_metric(name, step_metric="step", summary=summary)
+            run.define_metric(name, step_metric="step", summary=summary, hidden=name.startswith("mem/"))
 
     def log(self, metrics: Mapping[str, object]) -> None:
         assert "step" in metrics, f"a row needs a `step`: {dict(metrics)}"

@@ -31,6 +31,7 @@ def run_dir(tmp_path, monkeypatch):
         run_id="abc0000001",
         config={},
         group=labels.group,
+        job_type=labels.job_type,
         tags=labels.tags,
         name=labels.name,
     )
@@ -49,7 +50,7 @@ def test_a_run_is_rebuilt_with_its_id_labels_and_numbers(run_dir, capsys):
     assert history(segment) == ROWS
     (run,) = records(segment, "run")
     assert (run["run_id"], run["display_name"]) == ("abc0000001", "basis R=8 seed=1")
-    assert (run["run_group"], run["job_type"], run["project"]) == ("rank_sweep", "train", "sketches")
+    assert (run["run_group"], run["job_type"], run["project"]) == ("rank_sweep", "basis R=8", "sketches")
     seen = summary(segment)
     assert (seen["state"], seen["exit_code"], seen["tags"]) == ("finished", 0, ["basis", "R=8"])
     assert seen["config"] == {"method": {"name": "basis", "rank": 8}, "seed": 1, "lr": 0.0003, "warmup": None}

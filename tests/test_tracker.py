@@ -62,9 +62,9 @@ def test_options_are_a_structured_config():
 
 def test_labels_of_a_sweep():
     assert run_labels(method="basis", settings={"R": 32}, seed=0, experiment="rank_sweep") == Labels(
-        name="basis R=32 seed=0", group="rank_sweep", job_type="train", tags=["basis", "R=32"]
+        name="basis R=32 seed=0", group="rank_sweep", job_type="basis R=32", tags=["basis", "R=32"]
     )
-    assert run_labels(method="exact", settings={"R": None}, seed=3) == Labels("exact seed=3", None, "train", ["exact"])
+    assert run_labels(method="exact", settings={"R": None}, seed=3) == Labels("exact seed=3", None, "exact", ["exact"])
     mixed = run_labels(
         method="vjp", settings={"keep": 0.1 + 0.2, "scope": "x" * 63}, seed=1, job_type="bench", tags=["basis", "vjp"]
     )
@@ -226,12 +226,19 @@ def test_what_is_logged_offline_is_what_wandb_wrote(tmp_path, wandb_offline, cap
     assert run["run_id"] == "abc0000001"
     assert run["display_name"] == "basis R=32 seed=0"
     assert run["run_group"] == "rank_sweep"
-    assert run["job_type"] == "train"
+    assert run["job_type"] == "basis R=32"
     assert run["project"] == "basis"
     assert run["resume"] is True
     axes = {metric.get("glob_name", metric.get("name")): metric["step_metric"] for metric in records(segment, "metric")}
     assert axes["*"] == axes["val/loss"] == "step"
     assert set(axes.values()) == {"step"}
+    hidden = {
+        metric.get("glob_name", metric.get("name")): metric.get("options", {}) for metric in records(segment, "metric")
+    }
+    assert {name for name, options in hidden.items() if options.get("hidden")} == {
+        *("mem/*", "lr", "tokens"),
+        *("mem/peak_bytes", "mem/saved_bytes"),
+    }
     seen = summary(segment)
     assert (seen["state"], seen["exit_code"]) == ("finished", 0)
     assert seen["tags"] == ["basis", "R=32", "try"]
@@ -253,7 +260,7 @@ def test_what_is_logged_offline_is_what_wandb_wrote(tmp_path, wandb_offline, cap
         "entity": None,
         "name": "basis R=32 seed=0",
         "group": "rank_sweep",
-        "job_type": "train",
+        "job_type": "basis R=32",
         "tags": ["basis", "R=32", "try"],
     }
 
