@@ -28,6 +28,9 @@ def evaluate(values: DictConfig) -> None:
     out = Path(values.out) if values.out else None
     if values.runs is None and not values.complexity:
         raise ValueError("runs=null: give a folder or a list of folders, as in `python eval.py runs=runs/demo`")
+    if values.runs is None and out is None:
+        raise ValueError("out=null: complexity=true measures no run; give a folder to write to")
+    folders: list[Path] = []
     if values.runs is not None:
         folders = [Path(str(folder)) for folder in (values.runs if isinstance(values.runs, ListConfig) else [values.runs])]
         report = write.gather(folders)
@@ -38,9 +41,7 @@ def evaluate(values: DictConfig) -> None:
         print("".join(f"- {sentence}\n" for sentence in report.sentences))
         print("Written:", *write.write(report, out or folders[0], command=command, metrics=values.metrics))
     if values.complexity:
-        if out is None:
-            raise ValueError("out=null: complexity=true measures no run; give a folder to write to")
-        slopes, written = complexity.report(out, command=command)
+        slopes, written = complexity.report(out or folders[0], command=command)
         print(f"{slopes.title}\n\n{slopes.markdown()}")
         print("Written:", *written)
 

@@ -82,7 +82,8 @@ def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor) -> Te
     """`F.cross_entropy(layer(input), targets)` in nats, a scalar, with dW by the layer's estimator.
 
     layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0, V). Without gradients to
-    form, or where the layer has a bias or hooks that must see its output, PyTorch's own functions do it, from whole logits.
+    form, where the layer has a bias or hooks that must see its output, and in float16 (whose small gradients live by a scaled
+    loss, and the scale is not known in forward), PyTorch's own functions do it, from whole logits.
     Raises ValueError if the shapes do not fit.
     """
     if input.shape[:-1] != targets.shape:
@@ -92,15 +93,15 @@ def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor) -> Te
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     fusible = type(layer) in (nn.Linear, SketchedLinear) and layer.bias is None and not hooked
     needs_grad = torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
-    if not fusible or not needs_grad:
+    x = cast_for_autocast(input)
+    if not fusible or not needs_grad or x.dtype == torch.float16:
         logits = layer(input).flatten(0, -2)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
     if isinstance(layer, SketchedLinear):
         estimator, key = layer.estimator, layer.key_for(input)
     else:
         estimator, key = Exact(), torch.zeros((), dtype=torch.int64, device=input.device)
-    x = cast_for_autocast(input).flatten(0, -2)
     loss, _, _ = _LinearCrossEntropyFunction.apply(
-        x, layer.weight, targets.flatten(), key, estimator, wants_weight_grad(layer.weight)
+        x.flatten(0, -2), layer.weight, targets.flatten(), key, estimator, wants_weight_grad(layer.weight)
     )
     return loss

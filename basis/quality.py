@@ -124,11 +124,14 @@ class _Recorder(Estimator):
         if self.quality is not None:
             raise ValueError(f"gradient_quality: layer {self.name} is used twice in one forward, which is not supported")
         x, key = kept
-        exact = grad_y.float().t() @ x.float()
 
         def estimate(with_key: Tensor) -> Tensor:
             return self.estimator.weight_grad(self.estimator.compress(x, with_key), grad_y).float()
 
+        with torch.autocast(x.device.type, enabled=False):  # a loss head asks for dW in forward, where autocast is on
+            return self._look(estimate, key, exact=grad_y.float().t() @ x.float())
+
+    def _look(self, estimate: Callable[[Tensor], Tensor], key: Tensor, exact: Tensor) -> Tensor:
         own = estimate(key)
         product = float(torch.sum(own * exact, dtype=torch.float64))
         sums = (_square(exact), _square(own), product, _square(own - exact))
@@ -153,7 +156,8 @@ def _square(x: Tensor) -> float:
 def gradient_quality(model: nn.Module, loss: Callable[[], Tensor], *, masks: int = 0) -> dict[str, Quality]:
     """Compare estimated with exact weight gradients of every sketched layer of `model` on one batch.
 
-    loss: runs `model` and returns a scalar with graph. masks: further noises per layer, 0 or at least 2. Returns one
+    loss: runs `model` and returns a scalar with graph, not scaled (a head fused with its loss sees the loss before any scaling,
+    other layers after it). masks: further noises per layer, 0 or at least 2. Returns one
     `Quality` per layer that took part, by name, and all of them together as "all"; an empty dict if no layer is sketched.
     Raises ValueError for a wrong `masks`, and for a layer that is used twice in one forward.
     """

@@ -82,7 +82,9 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 
 
 def momentum_norm(optimizer: torch.optim.Optimizer) -> float:
-    """2-norm of the running mean of gradients, all parameters together: SGD's momentum buffers, AdamW's first moments.
+    """2-norm of what the optimiser remembers of gradients, all parameters together.
+
+    SGD's momentum buffers, which are discounted sums, or AdamW's first moments, which are discounted means.
 
     0 before the first step, and for SGD without momentum.
     """

@@ -139,6 +139,14 @@ def group_runs(runs: Sequence[RunResult]) -> list[Group]:
     return sorted(groups, key=lambda g: (g.method != "exact", g.method, -(g.rank or 0), g.label))
 
 
+def differing_options(runs: Sequence[RunResult]) -> list[str]:
+    """For each of some runs, the options other than the method's in which they differ: "steps=100 optim.lr=0.1", or ""."""
+    identities = [{k: v for k, v in _identity(run).items() if not k.startswith("method.")} for run in runs]
+    every = sorted({name for identity in identities for name in identity})
+    names = [name for name in every if any(other.get(name) != identities[0].get(name) for other in identities)]
+    return [" ".join(f"{name}={identity.get(name)}" for name in names if name != "text") for identity in identities]
+
+
 def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
     """Method and rank, then every other option that varies: method options among its own kind, the rest among all."""
     parts = [f"R={options['method.rank']}"] if "method.rank" in options else []

@@ -3,8 +3,9 @@
     python scripts/dashboard.py --entity me --project basis            # save both, print their addresses
     python scripts/dashboard.py --entity me --project basis --dry-run  # build and print them, no network, no account
 
-Curves are grouped by method and rank, seeds are averaged, the shade is the standard error. Needs `pip install wandb-workspaces`
-(the extra "dashboard"). Without an account: `python eval.py runs=...` draws the same curves.
+Runs are told apart by the options of `GROUP_BY`; what else differs is the seed, which is averaged, the shade being the standard
+error. Needs `pip install wandb-workspaces` (the extra "dashboard"). Without an account: `python eval.py runs=...` draws the
+same curves.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-GROUP_BY = ("method.name", "method.rank")
+GROUP_BY = (
+    "experiment_name",
+    "method.name",
+    "method.rank",
+    "method.hashing",
+    "method.invariant_scalars",
+    "optim.lr",
+    "steps",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def panel(curve: Curve) -> wr.LinePlot | wr.BarPlot:
 
 
 def workspace(entity: str, project: str) -> ws.Workspace:
-    """The project's view: all sections open, runs grouped by method and rank."""
+    """The project's view: all sections open, runs grouped by `GROUP_BY`."""
     import wandb_workspaces.workspaces as ws
 
     return ws.Workspace(

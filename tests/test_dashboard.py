@@ -53,16 +53,14 @@ def dashboard():
         yield dashboard
 
 
-def test_workspace_draws_metrics_that_runs_log_grouped_by_method_and_rank(dashboard, data: Path, tmp_path: Path) -> None:
+def test_workspace_draws_metrics_that_runs_log_grouped(dashboard, data: Path, tmp_path: Path) -> None:
     train_here(data, tmp_path / "run", "diagnostics.every=10")
     logged = {name for row in losses(tmp_path / "run") for name in row} | {"step_seconds"}
     workspace = dashboard.workspace("me", "basis")
     model = json.loads(workspace._to_model().model_dump_json(by_alias=True))
     text = json.dumps(model)
-    assert (
-        '"grouping": [{"section": "config", "name": "method.value.name"}, {"section": "config", "name": "method.value.rank"}]'
-        in text
-    )
+    for key in ("experiment_name.value", "method.value.name", "method.value.rank", "optim.value.lr"):
+        assert f'{{"section": "config", "name": "{key}"}}' in text
     curves = [curve for section in dashboard.SECTIONS.values() for curve in section]
     for curve in curves:
         assert curve.metric in logged, curve
@@ -75,6 +73,7 @@ def test_report_holds_every_section(dashboard) -> None:
     headings = [block.text for block in report.blocks if type(block).__name__ == "H2"]
     assert headings == list(dashboard.SECTIONS)
     grids = [block for block in report.blocks if type(block).__name__ == "PanelGrid"]
+    assert all(grid.runsets[0].groupby == [f"config.{key}" for key in dashboard.GROUP_BY] for grid in grids)
     assert [len(grid.panels) for grid in grids] == [len(curves) for curves in dashboard.SECTIONS.values()]
 
 

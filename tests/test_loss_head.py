@@ -127,9 +127,15 @@ def test_kept_are_the_two_gradients_and_no_logits() -> None:
     assert sorted(t.numel() for t in saved) == sorted([ROWS * IN, CLASSES * IN])
 
 
-@pytest.mark.parametrize("kind", ["bias", "hook", "no grad"])
-def test_the_unfused_way_where_it_is_needed(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["bias", "hook", "no grad", "float16"])
+def test_the_unfused_way_where_it_is_needed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, (x, targets) = head(bias=kind == "bias"), batch()
+    if kind == "float16":  # its small gradients need the scale of the loss, which is known in backward only
+        layer, x = layer.half(), x.detach().half().requires_grad_()
+        monkeypatch.setattr("basis.loss_head._LinearCrossEntropyFunction", None)
+        scaled = 32768 * linear_cross_entropy(layer, x, targets)
+        assert torch.autograd.grad(scaled, layer.weight)[0].count_nonzero() == layer.weight.numel()
+        return
     seen: list[Tensor] = []
     if kind == "hook":
         layer.register_forward_hook(lambda module, args, output: seen.append(output))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.report.statistics import Estimate, estimate
-from harness.results import Group
+from harness.results import Group, differing_options, setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,17 +18,17 @@ SUFFIXES = ("png", "svg")
 
 
 @contextmanager
-def _figure(stem: Path, panels: int, legend_rows: int) -> Iterator[tuple[Any, Sequence[Axes]]]:
-    """A figure of `panels` axes side by side, saved as stem.png and stem.svg at the end."""
+def _figure(stem: Path, panels: int, legend_rows: int, lines: int = 1) -> Iterator[tuple[Any, Sequence[Axes]]]:
+    """A figure of `lines` times `panels` axes, line by line, saved as stem.png and stem.svg at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "basis"  # equal figures are equal files
     from matplotlib import pyplot as plt
 
-    size = (7.0 if panels == 1 else 4.6 * panels, 4.2 + 0.22 * legend_rows)
-    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
-    yield figure, axes[0]
+    size = (7.0 if panels == 1 else 4.6 * panels, 4.2 + 0.22 * legend_rows if lines == 1 else 3.6 * lines)
+    figure, axes = plt.subplots(lines, panels, figsize=size, layout="constrained", squeeze=False)
+    yield figure, list(axes.flatten())
     for suffix in SUFFIXES:
         metadata = {"Date": None} if suffix == "svg" else None
         figure.savefig(stem.with_suffix(f".{suffix}"), dpi=150, metadata=metadata)
@@ -36,7 +36,7 @@ def _figure(stem: Path, panels: int, legend_rows: int) -> Iterator[tuple[Any, Se
 
 
 def _styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Colours by method and rank, exact in black and dashed; learning rates, if several, by the line's pattern."""
+    """Colours in the order of the groups, exact in black and dashed."""
     import matplotlib
 
     colours = matplotlib.colormaps["viridis"]
@@ -60,20 +60,22 @@ def _label(group: Group) -> str:
 
 
 def _draw(axes: Axes, group: Group, metric: str, style: dict[str, Any]) -> list[float]:
-    """Mean curve of a metric with a 95% band where there are seeds; returns the means."""
+    """Mean curve of a metric with a 95% band where there are seeds, a cross where a run diverged; returns the means."""
     steps, values = mean_curve(group, metric)
     means = [value.mean for value in values]
     axes.plot(steps, means, linewidth=1.6, label=_label(group), **style)
     if len(group.runs) > 1:
         low, high = ([value.low for value in values], [value.high for value in values])
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    if group.diverged and steps:
+        axes.plot(steps[-1], means[-1], marker="x", markersize=9, color=style["color"])
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     return means
 
 
 def mean_curve(group: Group, metric: str) -> tuple[list[int], list[Estimate]]:
-    """Steps at which all runs of the group logged a finite `metric`, and mean and interval there."""
+    """Steps at which all runs of the group logged a finite `metric`, and mean and interval there: to the first divergence."""
     curves = [
         {step: value for step, value in zip(*run.series(metric), strict=True) if math.isfinite(value)} for run in group.runs
     ]
@@ -101,15 +103,22 @@ def validation_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
 
 
 def stability_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
-    """Validation loss and norm of the momentum against steps, one panel each."""
-    with _figure(stem, 2, len(groups)) as (figure, axes):
-        for group, style in zip(groups, _styles(groups), strict=True):
-            _draw(axes[0], group, "val/loss", style)
-            _draw(axes[1], group, "momentum_norm", style)
+    """Validation loss (first line) and norm of the momentum (second) against steps, a column per setting, such as a rate."""
+    columns: dict[str, list[Group]] = {}
+    for group in groups:
+        columns.setdefault(setting(group.runs[0]), []).append(group)
+    titles = differing_options([members[0].runs[0] for members in columns.values()])
+    with _figure(stem, len(columns), len(groups), lines=2) as (_, axes):
+        for column, (members, title) in enumerate(zip(columns.values(), titles, strict=True)):
+            losses, norms = axes[column], axes[len(columns) + column]
+            for group, style in zip(members, _styles(members), strict=True):
+                _draw(losses, group, "val/loss", style)
+                _draw(norms, group, "momentum_norm", style)
+            losses.set_title(title, fontsize="small")
+            norms.set_yscale("log")
+            losses.legend(fontsize="x-small", frameon=False)
         axes[0].set_ylabel("validation loss (nats per token)")
-        axes[1].set_ylabel("2-norm of the momentum")
-        axes[1].set_yscale("log")
-        _legend(figure, groups)
+        axes[len(columns)].set_ylabel("2-norm of the momentum")
     return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
 
 

@@ -27,13 +27,16 @@ Recomputed = Mapping[str, Losses]
 
 
 def late_train_loss(run: RunResult) -> float:
-    """Mean training loss of the last 1,000 steps (all of them in a shorter run), from the rows that end in this stretch."""
+    """Mean training loss of the last 1,000 steps (all of them in a shorter run); NaN if none was logged.
+
+    A row is the mean over the steps since the row before, and counts by as many of them as lie in this stretch.
+    """
     steps, losses = run.series("train/loss")
     total = weight = 0.0
     for previous, step, loss in zip([0, *steps], steps, losses, strict=False):
-        if step > steps[-1] - LAST_STEPS:
-            total += (step - previous) * loss
-            weight += step - previous
+        overlap = max(step - max(previous, steps[-1] - LAST_STEPS), 0)
+        total += overlap * loss if overlap else 0.0
+        weight += overlap
     return total / weight if weight else math.nan
 
 
@@ -44,6 +47,10 @@ def compression(group: Group) -> float | None:
         return 1.0 if group.method == "exact" else None
     rows = options["micro_batch_size"] * options["model.block_size"]
     return float(rows / min(group.rank, rows))
+
+
+def _bytes(size: float) -> str | None:
+    return format_bytes(size) if math.isfinite(size) else None
 
 
 def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
@@ -59,12 +66,12 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
             "method": group.label,
             "seeds": len(group.runs),
             "diverged": len(group.diverged) or None,
-            "steps": max(run.summary["step"] for run in group.runs),
+            "steps": first.options["steps"],
             "compression": compression(group),
             "paper_train": published and published.train_loss,
             "paper_val": published and published.val_loss,
-            "kept_dense": format_bytes(sum(first.last(name) for name in dense)),
-            "kept_all": format_bytes(first.last("mem/saved_bytes")),
+            "kept_dense": _bytes(sum(first.last(name) for name in dense)),
+            "kept_all": _bytes(first.last("mem/saved_bytes")),
             "step_time": statistics.median(milliseconds) if milliseconds else None,
             "runs": [run.id for run in group.runs],
         }
@@ -96,7 +103,8 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
     notes = [
         "Losses in nats per token. Validation losses are computed again from the last checkpoint: on held-out text, and as the "
         "published code validates, on 30 windows of text that is also training text. Kept: bytes held for backward by one "
-        "micro-batch. Step time: median over the log, on a machine that may have done other work beside."
+        "micro-batch; the head is not among the dense layers there, since it forms its gradient with the loss and keeps no "
+        "input, whatever the method. Step time: median over the log, on a machine that may have done other work beside."
     ]
     if any(row["paper_val"] for row in rows):
         notes.append(
@@ -107,31 +115,35 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
     return Table("final_losses", "Final losses", columns, rows, notes)
 
 
-def paired(group: Group, groups: Sequence[Group], value: Callable[[RunResult], float]) -> Estimate | None:
-    """Mean of value(run) - value(exact run of equal seed and setting) over the runs that have such a partner."""
-    exact = {
-        (setting(run), run.seed): run
-        for other in groups
-        if other.method == "exact"
-        for run in other.runs
-        if not run.diverged
-    }
-    differences = []
-    for run in group.runs:
-        partner = exact.get((setting(run), run.seed))
-        if partner is not None and not run.diverged:
-            differences.append(value(run) - value(partner))
+def paired(group: Group, other: Group, value: Callable[[RunResult], float]) -> Estimate | None:
+    """Mean of value(run of `group`) - value(run of `other`) over the seeds that both have.
+
+    None if there is no such seed, and if any run of either diverged: the mean over those that survived would flatter.
+    """
+    if group.diverged or other.diverged:
+        return None
+    partners = {run.seed: run for run in other.runs}
+    differences = [value(run) - value(partners[run.seed]) for run in group.runs if run.seed in partners]
     return estimate(differences) if differences else None
+
+
+def exact_partner(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The group of exact runs that share everything with `group` but the method."""
+    wanted = setting(group.runs[0])
+    return next((other for other in groups if other.method == "exact" and setting(other.runs[0]) == wanted), None)
 
 
 def differences(groups: Sequence[Group], recomputed: Recomputed) -> Table:
     """A row per group that has exact partners."""
     rows = []
     for group in groups:
-        val = paired(group, groups, lambda run: recomputed[run.id].held_out)
-        if group.method == "exact" or val is None:
+        exact = exact_partner(group, groups)
+        if exact is None or group.method == "exact":
             continue
-        train = paired(group, groups, late_train_loss)
+        val = paired(group, exact, lambda run: recomputed[run.id].held_out)
+        if val is None:
+            continue
+        train = paired(group, exact, late_train_loss)
         published = published_row(group)
         rows.append(
             {
@@ -149,14 +161,15 @@ def differences(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         "method": Column("method"),
         "pairs": Column("pairs"),
         "val": Column("val loss above exact", sign=True),
-        "val_p": Column("p", digits=4),
+        "val_p": Column("p", p=True),
         "train": Column("train loss above exact", sign=True),
-        "train_p": Column("p (train)", digits=4),
+        "train_p": Column("p (train)", p=True),
         "paper": Column("paper: val above exact", sign=True),
         "runs": Column("run ids"),
     }
     notes = [
         "Mean over pairs of equal seed (same weights at the start, same text), 95% interval and p-value of a t-test. Validation "
-        "on held-out text; train loss over the last 1,000 steps. The paper's differences are of single, unpaired runs."
+        "on held-out text; train loss over the last 1,000 steps. p-values are not corrected for the number of rows. The paper's "
+        "differences are of single, unpaired runs. Groups with diverged runs have no row."
     ]
     return Table("differences", "Paired differences to exact", columns, rows, notes)

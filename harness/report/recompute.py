@@ -49,12 +49,17 @@ class Losses:
 def recompute(run: RunResult) -> Losses:
     """Rebuild the model of a finished run and compute its losses again.
 
-    Raises ValueError, in words, if there is no sound checkpoint of the run's last step, or its text can't be had any more.
+    Raises ValueError, in words, if there is no sound checkpoint of the run's last step, if its text can't be had any more, or
+    if the checkpoint is of a version that this one can't read.
     """
     try:
-        loaded = Checkpoints(run.folder / CHECKPOINT_FOLDER).load_latest()
-    except CheckpointError as error:
-        raise ValueError(str(error)) from None
+        return _recompute(run)
+    except (CheckpointError, OSError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"its losses can't be computed again: {type(error).__name__}: {error}") from error
+
+
+def _recompute(run: RunResult) -> Losses:
+    loaded = Checkpoints(run.folder / CHECKPOINT_FOLDER).load_latest()
     if loaded is None:
         raise ValueError(f"no checkpoint in {CHECKPOINT_FOLDER}/, so its losses can't be computed again")
     if loaded.step != run.summary["step"]:
@@ -73,14 +78,22 @@ def recompute(run: RunResult) -> Losses:
     with torch.random.fork_rng():
         model = GPT(model_config)
     model.load_state_dict(loaded.state["model"])
-    runtime = resolve("auto", config["precision"], compile=False)
+    # As the run itself computed, where this machine can: TF32 and compilation move a loss by more than 1e-6.
+    there = loaded.state["runtime"]
+    device = there["device"] if there["device"] == "cpu" or torch.cuda.is_available() else "auto"
+    runtime = resolve(device, config["precision"], compile=there["compile"], deterministic=config["deterministic"])
     model.to(runtime.device)
+    forward = torch.compile(model) if runtime.compile else model
     already_seen = Sampler(
         prepared.train, block_size=model_config.block_size, batch_size=EVALUATION_WINDOWS, order="paper", seed=0
     ).batch(max(loaded.step // EVALUATION_EVERY, 1) - 1)
+    # No more windows at once than the run's own evaluation takes: equal parts, so that the mean of their means is the mean.
+    parts = next(n for n in range(1, EVALUATION_WINDOWS + 1) if n * config["eval"]["batch_size"] >= EVALUATION_WINDOWS)
+    parts = next(n for n in range(parts, EVALUATION_WINDOWS + 1) if EVALUATION_WINDOWS % n == 0)
+    inputs, targets = (half.chunk(parts) for half in already_seen)
     return Losses(
-        held_out=validation_loss(model, held_out, runtime),
-        as_published=validation_loss(model, [already_seen], runtime),
+        held_out=validation_loss(model, held_out, runtime, forward),
+        as_published=validation_loss(model, zip(inputs, targets, strict=True), runtime, forward),
         logged=run.last("val/loss"),
     )
 

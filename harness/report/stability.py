@@ -2,10 +2,11 @@
 
 Per group, over all its runs, diverged ones included:
 
-- *evaluations that got worse*: share of evaluations whose validation loss is higher than that of the one before, and the largest
-  such rise in nats. The windows are the same each time, so a rise is of the weights, not of the text.
-- *momentum*: 2-norm of the optimiser's running mean of gradients, its mean over the log after the first tenth of the run, and its
-  coefficient of variation there (standard deviation / mean): the "steady magnitude" that the paper credits R = 1's smoothness to.
+- *evaluations that got worse*: how many evaluations found a higher validation loss than the one before, and the largest such
+  rise in nats. The windows are the same each time, so a rise is of the weights, not of the text.
+- *momentum*: 2-norm of the optimiser's momentum buffer (SGD's is a discounted sum of gradients, AdamW's a mean), its mean over
+  the log after the first tenth of the run, and its coefficient of variation there (standard deviation / mean; a drift counts
+  too): the "steady magnitude" that the paper credits R = 1's smoothness to.
 - *quality of dW* (runs with diagnostics.every): cosine of the sketched to the exact dW of all sketched layers together, and the
   ratio of their norms, means over the looks.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -26,12 +28,6 @@ def rises(run: RunResult) -> list[float]:
     """Change of the validation loss from each evaluation to the next; a loss that is no number counts as infinite."""
     losses = [loss if math.isfinite(loss) else math.inf for loss in run.series("val/loss")[1]]
     return [after - before if before < math.inf else 0.0 for before, after in itertools.pairwise(losses)]
-
-
-def share_worse(run: RunResult) -> float | None:
-    """Share of evaluations after the first that got worse."""
-    changes = rises(run)
-    return sum(change > 0 for change in changes) / len(changes) if changes else None
 
 
 def largest_rise(run: RunResult) -> float | None:
@@ -56,6 +52,18 @@ def mean_of(run: RunResult, metric: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def diverged_at(run: RunResult) -> int:
+    """The first step whose loss or weights were not finite, as the run said; else the last one logged."""
+    said = re.match(r"step (\d+):", str(run.summary.get("reason", "")))
+    return int(said[1]) if said else int(run.summary["step"])
+
+
+def worse_count(group: Group) -> tuple[int, int]:
+    """Evaluations of all runs that got worse, and all that had one before."""
+    changes = [change for run in group.runs for change in rises(run)]
+    return sum(change > 0 for change in changes), len(changes)
+
+
 def _over_runs(values: Sequence[float | None]) -> Estimate | None:
     known = [value for value in values if value is not None]
     return estimate(known) if known else None
@@ -66,16 +74,20 @@ def stability(groups: Sequence[Group]) -> Table:
     rows = []
     for group in groups:
         norms = [momentum(run) for run in group.runs]
-        reasons = sorted({run.summary["step"] for run in group.diverged})
+        worse, evaluations = worse_count(group)
+        first = min((diverged_at(run) for run in group.diverged), default=None)
         rows.append(
             {
                 "method": group.label,
                 "seeds": len(group.runs),
-                "diverged": f"{len(group.diverged)} of {len(group.runs)}, at step {reasons[0]:,}" if reasons else "no",
-                "evaluations": sum(len(rises(run)) for run in group.runs),
-                "worse": _over_runs([None if (s := share_worse(run)) is None else 100 * s for run in group.runs]),
+                "diverged": "no"
+                if first is None
+                else f"{len(group.diverged)} of {len(group.runs)}, first at step {first:,}",
+                "worse": worse,
+                "evaluations": evaluations,
+                "share": 100 * worse / evaluations if evaluations else None,
                 "rise": max((rise for run in group.runs if (rise := largest_rise(run)) is not None), default=None),
-                "final": _over_runs([run.last("val/loss") for run in group.runs if not run.diverged]),
+                "final": None if group.diverged else _over_runs([run.last("val/loss") for run in group.runs]),
                 "momentum": _over_runs([pair and pair[0] for pair in norms]),
                 "variation": _over_runs([pair and pair[1] for pair in norms]),
                 "cosine": _over_runs([mean_of(run, "sketch/all/cosine") for run in group.runs]),
@@ -87,8 +99,9 @@ def stability(groups: Sequence[Group]) -> Table:
         "method": Column("method"),
         "seeds": Column("seeds"),
         "diverged": Column("diverged"),
-        "evaluations": Column("evaluations"),
-        "worse": Column("got worse, %", digits=1),
+        "worse": Column("evaluations that got worse"),
+        "evaluations": Column("of"),
+        "share": Column("%", digits=0),
         "rise": Column("largest rise, nats"),
         "final": Column("last val loss, nats"),
         "momentum": Column("momentum norm", digits=2),
@@ -98,9 +111,9 @@ def stability(groups: Sequence[Group]) -> Table:
         "runs": Column("run ids"),
     }
     notes = [
-        "Got worse: share of evaluations with a higher validation loss than the one before, same windows each time. Momentum: "
-        "2-norm of the optimiser's running mean of gradients after the first tenth of the run, and its standard deviation "
-        "divided by its mean. Cosine and norm ratio: sketched against exact dW of the same step, all sketched layers together. "
-        "± 95% interval over seeds."
+        "Got worse: a higher validation loss than at the evaluation before, same windows each time. Momentum: 2-norm of the "
+        "optimiser's momentum buffer after the first tenth of the run, and its standard deviation over the log divided by its "
+        "mean. Cosine and norm ratio: sketched against exact dW of the same step, all sketched layers together. ± 95% interval "
+        "over seeds."
     ]
     return Table("stability", "Stability", columns, rows, notes)

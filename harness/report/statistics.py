@@ -1,7 +1,7 @@
 """Means over seeds with 95% intervals and p-values, by Student's t, since seeds are few.
 
 An interval says how far the mean over *other seeds* may lie from this one: initial weights and sketch noise drawn anew, the
-same text. One seed gives none, and then nothing is claimed.
+same text. One seed gives none, and then nothing is claimed. P-values are not corrected for the number of rows they stand in.
 """
 
 from __future__ import annotations
@@ -40,14 +40,20 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean, interval and two-sided p-value (t-test against 0) of at least one value."""
-    mean = statistics.fmean(values)
+    """Mean, interval and two-sided p-value (t-test against 0) of at least one value; of infinities and NaN no interval."""
     count = len(values)
-    if count < 2:
+    mean = sum(values) / count
+    if count < 2 or not math.isfinite(mean):
         return Estimate(mean, None, count)
+    mean = statistics.fmean(values)
     from scipy import stats
 
     error = statistics.stdev(values) / math.sqrt(count)
     half = float(stats.t.ppf(0.5 + LEVEL / 2, count - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error > 0 else float(mean == 0)
     return Estimate(mean, half, count, p)
+
+
+def p_text(p: float) -> str:
+    """ "0.03", or "< 0.0001"."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"

@@ -1,34 +1,33 @@
-"""A table that is written three times: Markdown for people, CSV for spreadsheets, JSON with the unrounded numbers."""
+"""A table that is written three times: Markdown for people, CSV and JSON with the unrounded numbers for programs."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.report.statistics import Estimate
+from harness.report.statistics import Estimate, p_text
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading with its unit, and how its values are shown. digits: after the point; sign: show a plus too."""
+    """A heading with its unit, and how its values are shown. digits: after the point; sign: a plus too; p: as a p-value."""
 
     heading: str
     digits: int = 3
     sign: bool = False
+    p: bool = False
 
     def text(self, value: Any) -> str:
-        """A value as a reader sees it; None and empty stay empty."""
-        if value is None:
+        """A value as a reader sees it; None, NaN and empty stay empty."""
+        if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         if isinstance(value, Estimate):
-            return value.text(self.digits, self.sign)
+            return "" if math.isnan(value.mean) else value.text(self.digits, self.sign)
         if isinstance(value, float):
-            return f"{value:{'+' if self.sign else ''}.{self.digits}f}"
-        if isinstance(value, bool):
-            return "yes" if value else "no"
+            return p_text(value) if self.p else f"{value:{'+' if self.sign else ''}.{self.digits}f}"
         if isinstance(value, int):
             return f"{value:,}"
         if isinstance(value, list):
@@ -46,36 +45,55 @@ class Table:
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
 
-    def cells(self) -> list[list[str]]:
-        """Headings and rows as text. Columns without any value are left out."""
-        shown = [key for key in self.columns if any(self.columns[key].text(row.get(key)) for row in self.rows)]
-        head = [self.columns[key].heading for key in shown]
-        return [head, *([self.columns[key].text(row.get(key)) for key in shown] for row in self.rows)]
+    def _shown(self) -> list[str]:
+        """Keys of the columns that have a value in some row."""
+        return [key for key in self.columns if any(self.columns[key].text(row.get(key)) for row in self.rows)]
 
     def markdown(self) -> str:
         """An aligned Markdown table without its title, notes below."""
-        cells = [[cell.replace("|", r"\|") for cell in line] for line in self.cells()]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        keys = self._shown()
+        cells = [[self.columns[key].heading for key in keys]]
+        cells += [[self.columns[key].text(row.get(key)) for key in keys] for row in self.rows]
+        cells = [[cell.replace("|", r"\|") for cell in line] for line in cells]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
         lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
         lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
         return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in self.notes)
 
     def csv(self) -> str:
-        """The same cells as CSV."""
+        """A column per key with unrounded numbers; an estimate takes three: <key>, <key>_half_width and <key>_count."""
+        records = []
+        for row in self.rows:
+            record: dict[str, Any] = {}
+            for key in self._shown():
+                value = row.get(key)
+                is_estimate = any(isinstance(other.get(key), Estimate) for other in self.rows)
+                if is_estimate:
+                    known = value if isinstance(value, Estimate) else None
+                    record |= {
+                        key: known and known.mean,
+                        f"{key}_half_width": known and known.half_width,
+                        f"{key}_count": known and known.count,
+                    }
+                else:
+                    record[key] = " ".join(map(str, value)) if isinstance(value, list) else value
+            records.append(record)
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(self.cells())
+        writer = csv.DictWriter(text, list(records[0]) if records else list(self.columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
         return text.getvalue()
 
     def json(self) -> dict[str, Any]:
-        """Raw values, for a program to read."""
+        """Raw values, for a program to read; what is no finite number is null or a word, as JSON wants it."""
         rows = [{key: _plain(row.get(key)) for key in self.columns} for row in self.rows]
-        return {
-            "title": self.title,
-            "columns": {k: c.heading for k, c in self.columns.items()},
-            "rows": rows,
-            "notes": self.notes,
-        }
+        headings = {key: column.heading for key, column in self.columns.items()}
+        return {"title": self.title, "columns": headings, "rows": rows, "notes": self.notes}
 
 
 def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if isinstance(value, Estimate) else value
+    if isinstance(value, Estimate):
+        return {name: _plain(getattr(value, name)) for name in ("mean", "half_width", "count", "p")}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -10,6 +10,7 @@ A run that can't be used is named with the reason, and the rest is reported.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def gather(folders: Sequence[Path], progress: bool = True) -> Report:
                 new, old = recomputed[run.id].held_out, recomputed[run.id].logged
                 complaints.append(
                     f"{run.folder}: the validation loss computed again is {new!r}, the logged one {old!r}; they differ by more "
-                    f"than {TOLERANCE:g} (another machine, version or number of threads?)"
+                    f"than {TOLERANCE:g} (another machine, version, number of threads, or a compiled run?)"
                 )
         runs.append(run)
     if not runs:
@@ -73,8 +74,9 @@ def run_list(groups: Sequence[Group], recomputed: dict[str, Losses]) -> Table:
     for group in groups:
         for run in group.runs:
             again = recomputed.get(run.id)
-            machine = run.summary["machine"]
-            where = machine["gpu"] if run.summary["runtime"]["device"] == "cuda" else machine["processor"]
+            machine = run.summary.get("machine", {})
+            on_gpu = run.summary.get("runtime", {}).get("device") == "cuda"
+            where = machine.get("gpu") if on_gpu else f"{machine.get('processor')}, {machine.get('threads')} threads"
             rows.append(
                 {
                     "id": run.id,
@@ -84,11 +86,11 @@ def run_list(groups: Sequence[Group], recomputed: dict[str, Losses]) -> Table:
                     "steps": run.summary["step"],
                     "val": run.last("val/loss"),
                     "apart": again and abs(again.held_out - again.logged),
-                    "minutes": run.summary["wall_seconds"] / 60,
-                    "command": f"`{run.summary['command']}`",
-                    "commit": run.summary["commit"],
-                    "machine": f"{where}, {machine['threads']} threads" if where != machine["gpu"] else where,
-                    "torch": run.summary["versions"]["torch"],
+                    "minutes": run.summary.get("wall_seconds", math.nan) / 60,
+                    "command": f"`{run.summary.get('command')}`",
+                    "commit": run.summary.get("commit"),
+                    "machine": where,
+                    "torch": run.summary.get("versions", {}).get("torch"),
                 }
             )
     columns = {
@@ -139,7 +141,7 @@ def write(report: Report, out: Path, *, command: str, metrics: bool = False) -> 
         "complaints": report.complaints,
         "tables": {table.name: table.json() for table in report.tables},
     }
-    write_atomic(out / "report.json", json.dumps(everything, indent=1) + "\n")
+    write_atomic(out / "report.json", json.dumps(everything, indent=1, allow_nan=False) + "\n")
     written += [out / "report.md", out / "report.json"]
     if metrics:
         (out / "metrics").mkdir(exist_ok=True)
