@@ -114,6 +114,13 @@ class BalancedSketch(Estimator):
         """X^ of Algorithm 1 for `x` (B, N), times 1 - shrinkage: (min(R, B), N) in the dtype of `x`."""
         rows = x.shape[0]
         rank = min(self.rank, rows)
+        if rank == rows and self.hashing == "balanced" and key.ndim == 0:
+            # A bin for each row: S is a signed permutation, which S^T S takes away again, so it is left out.
+            factor: Tensor | float = 1.0 - self.shrinkage
+            if self.invariant_scalars:
+                norm = _norm(x)
+                factor = factor * norm / (norm + self.eps)
+            return (x * factor).to(x.dtype)
         bins, signs = draw_hashing(key, rows, rank, self.hashing)
         sketch = signed_bin_sums(x, bins, signs, rank)
         if self.invariant_scalars:
