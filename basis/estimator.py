@@ -8,14 +8,33 @@ differ in *what is kept of X* for the third, and in *how dW is formed from it*. 
 
 Estimators are frozen dataclasses: their fields are the method's options, checked when the object is made, and they print,
 compare and hash as values. They hold no tensors. What they draw at random is a function of the key alone (noise.py).
+
+Where dY is too large to be held whole, as at a language model's head, dW has to be formed from some rows of it at a time.
+Nearly every method can be written as X ~ L Z with a left factor L (B, k) that is known row by row, so that dW ~ (L^T dY)^T Z:
+
+    factors(kept, rows)       -> L, Z and a scale, or None if the method has no such form: dY is then held whole
 """
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """weight_grad(kept, grad_y) = scale(|grad_y|, |L^T grad_y|) (L^T grad_y)^T Z, norms being Frobenius.
+
+    left: L (B, k). right: Z (k, N), None for the identity. scale: of two 0-dimensional tensors, None for 1.
+    """
+
+    left: Tensor
+    right: Tensor | None = None
+    scale: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Estimator(abc.ABC):
@@ -35,3 +54,7 @@ class Estimator(abc.ABC):
     @abc.abstractmethod
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         """The estimate of dW = grad_y^T x, shape (M, N), from `kept` and `grad_y` (B, M)."""
+
+    def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors | None:
+        """`weight_grad(kept, .)` as a product, for `rows` = B rows; None, the default, if there is no such form."""
+        return None

@@ -1,25 +1,30 @@
-"""The last dense layer and the cross-entropy as one step: no logits outlive the forward pass.
+"""The last dense layer and the cross-entropy as one step: the logits of all rows never exist at once, and none outlive forward.
 
 At a vocabulary of 50,257 the head is most of a small GPT's step, and its logits are most of what backward would keep. But
-the gradient of a mean cross-entropy is known as soon as the logits are,
+the gradient of a mean cross-entropy is known as soon as a row's logits are,
 
     dY = (softmax(Y) - onehot(targets)) / B,        Y = X W^T                          (B rows, V classes)
 
-so forward turns Y into dY in place, forms dX = dY W (exact) and dW (by the layer's estimator, exact or sketched), and lets dY go.
-Backward multiplies both by the gradient of the loss, which is 1 in a plain training step. One path for every method, so
-that comparisons between methods compare the methods.
+so forward takes the rows in blocks of at most `BLOCK_BYTES` of logits, turns each block of Y into dY in place, forms its rows of
+dX = dY W (exact), adds what it contributes to dW (by the layer's estimator, exact or sketched), and lets it go. Backward
+multiplies dX and dW by the gradient of the loss, which is 1 in a plain training step. One path for every method, so that
+comparisons between methods compare the methods.
 
-Layout: Y is made vocabulary-major, as W X^T. Its product, the one with S and the one that forms dW then read W and Y row by
-row; with few rows (B = 64) that is up to twice as fast as X W^T on a CPU. Estimators see dY as the (B, V) view.
+dW from blocks: an estimator says X ~ L Z (`Estimator.factors`), so dW = (L^T dY)^T Z, and L^T dY, (k, V), is a sum over blocks.
+The exact one has L = X; a sketch has L = S^T with k = R. An estimator without factors is given dY whole, held in X's precision.
+
+Layout: Y is made vocabulary-major, as W X^T. Its product, the one with L and the one that forms dW then read W and Y row by
+row; with few rows (B = 64) that is up to twice as fast as X W^T on a CPU.
 
 What is exact: the loss, dX. What is estimated: dW, if the estimator says so.
 Kept until backward: dX (B N elements) and dW (V N, the gradient itself, there a little earlier than usual).
-Held during forward: one B x V block in float32 at least, where F.linear and F.cross_entropy hold two, and three in backward.
+Held during forward: one block of Y in float32 at least, where F.linear and F.cross_entropy hold two Y, and three in backward.
 FLOPs: as without it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,8 +33,72 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from basis.estimator import Estimator
+from basis.estimators.balanced_sketch import frobenius_norm
 from basis.estimators.exact import Exact
 from basis.linear import SketchedLinear, cast_for_autocast, refuse_nested_transforms, wants_weight_grad
+
+BLOCK_BYTES = 64 * 2**20
+"""Most bytes of logits (in float32) that exist at once. Larger blocks gain nothing on a CPU; a row at least is taken."""
+
+
+def _blocks(rows: int, classes: int) -> list[slice]:
+    """Rows in as few equal blocks as keep to `BLOCK_BYTES`."""
+    most = max(BLOCK_BYTES // (4 * classes), 1)
+    size = math.ceil(rows / math.ceil(rows / most))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _loss_and_gradient(x: Tensor, w: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of a block of rows divided by `rows`, and dY^T (V, block) in the precision of `x`."""
+    y = w @ x.t()
+    y = y.to(torch.promote_types(y.dtype, torch.float32))  # softmax of low-precision logits is taken in float32
+    index = targets[None]
+    at_target = y.gather(0, index)[0]
+    largest = y.amax(0)
+    sums = y.sub_(largest).exp_().sum(0)
+    loss = (sums.log() + largest - at_target).sum() / rows
+    y.mul_(1.0 / (sums * rows)).scatter_add_(0, index, y.new_full(index.shape, -1.0 / rows))
+    return loss, y.to(x.dtype)
+
+
+class _WeightGradient:
+    """dW of the head, from blocks of dY^T."""
+
+    def __init__(self, estimator: Estimator, x: Tensor, key: Tensor, weight: Tensor) -> None:
+        self.estimator, self.weight = estimator, weight
+        self.kept = estimator.compress(x, key)
+        self.factors = estimator.factors(self.kept, x.shape[0])
+        self.projected: Tensor | None = None  # (L^T dY)^T, (V, k)
+        self.squares: list[Tensor] = []  # |dY|^2 by block
+        self.whole: list[Tensor] = []
+
+    def add(self, block: slice, grad_y: Tensor) -> None:
+        """Take dY^T (V, block) of these rows."""
+        if self.factors is None:
+            self.whole.append(grad_y)
+            return
+        part = grad_y @ self.factors.left[block]  # (V, block) (block, k)
+        if self.projected is None:
+            self.projected = part.to(self.weight.dtype)  # summed up in the precision of the weight
+        else:
+            self.projected.add_(part)
+        if self.factors.scale is not None:
+            self.squares.append(frobenius_norm(grad_y).square())
+
+    def result(self) -> Tensor:
+        """dW (V, N) in the precision of the weight."""
+        if self.factors is None:
+            return self.estimator.weight_grad(self.kept, torch.cat(self.whole, 1).t()).to(self.weight.dtype)
+        assert self.projected is not None
+        result, right, scale = self.projected, self.factors.right, self.factors.scale
+        right = None if right is None else right.to(result.dtype)
+        if scale is not None:
+            factor = scale(torch.stack(self.squares).sum().sqrt(), frobenius_norm(result)).to(result.dtype)
+            if right is None:
+                result = result * factor
+            else:
+                right = right * factor  # k x N and not V x N numbers
+        return result if right is None else result @ right
 
 
 class _LinearCrossEntropyFunction(torch.autograd.Function):
@@ -41,20 +110,16 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = x.shape[0]
         w = weight.to(x.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)  # softmax of low-precision logits is taken in float32
-        y = (w @ x.t()).to(wide)  # (V, B)
-        index = targets[None]
-        at_target = y.gather(0, index)
-        largest = y.amax(0)
-        sums = y.sub_(largest).exp_().sum(0)
-        loss = (sums.log() + largest - at_target[0]).mean()
-        y.mul_(1.0 / (sums * rows))
-        grad_y = y.scatter_add_(0, index, y.new_full(index.shape, -1.0 / rows)).to(x.dtype)  # dY^T
-        grad_x = grad_y.t() @ w
-        grad_weight = None
-        if needs_weight_grad:
-            grad_weight = estimator.weight_grad(estimator.compress(x, key), grad_y.t()).to(weight.dtype)
-        return loss, grad_x, grad_weight
+        gradient = _WeightGradient(estimator, x, key, weight) if needs_weight_grad else None
+        losses, grad_x = [], []
+        for block in _blocks(rows, weight.shape[0]):
+            loss, grad_y = _loss_and_gradient(x[block], w, targets[block], rows)
+            losses.append(loss)
+            grad_x.append(grad_y.t() @ w)
+            if gradient is not None:
+                gradient.add(block, grad_y)
+        grad_weight = None if gradient is None else gradient.result()
+        return torch.stack(losses).sum(), torch.cat(grad_x), grad_weight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:

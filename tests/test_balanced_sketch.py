@@ -7,7 +7,7 @@ import torch
 from reference_trace import relative_error
 
 from basis import BalancedSketch, reference
-from basis.estimators.balanced_sketch import _norm, signed_bin_sums
+from basis.estimators.balanced_sketch import frobenius_norm, signed_bin_sums
 from basis.noise import draw_hashing, encode_hashing, fold
 
 ROWS, IN, OUT = 24, 5, 4
@@ -73,7 +73,7 @@ def test_invariant_scalars_are_biased() -> None:
 
 @pytest.mark.parametrize("hashing", ["balanced", "uniform"])
 @pytest.mark.parametrize("rank", [1, 7, 24])
-def test_invariant_scalars_restore_the_norm(rank: int, hashing: str) -> None:
+def test_invariant_scalars_restore_thefrobenius_norm(rank: int, hashing: str) -> None:
     x, _ = data()
     for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
         sketch = BalancedSketch(rank, hashing=hashing).sketch(x.to(dtype), torch.tensor(fold(1)))
@@ -124,8 +124,8 @@ def test_both_routes_to_the_sums_agree(rank: int) -> None:
 
 def test_norms_of_low_precision_are_taken_in_float32() -> None:
     x = torch.full((4096, 64), 1.0, dtype=torch.bfloat16)  # a bfloat16 sum of 262,144 ones stops at 256
-    assert _norm(x).dtype == torch.float32
-    assert _norm(x).item() == pytest.approx(512.0, rel=1e-6)
+    assert frobenius_norm(x).dtype == torch.float32
+    assert frobenius_norm(x).item() == pytest.approx(512.0, rel=1e-6)
 
 
 def test_norm_of_millions_of_elements_keeps_its_digits() -> None:

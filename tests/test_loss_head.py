@@ -10,6 +10,13 @@ from basis import BalancedSketch, Estimator, Exact, SketchedLinear, linear_cross
 ROWS, IN, CLASSES = 12, 8, 37
 
 
+@pytest.fixture(params=[64 * 2**20, 5 * 4 * CLASSES, 1], ids=["one block", "blocks of 4 rows", "row by row"], autouse=True)
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every test runs with the logits whole and in blocks."""
+    monkeypatch.setattr("basis.loss_head.BLOCK_BYTES", request.param)
+    return {64 * 2**20: ROWS, 5 * 4 * CLASSES: 4, 1: 1}[request.param]
+
+
 def head(estimator: Estimator | None = None, dtype: torch.dtype = torch.float64, bias: bool = False) -> nn.Linear:
     torch.manual_seed(0)
     plain = nn.Linear(IN, CLASSES, bias=bias, dtype=dtype)
@@ -144,6 +151,40 @@ def test_the_unfused_way_where_it_is_needed(kind: str, monkeypatch: pytest.Monke
     torch.testing.assert_close(loss, unfused(layer, x, targets), rtol=1e-13, atol=0)
     assert len(seen) == (2 if kind == "hook" else 0)
     assert loss.requires_grad == (kind != "no grad")
+
+
+class Unfactored(Exact):
+    """An estimator that needs dY whole, as the README's example does."""
+
+    def factors(self, kept: tuple[Tensor, ...], rows: int) -> None:
+        return None
+
+
+def test_an_estimator_without_factors_is_given_the_whole_gradient() -> None:
+    layer, (x, targets) = head(Unfactored()), batch()
+    got = torch.autograd.grad(linear_cross_entropy(layer, x, targets), (x, layer.weight))
+    torch.testing.assert_close(got, torch.autograd.grad(unfused(layer.to_linear(), x, targets), (x, layer.weight)))
+
+
+def test_never_more_than_a_block_of_logits(blocks: int) -> None:
+    """No tensor of forward or backward has more rows of V numbers than a block (the gradient's own N rows aside)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    layer, (x, targets) = head(BalancedSketch(2, shrinkage=0.01)), batch()
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, Tensor) and CLASSES in tensor.shape and IN not in tensor.shape:
+                    largest = max(largest, tensor.numel() // CLASSES)
+            return result
+
+    with Watch():
+        linear_cross_entropy(layer, x, targets).backward()
+    assert largest == max(blocks, 2)  # or the sketch's own R rows
 
 
 def test_refusals() -> None:

@@ -34,11 +34,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from basis.estimator import Estimator
+from basis.estimator import Estimator, Factors
 from basis.noise import draw_hashing
 
 # Up to this rank a product with the R x B sign matrix is at least as fast as adding rows to bins. See `signed_bin_sums`.
 _DENSE_MAX_RANK = 8
+
+
+def sign_matrix(bins: Tensor, signs: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """S (rank, B): signs[b] where bins[b] is the row, else 0."""
+    matrix = torch.zeros(rank, len(bins), dtype=dtype, device=bins.device)
+    return matrix.scatter_(0, bins[None], signs[None].to(dtype))
 
 
 def signed_bin_sums(x: Tensor, bins: Tensor, signs: Tensor, rank: int) -> Tensor:
@@ -51,14 +57,14 @@ def signed_bin_sums(x: Tensor, bins: Tensor, signs: Tensor, rank: int) -> Tensor
     """
     exact_sums = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not _transposed(x)
     if rank <= _DENSE_MAX_RANK or not exact_sums:
-        matrix = x.new_zeros(rank, x.shape[0]).scatter_(0, bins[None], signs[None].to(x.dtype))
+        matrix = sign_matrix(bins, signs, rank, x.dtype)
         return (x.t() @ matrix.t()).t() if _transposed(x) else matrix @ x  # in the memory order of x
     # Positive and negative rows go to bins of their own, and these are subtracted: no signed copy of x is made.
     sums = x.new_zeros(2 * rank, x.shape[1]).index_add_(0, torch.where(signs < 0, bins + rank, bins), x)
     return sums[:rank] - sums[rank:]
 
 
-def _norm(x: Tensor) -> Tensor:
+def frobenius_norm(x: Tensor) -> Tensor:
     """Frobenius norm of a matrix, in float32 at least: over many elements a norm in bfloat16 would stop growing.
 
     Row by row first, then over the rows: one long float32 sum over millions of elements loses digits on the CPU.
@@ -110,20 +116,33 @@ class BalancedSketch(Estimator):
         sketched_x, key = kept
         return self.sketch(grad_y, key).t() @ sketched_x
 
+    def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
+        sketched_x, key = kept
+        rank = sketched_x.shape[0]
+        if self._is_permutation(rows, key):
+            return Factors(sketched_x, None, lambda norm, _: self._scale(norm, norm))
+        bins, signs = draw_hashing(key, rows, rank, self.hashing)
+        return Factors(sign_matrix(bins, signs, rank, sketched_x.dtype).t(), sketched_x, self._scale)
+
+    def _scale(self, norm: Tensor, sketched_norm: Tensor) -> Tensor:
+        """What a sketch is multiplied by, from |X| and |X~|."""
+        if self.invariant_scalars:
+            return (1.0 - self.shrinkage) * norm / (sketched_norm + self.eps)
+        return torch.full_like(norm, 1.0 - self.shrinkage)
+
+    def _is_permutation(self, rows: int, key: Tensor) -> bool:
+        """Whether every row has a bin for itself: S is a signed permutation then, which S^T S takes away again."""
+        return self.rank >= rows and self.hashing == "balanced" and key.ndim == 0
+
     def sketch(self, x: Tensor, key: Tensor) -> Tensor:
         """X^ of Algorithm 1 for `x` (B, N), times 1 - shrinkage: (min(R, B), N) in the dtype of `x`."""
         rows = x.shape[0]
         rank = min(self.rank, rows)
-        if rank == rows and self.hashing == "balanced" and key.ndim == 0:
-            # A bin for each row: S is a signed permutation, which S^T S takes away again, so it is left out.
-            factor: Tensor | float = 1.0 - self.shrinkage
-            if self.invariant_scalars:
-                norm = _norm(x)
-                factor = factor * norm / (norm + self.eps)
-            return (x * factor).to(x.dtype)
-        bins, signs = draw_hashing(key, rows, rank, self.hashing)
-        sketch = signed_bin_sums(x, bins, signs, rank)
+        if self._is_permutation(rows, key):
+            sketch = x
+        else:
+            bins, signs = draw_hashing(key, rows, rank, self.hashing)
+            sketch = signed_bin_sums(x, bins, signs, rank)
         if self.invariant_scalars:
-            scale = (1.0 - self.shrinkage) * _norm(x) / (_norm(sketch) + self.eps)
-            return (sketch * scale).to(x.dtype)
+            return (sketch * self._scale(frobenius_norm(x), frobenius_norm(sketch))).to(x.dtype)
         return sketch if self.shrinkage == 0.0 else sketch * (1.0 - self.shrinkage)
