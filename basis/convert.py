@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from basis.estimator import Estimator
+from basis.keyed import Keyed
 from basis.linear import SketchedLinear
 from basis.noise import fold
 
@@ -100,13 +101,17 @@ def sketched_layers(model: nn.Module) -> Iterator[tuple[str, SketchedLinear]]:
 
 
 def set_noise_key(model: nn.Module, *, seed: int, step: int, micro_batch: int = 0, rank: int = 0) -> None:
-    """Fix the noise of every sketched layer as a function of these four integers and the layer's name.
+    """Fix the noise of every sketched and lean layer as a function of these four integers and the layer's name.
 
     Call it before each forward of a training step. Recomputing or resuming with the same numbers draws the same noise, and a
     layer's noise does not depend on which other layers are sketched.
     """
-    for name, layer in sketched_layers(model):
-        layer.set_noise_key(fold(seed, step, micro_batch, rank, name))
+    for name, module in model.named_modules():
+        if isinstance(module, Keyed):
+            parameter = next(module.parameters(), None)
+            module.set_noise_key(
+                fold(seed, step, micro_batch, rank, plain_name(model, name)), None if parameter is None else parameter.device
+            )
 
 
 def _patterns(option: str, patterns: Iterable[str]) -> list[str]:

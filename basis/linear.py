@@ -21,9 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from basis.estimator import Estimator
 from basis.estimators.balanced_sketch import BalancedSketch
+from basis.keyed import Keyed
 from basis.noise import draw_key, encode_hashing
 
-Layer = TypeVar("Layer", bound=nn.Linear)
+Layer = TypeVar("Layer", nn.Linear, "SketchedLinear", nn.LayerNorm)
 
 
 def refuse_nested_transforms() -> None:
@@ -137,12 +138,10 @@ def basis_linear(
     return sketched_linear(input, weight, bias, encode_hashing(bins, signs).to(input.device), estimator)
 
 
-class SketchedLinear(nn.Linear):
+class SketchedLinear(Keyed, nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
-    Same parameters, same state_dict, same forward. `noise_key` decides the noise; while it is None, each training forward
-    draws a key from PyTorch's default generator. `basis.set_noise_key` sets it for a whole model. It is no buffer: it is
-    not saved, and DistributedDataParallel does not overwrite it with rank 0's.
+    Same parameters, same state_dict, same forward. For `noise_key` see keyed.py.
     """
 
     def __init__(
@@ -157,7 +156,6 @@ class SketchedLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.estimator = estimator
-        self.noise_key: Tensor | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
@@ -168,17 +166,11 @@ class SketchedLinear(nn.Linear):
         if linear._parameters.get("weight") is None:
             raise ValueError("sketched linear: the layer's weight is computed by a hook, not a parameter")
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, estimator=estimator, device="meta")
-        return _take_over(new, linear)
+        return take_over(new, linear)
 
     def to_linear(self) -> nn.Linear:
         """The plain layer again, sharing this layer's parameters and hooks."""
-        return _take_over(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"), self)
-
-    def set_noise_key(self, key: int | Tensor) -> None:
-        """Fix the noise: an integer in [0, 2^63) is a seed, a tensor of B codes an explicit hashing (`encode_hashing`)."""
-        # A new tensor each time: a compiled graph may keep the one it was given until backward.
-        device = self.weight.device
-        self.noise_key = key.to(device) if isinstance(key, Tensor) else torch.full((), key, dtype=torch.int64, device=device)
+        return take_over(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"), self)
 
     def key_for(self, input: Tensor) -> Tensor:
         """The key of a forward now, on the input's device: `noise_key`, else a fresh one if this forward may be trained on."""
@@ -197,9 +189,9 @@ class SketchedLinear(nn.Linear):
         return f"{super().extra_repr()}, estimator={self.estimator}"
 
 
-def _take_over(layer: Layer, old: nn.Linear) -> Layer:
+def take_over(layer: Layer, old: nn.Linear | nn.LayerNorm) -> Layer:
     """Give `layer` the parameters, hooks and mode of `old`."""
-    layer.weight, layer.bias = old.weight, old.bias
+    layer._parameters.update(old._parameters)
     for name, value in vars(old).items():
         if "hooks" in name:
             setattr(layer, name, value)

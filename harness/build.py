@@ -8,6 +8,7 @@ import torch
 
 import basis
 from data.tokens import TokenFile
+from harness import activations
 from harness.config import Config, make_estimator
 from models import GPT, GPTConfig
 
@@ -34,7 +35,9 @@ def build_model(config: Config) -> tuple[GPT, list[str]]:
     """
     torch.manual_seed(config.seed)
     model = GPT(config.model)
-    return model, _apply_method(model, config)
+    sketched = _apply_method(model, config)
+    activations.apply(model, config.activations)
+    return model, sketched
 
 
 def _apply_method(model: GPT, config: Config) -> list[str]:

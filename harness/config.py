@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from basis import ESTIMATORS, Estimator
 from data.options import DataOptions
+from harness.activations import ActivationsOptions
 from harness.device import DEVICES, PRECISIONS
 from harness.optim import OptimOptions
 from harness.tracker import TrackerOptions
@@ -101,6 +102,7 @@ class Config:
     experiment_name: str = "default"
     model: GPTConfig = field(default_factory=GPTConfig)
     method: MethodOptions = field(default_factory=MethodOptions)
+    activations: ActivationsOptions = field(default_factory=ActivationsOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)

@@ -38,15 +38,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+import basis.lean
 from basis import SketchedLinear
-from models.gpt import GPT, CausalSelfAttention
+from basis.kept import observe
+from models.gpt import GPT, CausalAttention, CausalSelfAttention
 
 CATEGORIES = ("linear inputs", "sketches", "attention", "norms", "activations", "loss head", "weight copies", "other")
 
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((SketchedLinear,), "sketches"),
     ((nn.Linear,), "linear inputs"),
-    ((CausalSelfAttention, nn.MultiheadAttention), "attention"),
+    ((CausalSelfAttention, CausalAttention, basis.lean.LeanAttention, nn.MultiheadAttention), "attention"),
     ((nn.LayerNorm, nn.RMSNorm), "norms"),
     ((nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid), "activations"),
     ((GPT,), "loss head"),
@@ -93,7 +95,7 @@ def _record(model: nn.Module, forward: Callable[[], Tensor], category: Callable[
             found.setdefault(_storage_id(tensor), (category(tensor), tensor.untyped_storage().nbytes()))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), observe(pack):
         loss = forward()  # named, so that the graph lives (and no storage is used again) until all is counted
     assert loss.requires_grad
     table: dict[str, int] = {}

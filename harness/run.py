@@ -25,7 +25,7 @@ from torch import Tensor
 import basis
 from data import Sampler, ValidationWindows, validation_windows
 from data.prepare import prepare
-from harness import memory, rundir
+from harness import activations, memory, rundir
 from harness.build import build_model, check_method, fill_vocabulary
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config, make_estimator
@@ -201,6 +201,8 @@ def telling_settings(config: Config) -> dict[str, object]:
 def set_up(config: Config, folder: Path) -> Run:
     """The run of `config` in `folder`, new or continued. Raises ValueError for what the user can mend, before writing."""
     runtime = resolve(config.device, config.precision, config.compile, deterministic=config.deterministic)
+    if config.activations.name == "budget" and not runtime.compile:
+        raise ValueError("activations=budget: a budget is kept by torch.compile; give compile=true")
     require_wandb(config.tracker.mode)
     check_method(config)
     rundir.check_same_run(folder, config)
@@ -274,7 +276,9 @@ def set_up(config: Config, folder: Path) -> Run:
         raise
     if runtime.compile:
         torch.compiler.reset()  # graphs of a sweep's earlier runs count against the limit of recompilations
-    forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model) if runtime.compile else model
+    forward: Callable[[Tensor, Tensor], Tensor] = (
+        activations.compiled(model, config.activations) if runtime.compile else model
+    )
     run = Run(
         config=config,
         folder=folder,

@@ -59,11 +59,23 @@ class GPTConfig:
             raise ValueError(f"model.init={self.init!r}: must be paper or gpt2")
 
 
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(d) + causal mask) v: a module of its own, so that other ways to attend can take its place."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (b, h, T, d) -> (b, h, T, d)."""
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.attend = CausalAttention(config.dropout)
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -71,8 +83,7 @@ class CausalSelfAttention(nn.Module):
         batch, length, width = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.n_head, width // self.n_head)  # (b, T, 3, h, d)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (b, h, T, d)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = self.attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
 
 

@@ -1,0 +1,118 @@
+"""GELU that keeps two bits a number: which of four intervals its input lies in.
+
+Backward needs nothing of the input but the derivative, dX = dY GELU'(X). The derivative is replaced by a step function, constant
+on 2^bits intervals, that is nearest to it in mean square for inputs that are normal with deviation 1.5; forward is exact.
+(Few-bit activations: Novikov et al., 2202.00441. Intervals and levels are found here, by dynamic programming.)
+
+What is exact: the output. What is approximated: dX, by a fixed function of X, so with a bias that does not average out; its
+relative mean-square error is about 2% at 2 bits and 0.1% at 4. Kept: `bits` per number instead of 32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+DEVIATION = 1.5
+BITS = (1, 2, 4)
+
+
+def derivative(x: Tensor, approximate: str) -> Tensor:
+    """GELU'(x), elementwise; approximate: "none" or "tanh"."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(F.gelu(x, approximate=approximate).sum(), x)
+    return slope
+
+
+@functools.cache
+def steps(bits: int, approximate: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Boundaries (2^bits - 1) and levels (2^bits) of the step function nearest to GELU'.
+
+    Exact for a grid of 400 points: the best division into n intervals is the best of n - 1 up to some point, and one more.
+    """
+    count = 1 << bits
+    with torch.device("cpu"), torch.inference_mode(False):
+        x = torch.linspace(-6.0, 6.0, 400, dtype=torch.float64)
+        slope = derivative(x, approximate)
+        weight = torch.exp(-0.5 * (x / DEVIATION).square())
+    zero = torch.zeros(1, dtype=torch.float64)
+    w, s, s2 = (torch.cat([zero, t.cumsum(0)]) for t in (weight, weight * slope, weight * slope.square()))
+    # cost[i, j]: squared error of one level for the points i to j - 1.
+    total = w[None] - w[:, None]
+    mean_part = (s[None] - s[:, None]).square() / total.clamp_min(1e-300)
+    cost = torch.where(total > 0, (s2[None] - s2[:, None]) - mean_part, torch.inf)
+    best, cuts = cost[0], []
+    for _ in range(count - 1):
+        best, cut = (best[:, None] + cost).min(0)
+        cuts.append(cut)
+    ends = [len(x)]
+    for cut in reversed(cuts):
+        ends.append(int(cut[ends[-1]]))
+    ends = ends[::-1]  # the first points of the intervals after the first, then the end
+    starts = [0, *ends[:-1]]
+    levels = [float((s[b] - s[a]) / (w[b] - w[a])) for a, b in zip(starts, ends, strict=True)]
+    boundaries = [float((x[i - 1] + x[i]) / 2) for i in ends[:-1]]
+    return tuple(boundaries), tuple(levels)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes below 2^bits, 8 // bits to a byte."""
+    per_byte = 8 // bits
+    flat = F.pad(codes.reshape(-1), (0, -codes.numel() % per_byte)).view(-1, per_byte)
+    packed = flat[:, 0].clone()
+    for place in range(1, per_byte):
+        packed |= flat[:, place] << (bits * place)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes again."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & ((1 << bits) - 1)).view(-1)[:count]
+
+
+class _FewBitGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, bits: int, approximate: str) -> Tensor:
+        return F.gelu(x, approximate=approximate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.bits, ctx.approximate = inputs
+        boundaries, _ = steps(ctx.bits, ctx.approximate)
+        codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+        for boundary in boundaries:
+            codes += x > boundary
+        ctx.save_for_backward(pack(codes, ctx.bits))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (packed,) = ctx.saved_tensors
+        levels = torch.tensor(steps(ctx.bits, ctx.approximate)[1], dtype=grad_output.dtype, device=grad_output.device)
+        codes = unpack(packed, ctx.bits, grad_output.numel()).view(grad_output.shape)
+        return grad_output * levels[codes.int()], None, None
+
+
+class LeanGELU(nn.GELU):
+    """nn.GELU that keeps `bits` (1, 2 or 4) per number. Raises ValueError for another number of bits."""
+
+    def __init__(self, approximate: str = "none", bits: int = 2) -> None:
+        super().__init__(approximate)
+        if bits not in BITS:
+            raise ValueError(f"gelu_bits={bits}: must be one of {', '.join(map(str, BITS))}")
+        self.bits = bits
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return super().forward(input)
+        return _FewBitGELU.apply(input, self.bits, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"

@@ -1,0 +1,74 @@
+"""Eight bits a number, rounded without bias: what a lean layer keeps instead of float32.
+
+A tensor is cut along its last dimension into blocks of 64 numbers (or one block, if 64 does not divide it). A block keeps its
+largest magnitude a and, for each number x, the integer
+
+    q = floor(127 x / a + u),   u uniform in [0, 1),        x^ = q a / 127
+
+so that E[x^] = x: an error once is not an error every step. |x^ - x| < a / 127 and the variance is at most (a / 254)^2.
+
+The noise is u[b, c] = frac(r[b] + s[c]) for row b and column c, with r and s drawn from the key (noise.py). Each u is uniform
+and any two in a row or column are independent, for B + N draws instead of B N.
+
+Kept: 1 byte a number and 4 bytes a block: 0.2656 of float32. Cost: about eight passes over numbers that lie in the cache, since
+rows are taken a few at a time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from basis.noise import random_bits
+
+BLOCK = 64
+_LEVELS = 127
+_CHUNK = 1 << 16  # numbers at a time: a quarter of a megabyte of float32
+
+
+class Rounded(NamedTuple):
+    """codes: int8, the tensor's shape. scales: float32, a / 127, shape (..., blocks)."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+def _uniform(key: Tensor, count: int) -> Tensor:
+    """`count` numbers in [0, 1) that belong to `key`, float32."""
+    return (random_bits(key, count) >> 8).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def block_length(width: int) -> int:
+    """Numbers that share a scale in rows of `width`."""
+    return BLOCK if width % BLOCK == 0 else width
+
+
+def round_to_int8(x: Tensor, key: Tensor) -> Rounded:
+    """`x` (..., N) in 8 bits a number, unbiased. `key`: 0-dimensional int64 (noise.py)."""
+    width = x.shape[-1]
+    flat = x.reshape(-1, width)
+    rows, block = flat.shape[0], block_length(width)
+    codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
+    scales = torch.empty(rows, width // block, dtype=torch.float32, device=x.device)
+    noise = _uniform(key, rows + width)
+    row_noise, column_noise = noise[:rows, None], noise[rows:]
+    step = rows if x.device.type != "cpu" or torch.compiler.is_compiling() else max(_CHUNK // width, 1)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        values = flat[part].float().view(-1, width // block, block)
+        scale = values.abs().amax(-1) * (1.0 / _LEVELS)
+        u = (row_noise[part] + column_noise).frac_()
+        q = (values * (1.0 / scale.clamp_min(torch.finfo(torch.float32).tiny))[..., None]).view(-1, width).add_(u).floor_()
+        codes[part] = q.clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+        scales[part] = scale
+    return Rounded(codes.view(x.shape), scales)
+
+
+def restore(rounded: Rounded, dtype: torch.dtype) -> Tensor:
+    """The numbers again, in `dtype`."""
+    codes, scales = rounded
+    width = codes.shape[-1]
+    blocks = codes.reshape(-1, scales.shape[-1], width // scales.shape[-1]).to(dtype)
+    return blocks.mul_(scales.to(dtype)[..., None]).view(codes.shape)

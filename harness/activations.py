@@ -1,0 +1,110 @@
+"""`activations`: what is kept besides the inputs of dense layers, orthogonal to the method and put on from outside.
+
+| name | what it does | costs |
+|---|---|---|
+| plain | PyTorch's own: everything in full precision | |
+| lean | LayerNorm input and attention in 8 bits, GELU in 2 (basis/lean/); each part can be switched off | elementwise passes, a small error of gradients |
+| checkpoint | a block keeps its input and is computed again in backward (torch.utils.checkpoint) | a forward |
+| checkpoint, selective=true | results of matrix products and attention are kept, the rest is computed again | elementwise passes |
+| budget | torch.compile decides what to compute again, to keep this share of bytes | compilation, up to a forward |
+
+A block that is computed again draws the same sketch noise, since noise is a function of the step and the layer's name.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import basis.lean
+from basis.kept import announce
+from models import GPT
+from models.gpt import CausalAttention
+
+NAMES = ("plain", "lean", "checkpoint", "budget")
+
+
+@dataclass
+class ActivationsOptions:
+    """norm, attention, gelu_bits are of lean, selective of checkpoint, budget (a share, 0 to 1) of budget."""
+
+    name: str = "plain"
+    norm: bool = True
+    attention: bool = True
+    gelu_bits: int | None = 2
+    selective: bool = False
+    budget: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"activations.name={self.name!r}: must be one of {', '.join(NAMES)}")
+        if self.gelu_bits not in (None, *basis.lean.gelu.BITS):
+            allowed = ", ".join(map(str, basis.lean.gelu.BITS))
+            raise ValueError(f"activations.gelu_bits={self.gelu_bits}: must be one of {allowed}, or null for plain GELU")
+        if not 0.0 <= self.budget <= 1.0:
+            raise ValueError(f"activations.budget={self.budget}: must be in [0, 1]")
+
+
+def apply(model: GPT, options: ActivationsOptions) -> None:
+    """Change `model` in place as `options` say. `budget` is compile's own matter, see `compiled`."""
+    if options.name == "lean":
+        basis.lean.convert(
+            model,
+            norm=options.norm,
+            gelu_bits=options.gelu_bits,
+            attention=CausalAttention if options.attention else None,
+        )
+    elif options.name == "checkpoint":
+        for block in model.blocks:
+            block.forward = _checkpointed(block.forward, options.selective)
+
+
+def _checkpointed(forward: Callable[[Tensor], Tensor], selective: bool) -> Callable[[Tensor], Tensor]:
+    contexts: dict[str, Any] = {}
+    if selective:
+        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    def run(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            announce(x)  # held by the checkpoint, unseen by hooks on saved tensors
+        result: Tensor = checkpoint(forward, x, use_reentrant=False, **contexts)
+        return result
+
+    return run
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compiled(model: nn.Module, options: ActivationsOptions) -> Callable[..., Tensor]:
+    """torch.compile(model), with the activation memory budget if that was asked for."""
+    if options.name != "budget":
+        run: Callable[..., Tensor] = torch.compile(model)
+        return run
+    import torch._functorch.config as functorch
+
+    def run_with_budget(*args: Any) -> Tensor:
+        with functorch.patch(activation_memory_budget=options.budget):  # read when a graph is compiled
+            result: Tensor = within(*args)
+            return result
+
+    within = torch.compile(model)
+    return run_with_budget

@@ -1,0 +1,161 @@
+"""Lean layers: unbiased rounding, the few-bit GELU against a search by hand, gradients near the exact ones, bytes as counted."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import basis
+import basis.lean
+from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
+from basis.lean.gelu import derivative, pack, steps, unpack
+from basis.lean.rounding import restore, round_to_int8
+from harness.memory import saved_bytes
+from models import GPT, GPTConfig
+from models.gpt import CausalAttention
+
+B, T, C, V, HEADS = 3, 16, 64, 50, 2
+
+
+def gpt(lean: bool = True, **parts) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=2, n_head=HEADS, n_embd=C))
+    if lean:
+        basis.lean.convert(model, attention=CausalAttention, **parts)
+    basis.set_noise_key(model, seed=0, step=0)
+    return model
+
+
+def gradients(model: GPT) -> tuple[float, dict[str, Tensor]]:
+    tokens = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1))
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    return loss.item(), {name.replace(".attend.attend", ".attend"): p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("width", [128, 24])
+def test_rounding_is_unbiased_and_within_a_step(width: int) -> None:
+    x = torch.randn(20, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 20)[:, None]
+    x[3] = 0
+    block = 64 if width == 128 else width
+    step = x.view(20, -1, block).abs().amax(-1, keepdim=True).expand(-1, -1, block).reshape(x.shape) / 127
+    errors = torch.stack([restore(round_to_int8(x, torch.tensor(7919 * i)), x.dtype) - x for i in range(2000)])
+    assert (errors.abs() <= step * (1 + 1e-5)).all()
+    assert (errors[:, 3] == 0).all()
+    z = errors.mean(0) / (step / 2 / 2000**0.5).clamp_min(1e-30)  # a deviation is at most half a step
+    assert z.abs().max() < 4.5
+    assert round_to_int8(x, torch.tensor(1)).codes.dtype == torch.int8
+
+
+def test_rounding_noise_of_neighbours_is_independent() -> None:
+    x = torch.full((40, 64), 0.5)
+    x[:, 0] = 127  # the scale is 1: one half is rounded up or down evenly
+    ups = torch.stack([restore(round_to_int8(x, torch.tensor(31 * i)), x.dtype)[:, 1:] for i in range(800)]) - 0.5
+    for shifted in (ups.roll(1, 1), ups.roll(1, 2)):
+        assert abs(float((ups * shifted).mean()) * 4) < 0.01
+
+
+def test_gelu_steps_are_the_best_there_are() -> None:
+    """Against a search over all divisions of a coarse grid, with the levels that belong to them."""
+    boundaries, levels = steps(2, "tanh")
+    x = torch.linspace(-6, 6, 4801, dtype=torch.float64)
+    slope, weight = derivative(x, "tanh"), torch.exp(-0.5 * (x / 1.5) ** 2)
+
+    def error(cuts: tuple[float, ...]) -> float:
+        code = sum((x > cut).long() for cut in cuts)
+        total = 0.0
+        for value in range(len(cuts) + 1):
+            chosen = code == value
+            level = (weight * slope)[chosen].sum() / weight[chosen].sum()
+            total += float((weight * (slope - level).square())[chosen].sum())
+        return total
+
+    grid = [i / 10 for i in range(-25, 26)]
+    best = min(error(cuts) for cuts in itertools.combinations(grid, 3))
+    assert error(boundaries) <= best * 1.001
+    assert levels == pytest.approx([-0.057, 0.306, 0.694, 1.057], abs=0.002)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_lean_gelu_is_exact_forward_and_stepwise_backward(bits: int, approximate: str) -> None:
+    x = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = LeanGELU(approximate, bits)(x)
+    assert torch.equal(y, F.gelu(x, approximate=approximate))
+    (grad,) = torch.autograd.grad(y, x, torch.full_like(y, 3.0))
+    boundaries, levels = steps(bits, approximate)
+    assert torch.equal(grad, 3.0 * torch.tensor(levels)[sum((x > b).long() for b in boundaries)])
+    codes = torch.randint(1 << bits, (13,), dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes, bits), bits, 13), codes)
+    assert pack(codes, bits).numel() == -(-13 * bits // 8)
+
+
+def test_lean_norm_is_exact_forward_and_near_backward() -> None:
+    plain, x = nn.LayerNorm(C), torch.randn(40, C, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    nn.init.normal_(plain.weight)
+    lean = nn.Sequential(plain)
+    basis.lean.convert(lean)
+    assert isinstance(lean[0], LeanLayerNorm)
+    grad_y = torch.randn(40, C)
+    inputs = (x, plain.weight, plain.bias)
+    y = lean(x)
+    assert torch.equal(y, plain(x))
+    got, expected = (torch.autograd.grad(out, inputs, grad_y) for out in (y, plain(x)))
+    torch.testing.assert_close(got[2], expected[2])
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        assert 0 < (a - b).norm() < 0.02 * b.norm()
+
+
+def test_gradients_of_a_gpt_are_near_and_its_loss_the_same() -> None:
+    loss, exact = gradients(gpt(lean=False))
+    for parts, most in (({"gelu_bits": None}, 0.03), ({}, 0.2), ({"gelu_bits": 4}, 0.08)):
+        lean_loss, lean = gradients(gpt(**parts))
+        assert lean_loss == loss
+        assert lean.keys() == exact.keys()
+        error = sum(float((lean[n] - exact[n]).square().sum()) for n in exact) ** 0.5
+        assert error < most * sum(float(g.square().sum()) for g in exact.values()) ** 0.5
+
+
+def test_noise_is_that_of_the_key() -> None:
+    assert all(torch.equal(a, b) for a, b in zip(gradients(gpt())[1].values(), gradients(gpt())[1].values(), strict=True))
+    other = gpt()
+    basis.set_noise_key(other, seed=0, step=1)
+    assert not torch.equal(gradients(other)[1]["wpe.weight"], gradients(gpt())[1]["wpe.weight"])
+
+
+def test_bytes_as_counted_by_hand() -> None:
+    model = gpt()
+    basis.convert(model, basis.BalancedSketch(4))
+    tokens = torch.zeros(B, T, dtype=torch.int64)
+    table = saved_bytes(model, lambda: model(tokens, tokens))
+    rows = B * T
+    assert table["norms"] == 5 * (rows * C + rows * 4 + 2 * rows * 4)  # codes, a scale a block of 64, mean and deviation
+    assert table["activations"] == 2 * rows * 4 * C // 4  # two bits
+    scales = rows * HEADS * 4
+    assert table["attention"] == 2 * (4 * (rows * C + scales) + rows * HEADS * 4)  # q, k, v, output, and the log-sum-exp
+    assert table["linear inputs"] == 0
+
+
+def test_revert_and_parameters() -> None:
+    model = gpt(lean=False)
+    before = {name: type(module) for name, module in model.named_modules()}
+    parameters, state = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
+    changed = basis.lean.convert(model, attention=CausalAttention)
+    assert len(changed) == 2 * 4 + 1
+    assert type(model.blocks[0].attn.attend) is LeanAttention
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert list(model.state_dict()) == list(state)
+    assert sorted(basis.lean.revert(model)) == sorted(changed)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    with pytest.raises(ValueError, match="gelu_bits=3"):
+        LeanGELU(bits=3)
+
+
+def test_nothing_is_rounded_without_gradients() -> None:
+    model = gpt()
+    tokens = torch.zeros(B, T, dtype=torch.int64)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), gpt(lean=False)(tokens))
