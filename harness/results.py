@@ -15,7 +15,7 @@ from typing import Any
 from yaml import YAMLError
 
 from harness.metrics import read_metrics
-from harness.rundir import CONFIG_FILE, FREE_OPTIONS, METRICS_FILE, flatten, read_config, read_summary
+from harness.rundir import CONFIG_FILE, FREE_OPTIONS, METRICS_FILE, known_options, read_config, read_summary
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _read(folder: Path) -> RunResult:
     if summary.get("status") not in ("finished", "diverged"):
         reason = summary.get("reason", "the command that started it continues it")
         raise ValueError(f"{summary.get('status', 'without summary.json')}, {reason}")
-    return RunResult(folder, flatten(read_config(folder)), summary, read_metrics(folder / METRICS_FILE))
+    return RunResult(folder, known_options(read_config(folder)), summary, read_metrics(folder / METRICS_FILE))
 
 
 # Options in which runs may differ and still be the same experiment: none of them changes a loss.

@@ -65,9 +65,15 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def known_options(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's options by dotted name. What an older version had no option for is at its default."""
+    defaults = flatten(Config().to_dict())
+    return {k: v for k, v in defaults.items() if not k.startswith("method.")} | flatten(config)
+
+
 def changed_options(old: dict[str, Any], config: Config) -> list[str]:
     """ "option: old -> new" for each option in which a run can't be continued."""
-    before, now = flatten(old), flatten(config.to_dict())
+    before, now = known_options(old), flatten(config.to_dict())
     changes = []
     for option in sorted(before.keys() | now.keys()):
         if option.startswith(FREE_OPTIONS) or before.get(option) == now.get(option):

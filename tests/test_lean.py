@@ -159,3 +159,32 @@ def test_nothing_is_rounded_without_gradients() -> None:
     tokens = torch.zeros(B, T, dtype=torch.int64)
     with torch.no_grad():
         assert torch.equal(model(tokens), gpt(lean=False)(tokens))
+
+
+@pytest.mark.parametrize(
+    ("sketched", "lean", "low", "most"),
+    [(False, False, False, 16.05), (True, False, False, 10.2), (True, True, False, 2.5), (True, True, True, 10.2 / 4)],
+)
+def test_units_of_a_gpt2_block(sketched: bool, lean: bool, low: bool, most: float) -> None:
+    """Bytes a block of width 768 keeps at 4 x 1,024 tokens, in units of B x T x C float32, on fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def kept(blocks: int) -> int:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(vocab_size=64, block_size=1024, n_layer=blocks, n_head=12, n_embd=768))
+        if sketched:
+            basis.convert(model, basis.BalancedSketch(64))
+        if lean:
+            basis.lean.convert(model, attention=CausalAttention)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            tokens = torch.zeros(4, 1024, dtype=torch.int64)
+
+            def forward() -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    return model(tokens, tokens)
+
+            return sum(saved_bytes(model, forward).values())
+
+    units = (kept(3) - kept(2)) / (4096 * 768 * 4)
+    assert most / 1.35 < units <= most

@@ -214,6 +214,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(torch.equal(kept.state["model"][k], v) for k, v in good.state["model"].items())
 
 
+def test_a_run_of_a_version_with_fewer_options_is_continued(data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path, "steps=10")
+    config = rundir.read_config(tmp_path)
+    del config["activations"], config["diagnostics"]
+    rundir.write_config(tmp_path, config)
+    train_here(data, tmp_path, "steps=20")
+    with pytest.raises(CompactHydraException, match=r"activations\.name: plain -> lean"):
+        train_here(data, tmp_path, "steps=20", "activations=lean")
+
+
 def test_a_divergent_learning_rate_fails_with_exit_code_1(data: Path, tmp_path: Path) -> None:
     done = run_command(command(data, "optim.lr=1e20", "method=exact", f"hydra.run.dir={tmp_path / 'run'}"), tmp_path)
     assert done.returncode == 1, done.stdout

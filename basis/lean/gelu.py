@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+Levels = tuple[float, ...]
 DEVIATION = 1.5
 BITS = (1, 2, 4)
 
@@ -31,7 +32,7 @@ def derivative(x: Tensor, approximate: str) -> Tensor:
 
 
 @functools.cache
-def steps(bits: int, approximate: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def steps(bits: int, approximate: str) -> tuple[Levels, Levels]:
     """Boundaries (2^bits - 1) and levels (2^bits) of the step function nearest to GELU'.
 
     Exact for a grid of 400 points: the best division into n intervals is the best of n - 1 up to some point, and one more.
@@ -79,13 +80,12 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 class _FewBitGELU(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, bits: int, approximate: str) -> Tensor:
+    def forward(x: Tensor, bits: int, approximate: str, boundaries: Levels, levels: Levels) -> Tensor:
         return F.gelu(x, approximate=approximate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.bits, ctx.approximate = inputs
-        boundaries, _ = steps(ctx.bits, ctx.approximate)
+        x, ctx.bits, _, boundaries, ctx.levels = inputs
         codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
         for boundary in boundaries:
             codes += x > boundary
@@ -93,11 +93,11 @@ class _FewBitGELU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         (packed,) = ctx.saved_tensors
-        levels = torch.tensor(steps(ctx.bits, ctx.approximate)[1], dtype=grad_output.dtype, device=grad_output.device)
+        levels = torch.tensor(ctx.levels, dtype=grad_output.dtype, device=grad_output.device)
         codes = unpack(packed, ctx.bits, grad_output.numel()).view(grad_output.shape)
-        return grad_output * levels[codes.int()], None, None
+        return grad_output * levels[codes.int()], None, None, None, None
 
 
 class LeanGELU(nn.GELU):
@@ -108,11 +108,12 @@ class LeanGELU(nn.GELU):
         if bits not in BITS:
             raise ValueError(f"gelu_bits={bits}: must be one of {', '.join(map(str, BITS))}")
         self.bits = bits
+        self.boundaries, self.levels = steps(bits, approximate)
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
-        return _FewBitGELU.apply(input, self.bits, self.approximate)
+        return _FewBitGELU.apply(input, self.bits, self.approximate, self.boundaries, self.levels)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
