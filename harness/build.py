@@ -24,7 +24,7 @@ def fill_vocabulary(config: GPTConfig, tokens: TokenFile) -> GPTConfig:
 def check_method(config: Config) -> None:
     """Raise ValueError, before anything is allocated, if the method can't be put into the model (see `build_model`)."""
     with torch.device("meta"):
-        _apply_method(GPT(dataclasses.replace(config.model, vocab_size=1)), config)
+        apply_method(GPT(dataclasses.replace(config.model, vocab_size=1)), config)
 
 
 def build_model(config: Config) -> tuple[GPT, list[str]]:
@@ -35,12 +35,13 @@ def build_model(config: Config) -> tuple[GPT, list[str]]:
     """
     torch.manual_seed(config.seed)
     model = GPT(config.model)
-    sketched = _apply_method(model, config)
+    sketched = apply_method(model, config)
     activations.apply(model, config.activations)
     return model, sketched
 
 
-def _apply_method(model: GPT, config: Config) -> list[str]:
+def apply_method(model: GPT, config: Config) -> list[str]:
+    """Put the configuration's method into `model`; the names of the layers changed. Raises ValueError as `build_model`."""
     method = config.method
     if method.name == "exact":
         return []  # nn.Linear is exact already

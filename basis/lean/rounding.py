@@ -54,7 +54,8 @@ def round_to_int8(x: Tensor, key: Tensor) -> Rounded:
     scales = torch.empty(rows, width // block, dtype=torch.float32, device=x.device)
     noise = _uniform(key, rows + width)
     row_noise, column_noise = noise[:rows, None], noise[rows:]
-    step = rows if x.device.type != "cpu" or torch.compiler.is_compiling() else max(_CHUNK // width, 1)
+    in_cache = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()  # not fake, say
+    step = max(_CHUNK // width, 1) if in_cache else rows
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         values = flat[part].float().view(-1, width // block, block)

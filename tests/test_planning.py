@@ -1,0 +1,89 @@
+"""Plans on fake tensors against steps that were taken, and the search for what fits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from tiny import REPOSITORY
+
+import basis
+from harness import activations, memory, planning
+from harness.build import apply_method
+from harness.config import Config, load
+from harness.optim import make_optimizer
+from models import GPT
+from scripts import plan_memory
+
+SMALL = ["model=gpt2", "model.n_layer=2", "model.n_head=2", "model.n_embd=64", "model.vocab_size=211", "model.block_size=64"]
+
+
+def config(*overrides: str) -> Config:
+    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
+        return load(compose("config", overrides=[*SMALL, *overrides]))
+
+
+@pytest.mark.parametrize("method", [["method=exact"], ["method=basis", "method.include=['*']", "method.rank=4"]])
+@pytest.mark.parametrize("kind", ["plain", "lean", "checkpoint"])
+@pytest.mark.parametrize(
+    "more", [[], ["precision=bfloat16"], ["optim=adamw", "model.tie_head=false", "tokens_per_step=512"]]
+)
+def test_plan_agrees_with_a_step_that_is_taken(method: list[str], kind: str, more: list[str]) -> None:
+    options = config(*method, f"activations={kind}", "micro_batch_size=4", *more)
+    plan = planning.plan(options)
+    torch.manual_seed(0)
+    model = GPT(options.model)
+    apply_method(model, options)
+    activations.apply(model, options.activations)
+    optimizer = make_optimizer(model, options.optim)
+    tokens = torch.randint(211, (4, 64))
+
+    def forward() -> torch.Tensor:
+        basis.set_noise_key(model, seed=0, step=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+            return model(tokens, tokens)
+
+    assert plan.kept == memory.saved_bytes(model, forward)
+    peak = memory.cpu_peak_bytes(model, optimizer, lambda _: forward().backward(), min(options.micro_batches, 2))
+    assert plan.peak == pytest.approx(peak, rel=0.05)
+    model.zero_grad(set_to_none=True)
+    forward().backward()
+    optimizer.step()
+    assert plan.parameters == memory.tensor_bytes(model.parameters())
+    assert plan.gradients == memory.tensor_bytes(p.grad for p in model.parameters())
+    assert plan.optimizer == pytest.approx(memory.optimizer_bytes(optimizer), abs=1000)  # AdamW's step counters
+
+
+def test_largest_is_the_last_that_fits() -> None:
+    calls: list[int] = []
+    for slope, offset in ((7, 100), (1000, 3), (1, 0)):
+
+        def peak(size: int, slope: int = slope, offset: int = offset) -> int:
+            calls.append(size)
+            return offset + slope * size + 20 * (size // 100)  # a line with small steps
+
+        for budget in (50, 1_000, 12_345, 10**7):
+            found = planning.largest(peak, budget, unit=4, limit=4000)
+            assert found % 4 == 0
+            assert found == 0 or peak(found) <= budget
+            assert found == 4000 or peak(found + 4) > budget
+    assert len(calls) < 200
+
+
+def test_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--methods", "exact", "basis", "--activations", "plain", "lean", "--memory", "0.05"]
+    assert plan_memory.main([*arguments, "--csv", str(tmp_path / "plan.csv")]) == 0
+    lines = (tmp_path / "plan.csv").read_text().splitlines()
+    assert len(lines) == 5
+    contexts = [int(line.split(",")[lines[0].split(",").index("context")]) for line in lines[1:]]
+    assert contexts == sorted(contexts)  # exact plain, exact lean, BASIS plain, BASIS lean
+    assert contexts[-1] > contexts[0] > 0
+    assert "nothing was allocated" in capsys.readouterr().out
+    assert plan_memory.main(["model.n_head=7"]) == 1
+    assert "model.n_head=7" in capsys.readouterr().err
+
+
+def test_what_only_compilation_decides_is_refused() -> None:
+    for wrong in ("compile=true", "activations=budget"):
+        with pytest.raises(ValueError, match="compile=true"):
+            planning.plan(config(wrong))
