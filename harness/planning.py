@@ -58,10 +58,30 @@ def make_model(config: Config, device: str = "cpu") -> GPT:
     return model
 
 
+FEW_BLOCKS = 4
+
+
 def plan(config: Config) -> Plan:
-    """The bytes of a step of `config`. Raises ValueError as training would, and for what only compilation decides."""
+    """The bytes of a step of `config`. Raises ValueError as training would, and for what only compilation decides.
+
+    Blocks are all alike: of a deep model, 3 and 4 blocks are gone through, and each further one adds what the fourth did.
+    """
     if config.compile or config.activations.name == "budget":
         raise ValueError("compile=true: what a compiled step keeps is known only by compiling it; plan without")
+    depth = config.model.n_layer
+    if depth <= FEW_BLOCKS:
+        return _walk(config)
+    few, more = (_walk(with_size(config, n_layer=FEW_BLOCKS - 1 + i)) for i in range(2))
+
+    def extended(a: int, b: int) -> int:
+        return a + (depth - FEW_BLOCKS + 1) * (b - a)
+
+    totals = {n: extended(getattr(few, n), getattr(more, n)) for n in ("parameters", "gradients", "optimizer", "peak")}
+    return Plan(**totals, kept={name: extended(size, more.kept[name]) for name, size in few.kept.items()})
+
+
+def _walk(config: Config) -> Plan:
+    """The bytes of a step, operator by operator."""
     low = config.precision == "bfloat16"
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = make_model(config)
@@ -105,10 +125,14 @@ def largest(peak: Callable[[int], int], budget: float, unit: int, limit: int) ->
     return low * unit
 
 
-def with_size(config: Config, *, block_size: int | None = None, micro_batch_size: int | None = None) -> Config:
-    """`config` for another context or micro-batch, one micro-batch a step."""
+def with_size(
+    config: Config, *, block_size: int | None = None, micro_batch_size: int | None = None, n_layer: int | None = None
+) -> Config:
+    """`config` for another context, micro-batch or depth; where a step has several micro-batches, it keeps two."""
     changed = copy.deepcopy(config)
-    changed.tokens_per_step = None
+    several = config.micro_batches > 1
     changed.model.block_size = block_size or changed.model.block_size
+    changed.model.n_layer = n_layer or changed.model.n_layer
     changed.micro_batch_size = micro_batch_size or changed.micro_batch_size
+    changed.tokens_per_step = 2 * changed.micro_batch_size * changed.model.block_size if several else None
     return changed

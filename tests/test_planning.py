@@ -54,6 +54,12 @@ def test_plan_agrees_with_a_step_that_is_taken(method: list[str], kind: str, mor
     assert plan.optimizer == pytest.approx(memory.optimizer_bytes(optimizer), abs=1000)  # AdamW's step counters
 
 
+@pytest.mark.parametrize("kind", ["plain", "lean", "checkpoint"])
+def test_deep_models_are_extended_block_by_block(kind: str) -> None:
+    options = config("method=basis", "method.include=['*']", "method.rank=4", f"activations={kind}", "model.n_layer=7")
+    assert planning.plan(options) == planning._walk(options)
+
+
 def test_largest_is_the_last_that_fits() -> None:
     calls: list[int] = []
     for slope, offset in ((7, 100), (1000, 3), (1, 0)):
