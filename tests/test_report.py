@@ -245,6 +245,21 @@ def test_counts_of_a_step_by_formula() -> None:
     assert (sketched["dw_blocks"], sketched["dw_head"]) == (2 * 16 * blocks, 2 * 16 * head + signs)
 
 
+def test_complexity_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(complexity, "BASE", {"B": 64, "L": 1, "R": 4})
+    monkeypatch.setattr(complexity, "AXES", {"B": (64, 128), "L": (1, 2), "R": (4, 8)})
+    monkeypatch.setattr(complexity, "milliseconds", lambda point: 1.0 * point.B)
+    table, paths = complexity.report(tmp_path, command="the command")
+    assert all(path.stat().st_size > 0 for path in paths)
+    assert {path.suffix for path in paths} == {".md", ".csv", ".json", ".png", ".svg"}
+    rows = {(row["quantity"], row["method"]): row for row in table.rows}
+    assert rows["step time (ms)", "exact"]["B"] == pytest.approx(1.0)
+    assert rows["kept by dense layers (bytes)", "basis"]["R"] == pytest.approx(1.0, abs=0.01)
+    assert rows["kept by dense layers (bytes)", "basis"]["B"] == pytest.approx(0.0, abs=0.01)
+    assert rows["kept by dense layers (bytes)", "exact"].get("R") is None
+    assert "the command" in (tmp_path / "complexity.md").read_text()
+
+
 def test_slopes_of_exact_bytes_and_flops_are_one() -> None:
     rows = complexity.measure([Point("exact", **BASE | {"B": rows}) for rows in (64, 128, 256)], timed=False, progress=False)
     table = {(row["quantity"], row["method"]): row for row in complexity.slopes(rows).rows}

@@ -166,6 +166,7 @@ def series(rows: Sequence[dict[str, Any]], method: str, axis: str, quantity: str
         for row in rows
         if row["method"] == method
         and quantity in row
+        and axis in row
         and all(row.get(name, value) == value for name, value in others.items())
     ]
     line.sort(key=lambda row: row[axis])
