@@ -7,8 +7,8 @@ L = 2 blocks and R = 32, with exact backpropagation and with all dense layers an
 - *kept by dense layers* (what the paper counts) and *kept besides* (what it does not: attention, LayerNorm, GELU, the loss head),
   bytes for the backward of one step, counted on fake tensors, which allocate nothing, so any size can be asked for;
 - *FLOPs of dW*, of the blocks and of the head: FLOPs of matrix products of forward and backward together, less those of a step in
-  which these weights are frozen. The sketch of dY is counted where it is a product with the sign matrix (2 R B M: in the
-  head, and at small R), not where it is additions; the paper's O(R N M) leaves it out altogether;
+  which these weights are frozen. The sketch of dY is counted where it is a product with the sign matrix (2 R B M, in the
+  head), not where it is additions; the paper's O(R N M) leaves it out altogether;
 - *step time*: forward and backward on the device, median of a second of repetitions.
 
 Slopes are those of a least-squares line through the logarithms: 1 means proportional, 0 independent. Growth that begins only
@@ -193,7 +193,7 @@ def slopes(rows: Sequence[dict[str, Any]]) -> Table:
         f"Slopes on log-log axes, from B = {BASE['B']:,} rows, L = {BASE['L']} blocks, R = {BASE['R']} along one axis at a time "
         f"(B {_span('B')}, L {_span('L')}, R {_span('R')}; times to B = {LARGEST_TIMED:,}); the paper's model, all dense layers "
         "and the head sketched. Empty: the paper says nothing. FLOPs are those of matrix products, the sketch of dY among them "
-        "where it is one (2 R B M in the head and at small R), which the paper's order leaves out. The head keeps no input in "
+        "where it is one (2 R B M in the head), which the paper's order leaves out. The head keeps no input in "
         "either method: it forms its gradient with the loss, and that gradient is most of what is kept besides."
     ]
     return Table("complexity", "Table 1 of the paper, measured", columns, lines, notes)
