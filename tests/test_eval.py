@@ -115,6 +115,11 @@ def test_published_validation_reads_the_training_text_window_by_window(runs: Pat
     assert recompute(run).as_published == pytest.approx(expected, abs=1e-6)
 
 
+def test_commands_are_shown_without_what_changes_nothing() -> None:
+    command = "train.py -m experiment=paper seed=0 data.cache_dir=/somewhere log.progress=false row=r1"
+    assert write.essential(command) == "train.py -m experiment=paper seed=0 row=r1"
+
+
 def test_what_cannot_be_used_is_named_and_the_rest_reported(runs: Path, tmp_path: Path) -> None:
     for name in ("exact0", "exact1", "basis4_0", "basis4_1", "basis2_0"):
         shutil.copytree(runs / name, tmp_path / name)

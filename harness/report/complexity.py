@@ -252,6 +252,8 @@ def draw(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
         grid[1][column].set_xlabel({"B": "B (rows)", "L": "L (blocks)", "R": "R (rows kept)"}[axis])
         for axes in (grid[0][column], grid[1][column]):
             axes.grid(alpha=0.3)
+            axes.set_xticks(AXES[axis], [f"{value:,}" for value in AXES[axis]])
+            axes.minorticks_off()
     grid[0][0].set_ylabel("bytes kept for backward")
     grid[1][0].set_ylabel("FLOPs of dW, blocks")
     handles, labels = grid[0][0].get_legend_handles_labels()

@@ -23,6 +23,7 @@ from harness.report import claims, figures, losses, stability
 from harness.report.recompute import TOLERANCE, Losses, recompute
 from harness.report.tables import Column, Table
 from harness.results import Group, RunResult, find_runs, group_runs, setting
+from harness.rundir import FREE_OPTIONS
 
 
 @dataclass
@@ -87,7 +88,7 @@ def run_list(groups: Sequence[Group], recomputed: dict[str, Losses]) -> Table:
                     "val": run.last("val/loss"),
                     "apart": again and abs(again.held_out - again.logged),
                     "minutes": run.summary.get("wall_seconds", math.nan) / 60,
-                    "command": f"`{run.summary.get('command')}`",
+                    "command": f"`{essential(str(run.summary.get('command')))}`",
                     "commit": run.summary.get("commit"),
                     "machine": where,
                     "torch": run.summary.get("versions", {}).get("torch"),
@@ -107,10 +108,15 @@ def run_list(groups: Sequence[Group], recomputed: dict[str, Losses]) -> Table:
         "machine": Column("machine"),
         "torch": Column("torch"),
     }
-    notes = (
-        ["A `+` behind a commit: tracked files differed from it."] if any(str(r["commit"])[-1:] == "+" for r in rows) else []
-    )
+    notes = ["Commands are given without options that change nothing about what is computed."]
+    if any(str(row["commit"]).endswith("+") for row in rows):
+        notes.append("A `+` behind a commit: tracked files differed from it.")
     return Table("runs", "Runs", columns, rows, notes)
+
+
+def essential(command: str) -> str:
+    """A command without the options that change nothing about what is computed (where the cache lies, how often is logged)."""
+    return " ".join(word for word in command.split() if not word.startswith(FREE_OPTIONS))
 
 
 def write(report: Report, out: Path, *, command: str, metrics: bool = False) -> list[Path]:
