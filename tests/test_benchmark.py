@@ -1,9 +1,11 @@
 """The instruments of the benchmarks: turns, quartiles, and a table of a small layer."""
 
+import csv
+
 import pytest
 
 from harness.benchmark import interleaved, summarise
-from scripts import bench_layer
+from scripts import bench_layer, bench_step
 
 
 def test_alternatives_take_turns_and_warm_ups_do_not_count() -> None:
@@ -28,3 +30,17 @@ def test_layer_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = dict(zip(["exact", "limit", "basis"], [line.split(",")[9] for line in lines[1:]], strict=True))
     assert kept == {"exact": "8.00 KiB", "limit": "0 B", "basis": "520 B"}  # B x N; nothing; R x N and the key
     assert "of limit" in capsys.readouterr().out
+
+
+def test_step_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["model.n_layer=1", "model.n_embd=64", "model.n_head=2", "model.block_size=64", "model.vocab_size=97"]
+    assert bench_step.main([*small, "--turns", "2", "--nanogpt", "--csv", str(tmp_path / "step.csv")]) == 0
+    with (tmp_path / "step.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["exact, plain", "exact, lean", "basis, plain", "basis, lean", "nanogpt"]
+    assert [row["step"] for row in rows] == names
+    assert rows[0]["ratio"] == "1.0"
+    kept = {row["step"]: row["kept"] for row in rows}
+    assert kept["basis, lean"] != kept["exact, plain"]
+    assert "tokens/s" in capsys.readouterr().out
+    assert bench_step.main(["model.n_head=7"]) == 1
