@@ -37,13 +37,16 @@ def test_repeated_sweep_skips_continues_and_reports(data: Path, tmp_path: Path) 
         assert found is not None
         return str(rundir.read_summary(found)["status"])
 
-    with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        deadline = time.monotonic() + 120
-        while (killed := folder("basis", 0.01)) is None or not list(killed.glob("checkpoints/step_*")):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.kill()
+    output = tmp_path / "output.txt"
+    with output.open("w") as file, subprocess.Popen(arguments, cwd=tmp_path, stdout=file, stderr=file) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while (killed := folder("basis", 0.01)) is None or not list(killed.glob("checkpoints/step_*")):
+                assert process.poll() is None, output.read_text()
+                assert time.monotonic() < deadline, output.read_text()
+                time.sleep(0.02)
+        finally:
+            process.kill()
     assert (status("exact", 0.01), status("basis", 0.01)) == ("finished", "running")
 
     again = run_command(arguments, tmp_path)
