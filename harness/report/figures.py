@@ -59,11 +59,11 @@ def _label(group: Group) -> str:
     return f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
 
 
-def _draw(axes: Axes, group: Group, metric: str, style: dict[str, Any]) -> list[float]:
+def _draw(axes: Axes, group: Group, metric: str, style: dict[str, Any], label: str | None = None) -> list[float]:
     """Mean curve of a metric with a 95% band where there are seeds, a cross where a run diverged; returns the means."""
     steps, values = mean_curve(group, metric)
     means = [value.mean for value in values]
-    axes.plot(steps, means, linewidth=1.6, label=_label(group), **style)
+    axes.plot(steps, means, linewidth=1.6, label=label or _label(group), **style)
     if len(group.runs) > 1:
         low, high = ([value.low for value in values], [value.high for value in values])
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
@@ -111,12 +111,17 @@ def stability_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
     with _figure(stem, len(columns), len(groups), lines=2) as (_, axes):
         for column, (members, title) in enumerate(zip(columns.values(), titles, strict=True)):
             losses, norms = axes[column], axes[len(columns) + column]
+            highest, lowest = 0.0, math.inf
             for group, style in zip(members, _styles(members), strict=True):
-                _draw(losses, group, "val/loss", style)
-                _draw(norms, group, "momentum_norm", style)
+                means = _draw(losses, group, "val/loss", style)
+                highest, lowest = max([highest, *means[:1]]), min([lowest, *means])
+                norms.plot([], [], label=_label(group).replace(f" {title}", ""), **style)
+                _draw(norms, group, "momentum_norm", style, label="_nolegend_")
+            if highest:
+                losses.set_ylim(0.95 * lowest, 1.1 * highest)  # a loss that runs away leaves the picture
             losses.set_title(title, fontsize="small")
             norms.set_yscale("log")
-            losses.legend(fontsize="x-small", frameon=False)
+            norms.legend(fontsize="x-small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axes[0].set_ylabel("validation loss (nats per token)")
         axes[len(columns)].set_ylabel("2-norm of the momentum")
     return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
