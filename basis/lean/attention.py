@@ -6,7 +6,7 @@ tensors to 8 bits (rounding.py) and restore them in backward. No product is comp
 
 What is exact: the output. What is noisy: dq, dk, dv; each kept number is unbiased, the gradients are not linear in them, so a
 bias of the order of the rounding's variance is left. Kept: 4 x 0.27 of a B x T x C tensor in float32, instead of 4, and the
-log-sum-exp.
+log-sum-exp. Under torch.compile the hooks break the graph at each attention; what is kept and the gradients are as in eager mode.
 """
 
 from __future__ import annotations
