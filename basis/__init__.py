@@ -13,8 +13,9 @@ is an `Estimator`: what to keep of X, and how to form dW from it. Noise comes fr
 Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16324.
 """
 
-from basis.convert import convert, revert, set_noise_key, sketched_layers
-from basis.estimator import Estimator
+from basis.budget import fit, kept_bytes, within_budget
+from basis.convert import convert, not_learning, revert, set_noise_key, sketched_layers
+from basis.estimator import Estimator, LearningEstimator
 from basis.estimators import ESTIMATORS, BalancedSketch, Exact
 from basis.linear import SketchedLinear, basis_linear, sketched_linear
 from basis.loss_head import linear_cross_entropy
@@ -26,15 +27,20 @@ __all__ = [
     "BalancedSketch",
     "Estimator",
     "Exact",
+    "LearningEstimator",
     "Quality",
     "SketchedLinear",
     "basis_linear",
     "convert",
     "encode_hashing",
+    "fit",
     "gradient_quality",
+    "kept_bytes",
     "linear_cross_entropy",
+    "not_learning",
     "revert",
     "set_noise_key",
     "sketched_layers",
     "sketched_linear",
+    "within_budget",
 ]

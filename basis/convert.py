@@ -6,7 +6,8 @@ all stay as they were. Patterns are shell patterns over the names of `model.name
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -37,10 +38,14 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 
 def convert(
-    model: nn.Module, estimator: Estimator, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
+    model: nn.Module,
+    estimator: Estimator | Callable[[str, nn.Linear], Estimator],
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
 ) -> list[str]:
     """Replace each nn.Linear whose name matches `include` and not `exclude` by a SketchedLinear. Returns the names changed.
 
+    estimator: one for all layers, or a function of a layer's name and the layer, where layers differ (budget.py).
     Layers already sketched take the new estimator. Raises ValueError, before anything is changed, if a pattern matches no
     dense layer, if nothing is left to convert, or if `model` is itself a dense layer.
     """
@@ -73,7 +78,8 @@ def convert(
     ) in chosen:  # all are made before the first is put in place: a layer that can't be changed leaves the model as it was
         if id(layers[name]) not in made:
             try:
-                made[id(layers[name])] = SketchedLinear.from_linear(layers[name], estimator)
+                chosen_for = estimator if isinstance(estimator, Estimator) else estimator(names[name], layers[name])
+                made[id(layers[name])] = SketchedLinear.from_linear(layers[name], chosen_for)
             except ValueError as error:
                 raise ValueError(f"include={names[name]!r}: {error}") from None
     for name in chosen:
@@ -104,14 +110,31 @@ def set_noise_key(model: nn.Module, *, seed: int, step: int, micro_batch: int = 
     """Fix the noise of every sketched and lean layer as a function of these four integers and the layer's name.
 
     Call it before each forward of a training step. Recomputing or resuming with the same numbers draws the same noise, and a
-    layer's noise does not depend on which other layers are sketched.
+    layer's noise does not depend on which other layers are sketched. It also decides which layers learn in that forward: those
+    whose method learns at `step`, in its first micro-batch.
     """
     for name, module in model.named_modules():
+        if isinstance(module, SketchedLinear):
+            module.learning = micro_batch == 0 and not module.frozen and module.estimator.learns_at(step)
         if isinstance(module, Keyed):
             parameter = next(module.parameters(), None)
             module.set_noise_key(
                 fold(seed, step, micro_batch, rank, plain_name(model, name)), None if parameter is None else parameter.device
             )
+
+
+@contextmanager
+def not_learning(model: nn.Module) -> Iterator[None]:
+    """Within, no layer of `model` learns: for looks at a model that shall leave it as it was."""
+    layers = [layer for _, layer in sketched_layers(model)]
+    before = [(layer.frozen, layer.learning) for layer in layers]
+    try:
+        for layer in layers:
+            layer.frozen, layer.learning = True, False
+        yield
+    finally:
+        for layer, (frozen, learning) in zip(layers, before, strict=True):
+            layer.frozen, layer.learning = frozen, learning
 
 
 def _patterns(option: str, patterns: Iterable[str]) -> list[str]:

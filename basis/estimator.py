@@ -9,6 +9,16 @@ differ in *what is kept of X* for the third, and in *how dW is formed from it*. 
 Estimators are frozen dataclasses: their fields are the method's options, checked when the object is made, and they print,
 compare and hash as values. They hold no tensors. What they draw at random is a function of the key alone (noise.py).
 
+Some methods learn between steps: where X lies, how its variance is spread. What they have learned is the layer's, not the
+estimator's: buffers of the SketchedLinear, saved and moved with it. Such a method has four more functions,
+
+    initial_state(width, device)        -> named tensors that live between steps
+    learns_at(step)                     -> whether a step's first forward learns
+    learn(state, x, key)                -> the state after a look at x, tensors of the same shapes   (in forward, first of all)
+    compress_with(x, key, state)        -> the tensors to keep, as compress
+
+so that its own bytes can be counted, and a resumed run goes on from where it was.
+
 Where dY is too large to be held whole, as at a language model's head, dW has to be formed from some rows of it at a time.
 Nearly every method can be written as X ~ L Z with a left factor L (B, k) that is known row by row, so that dW ~ (L^T dY)^T Z:
 
@@ -18,11 +28,15 @@ Nearly every method can be written as X ~ L Z with a left factor L (B, k) that i
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+
+State = Mapping[str, Tensor]
+"""What a layer has learned so far, by name."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,9 @@ class Estimator(abc.ABC):
     uses_noise: ClassVar[bool] = True
     """False if `key` is never looked at; layers then draw none."""
 
+    knob: ClassVar[str | None] = None
+    """The option that decides how many bytes are kept, if there is one: what budget.py turns."""
+
     @abc.abstractmethod
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """What to keep of `x` (B, N) for backward. `key` is an int64 tensor, see noise.py."""
@@ -58,3 +75,40 @@ class Estimator(abc.ABC):
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors | None:
         """`weight_grad(kept, .)` as a product, for `rows` = B rows; None, the default, if there is no such form."""
         return None
+
+    def knob_values(self, rows: int, width: int) -> Sequence[Any]:
+        """Values of `knob` for X (rows, width), from few kept bytes to many."""
+        return range(1, rows + 1)
+
+    def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]:
+        """What a layer of `width` = N in_features knows before the first step; empty, the default: it never learns."""
+        return {}
+
+    def learns_at(self, step: int) -> bool:
+        """Whether `step` (0 is the first) is one to learn at. Where no step is known, every forward is."""
+        return True
+
+    def learn(self, state: State, x: Tensor, key: Tensor) -> State:
+        """The state after a look at `x` (B, N): new tensors of the same names, shapes and dtypes."""
+        return state
+
+    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+        """`compress` with what the layer has learned. Tensors of `state` among those kept cost nothing more."""
+        return self.compress(x, key)
+
+
+class LearningEstimator(Estimator):
+    """Base of methods that learn. Without a layer, `compress` learns from the very X that it compresses."""
+
+    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        state = self.learn(self.initial_state(x.shape[-1], x.device), x, key)
+        return self.compress_with(x, key, state)
+
+    @abc.abstractmethod
+    def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]: ...
+
+    @abc.abstractmethod
+    def learn(self, state: State, x: Tensor, key: Tensor) -> State: ...
+
+    @abc.abstractmethod
+    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]: ...

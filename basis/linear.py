@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from basis.estimator import Estimator
+from basis.estimator import Estimator, State
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.keyed import Keyed
 from basis.noise import draw_key, encode_hashing
@@ -45,16 +45,25 @@ class _SketchedLinearFunction(torch.autograd.Function):
     """Y = X W^T + b; backward: dX = dY W, dW by the estimator, db = column sums of dY."""
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, key: Tensor, estimator: Estimator) -> Tensor:
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        key: Tensor,
+        estimator: Estimator,
+        names: tuple[str, ...],
+        *state: Tensor,
+    ) -> Tensor:
         return F.linear(input, weight, bias)  # (..., N) (M, N) -> (..., M)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, key, estimator = inputs
+        input, weight, _, key, estimator, names, *state = inputs
         refuse_nested_transforms()
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
-            kept = estimator.compress(input.reshape(-1, input.shape[-1]), key)
+            kept = estimator.compress_with(input.reshape(-1, input.shape[-1]), key, dict(zip(names, state, strict=True)))
+        ctx.inputs = len(inputs)
         ctx.estimator = estimator
         ctx.save_for_backward(weight, *kept)
 
@@ -70,7 +79,7 @@ class _SketchedLinearFunction(torch.autograd.Function):
             grad_weight = ctx.estimator.weight_grad(tuple(kept), grad_rows).to(weight.dtype)  # (M, N)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, *(None,) * (ctx.inputs - 3)
 
 
 def wants_weight_grad(weight: Tensor) -> bool:
@@ -78,11 +87,14 @@ def wants_weight_grad(weight: Tensor) -> bool:
     return torch.is_grad_enabled() and weight.requires_grad
 
 
-def sketched_linear(input: Tensor, weight: Tensor, bias: Tensor | None, key: Tensor, estimator: Estimator) -> Tensor:
+def sketched_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, key: Tensor, estimator: Estimator, state: State | None = None
+) -> Tensor:
     """`F.linear(input, weight, bias)` whose weight gradient is `estimator`'s.
 
     input (..., N), of which all leading dimensions count as B rows; weight (M, N); bias (M,) or None; key: int64 tensor on
-    the input's device (noise.py). Returns (..., M). Raises ValueError for an input that is not floating point, has another
+    the input's device (noise.py); state: what the layer has learned, None for a method that does not learn, or that shall
+    learn from this input alone. Returns (..., M). Raises ValueError for an input that is not floating point, has another
     last dimension than the weight, or has no rows.
     """
     if not input.is_floating_point():
@@ -93,7 +105,20 @@ def sketched_linear(input: Tensor, weight: Tensor, bias: Tensor | None, key: Ten
         raise ValueError(f"sketched linear: empty batch, input has shape {tuple(input.shape)}")
     if not wants_weight_grad(weight):
         return F.linear(input, weight, bias)
-    return _SketchedLinearFunction.apply(cast_for_autocast(input), weight, bias, key, estimator)
+    input = cast_for_autocast(input)
+    if state is None:
+        rows = input.detach().reshape(-1, input.shape[-1])
+        state = learned(estimator, estimator.initial_state(rows.shape[-1], rows.device), rows, key)
+    return _SketchedLinearFunction.apply(input, weight, bias, key, estimator, tuple(state), *state.values())
+
+
+@torch.no_grad()
+def learned(estimator: Estimator, state: State, rows: Tensor, key: Tensor) -> State:
+    """The state after a look at `rows` (B, N); in full precision also under autocast, and without graph."""
+    if not state:
+        return state
+    with torch.autocast(rows.device.type, enabled=False):
+        return estimator.learn(state, rows, key)
 
 
 def basis_linear(
@@ -141,8 +166,14 @@ def basis_linear(
 class SketchedLinear(Keyed, nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
-    Same parameters, same state_dict, same forward. For `noise_key` see keyed.py.
+    Same parameters, same forward; the same state_dict, unless the estimator learns: then with what it has learned, in buffers
+    named `estimator_<name>`. For `noise_key` see keyed.py.
     """
+
+    learning: bool | None = None
+    """Whether the next training forward learns; None: each one does. Set for a step by `basis.set_noise_key`."""
+    frozen: bool = False
+    """Whether `basis.set_noise_key` leaves it at not learning; see `basis.not_learning`."""
 
     def __init__(
         self,
@@ -156,6 +187,29 @@ class SketchedLinear(Keyed, nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.estimator = estimator
+        self._state_names = self._make_state(self.weight.device)
+
+    def _make_state(self, device: torch.device) -> tuple[str, ...]:
+        state = self.estimator.initial_state(self.in_features, device)
+        for name, tensor in state.items():
+            self.register_buffer(f"estimator_{name}", tensor)
+        return tuple(state)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the layer has learned, by the estimator's names; empty for methods that don't learn."""
+        return {name: getattr(self, f"estimator_{name}") for name in self._state_names}
+
+    def learn(self, input: Tensor, key: Tensor) -> State:
+        """The state with which a training forward on `input` compresses, after a look at it if this is a step to learn at."""
+        state = self.state
+        if state and self.training and self.learning is not False:
+            rows = cast_for_autocast(input.detach()).reshape(-1, input.shape[-1])
+            for name, tensor in learned(self.estimator, state, rows, key).items():
+                state[name].copy_(tensor)
+            if self.learning:
+                self.learning = False  # once a step: a recomputed forward finds what the first one has learned
+        return state
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
@@ -166,6 +220,7 @@ class SketchedLinear(Keyed, nn.Linear):
         if linear._parameters.get("weight") is None:
             raise ValueError("sketched linear: the layer's weight is computed by a hook, not a parameter")
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, estimator=estimator, device="meta")
+        new._make_state(linear.weight.device)
         return take_over(new, linear)
 
     def to_linear(self) -> nn.Linear:
@@ -183,7 +238,9 @@ class SketchedLinear(Keyed, nn.Linear):
         return torch.zeros((), dtype=torch.int64, device=input.device)
 
     def forward(self, input: Tensor) -> Tensor:
-        return sketched_linear(input, self.weight, self.bias, self.key_for(input), self.estimator)
+        key = self.key_for(input)
+        state = self.learn(input, key) if wants_weight_grad(self.weight) else self.state
+        return sketched_linear(input, self.weight, self.bias, key, self.estimator, state)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, estimator={self.estimator}"

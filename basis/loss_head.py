@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from basis.estimator import Estimator
+from basis.estimator import Estimator, State
 from basis.estimators.balanced_sketch import frobenius_norm
 from basis.estimators.exact import Exact
 from basis.linear import SketchedLinear, cast_for_autocast, refuse_nested_transforms, wants_weight_grad
@@ -64,9 +64,9 @@ def _loss_and_gradient(x: Tensor, w: Tensor, targets: Tensor, rows: int) -> tupl
 class _WeightGradient:
     """dW of the head, from blocks of dY^T."""
 
-    def __init__(self, estimator: Estimator, x: Tensor, key: Tensor, weight: Tensor) -> None:
+    def __init__(self, estimator: Estimator, x: Tensor, key: Tensor, weight: Tensor, state: State) -> None:
         self.estimator, self.weight = estimator, weight
-        self.kept = estimator.compress(x, key)
+        self.kept = estimator.compress_with(x, key, state)
         self.factors = estimator.factors(self.kept, x.shape[0])
         self.projected: Tensor | None = None  # (L^T dY)^T, (V, k)
         self.squares: list[Tensor] = []  # |dY|^2 by block
@@ -106,11 +106,19 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, targets: Tensor, key: Tensor, estimator: Estimator, needs_weight_grad: bool
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        key: Tensor,
+        estimator: Estimator,
+        needs_weight_grad: bool,
+        names: tuple[str, ...],
+        *state: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = x.shape[0]
         w = weight.to(x.dtype)
-        gradient = _WeightGradient(estimator, x, key, weight) if needs_weight_grad else None
+        learned = dict(zip(names, state, strict=True))
+        gradient = _WeightGradient(estimator, x, key, weight, learned) if needs_weight_grad else None
         losses, grad_x = [], []
         for block in _blocks(rows, weight.shape[0]):
             loss, grad_y = _loss_and_gradient(x[block], w, targets[block], rows)
@@ -125,6 +133,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
         refuse_nested_transforms()
         _, grad_x, grad_weight = output
+        ctx.inputs = len(inputs)
         ctx.mark_non_differentiable(*(grad for grad in (grad_x, grad_weight) if grad is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_x if ctx.needs_input_grad[0] else None, grad_weight)
@@ -134,13 +143,13 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         if grad_loss is None:
-            return (None,) * 6
+            return (None,) * ctx.inputs
         # A look at the value spares a pass over dW. Not on a GPU, where looking waits for it, nor where there is no value.
         may_look = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
         if not (may_look and float(grad_loss) == 1.0):
             grad_x = None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype)
             grad_weight = None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, *(None,) * (ctx.inputs - 2)
 
 
 def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor) -> Tensor:
@@ -162,11 +171,14 @@ def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor) -> Te
     if not fusible or not needs_grad or x.dtype == torch.float16:
         logits = layer(input).flatten(0, -2)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+    wanted = wants_weight_grad(layer.weight)
+    state: State = {}
     if isinstance(layer, SketchedLinear):
         estimator, key = layer.estimator, layer.key_for(input)
+        state = layer.learn(input, key) if wanted else layer.state
     else:
         estimator, key = Exact(), torch.zeros((), dtype=torch.int64, device=input.device)
     loss, _, _ = _LinearCrossEntropyFunction.apply(
-        x.flatten(0, -2), layer.weight, targets.flatten(), key, estimator, wants_weight_grad(layer.weight)
+        x.flatten(0, -2), layer.weight, targets.flatten(), key, estimator, wanted, tuple(state), *state.values()
     )
     return loss

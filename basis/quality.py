@@ -33,8 +33,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from basis.convert import sketched_layers
-from basis.estimator import Estimator
+from basis.convert import not_learning, sketched_layers
+from basis.estimator import Estimator, State
 from basis.noise import fold
 
 TOTAL = "all"
@@ -118,15 +118,20 @@ class _Recorder(Estimator):
         self.quality: Quality | None = None
 
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        return x, key
+        return self.compress_with(x, key, {})
+
+    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+        self.state_names = tuple(state)
+        return x, key, *state.values()
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         if self.quality is not None:
             raise ValueError(f"gradient_quality: layer {self.name} is used twice in one forward, which is not supported")
-        x, key = kept
+        x, key, *learned = kept
+        state = dict(zip(self.state_names, learned, strict=True))
 
         def estimate(with_key: Tensor) -> Tensor:
-            return self.estimator.weight_grad(self.estimator.compress(x, with_key), grad_y).float()
+            return self.estimator.weight_grad(self.estimator.compress_with(x, with_key, state), grad_y).float()
 
         with torch.autocast(x.device.type, enabled=False):  # a loss head asks for dW in forward, where autocast is on
             return self._look(estimate, key, exact=grad_y.float().t() @ x.float())
@@ -171,7 +176,7 @@ def gradient_quality(model: nn.Module, loss: Callable[[], Tensor], *, masks: int
     try:
         for name, layer in layers.items():
             layer.estimator = recorders[name]
-        with torch.random.fork_rng(sorted(device.index for device in devices)):
+        with torch.random.fork_rng(sorted(device.index for device in devices)), not_learning(model):
             parameters = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss(), parameters, allow_unused=True)
     finally:

@@ -9,7 +9,7 @@ import torch
 import basis
 from data.tokens import TokenFile
 from harness import activations
-from harness.config import Config, make_estimator
+from harness.config import Config, make_estimator, share_of
 from models import GPT, GPTConfig
 
 
@@ -46,6 +46,12 @@ def apply_method(model: GPT, config: Config) -> list[str]:
     if method.name == "exact":
         return []  # nn.Linear is exact already
     try:
-        return basis.convert(model, make_estimator(method), include=method.include, exclude=method.exclude)
+        estimator = make_estimator(method)
+        if method.budget is None:
+            return basis.convert(model, estimator, include=method.include, exclude=method.exclude)
+        rows = config.micro_batch_size * config.model.block_size
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        chosen = basis.within_budget(estimator, share=share_of(method), rows=rows, dtype=dtype)
+        return basis.convert(model, chosen, include=method.include, exclude=method.exclude)
     except ValueError as error:
         raise ValueError(f"method.{error}") from None

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from basis import ESTIMATORS, Estimator
+from basis.budget import parse_share
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
 from harness.device import DEVICES, PRECISIONS
@@ -30,9 +31,14 @@ from models import GPTConfig
 
 @dataclass
 class MethodOptions:
-    """How dW is formed (`name`, one of basis.ESTIMATORS) and in which dense layers (shell patterns of module names)."""
+    """How dW is formed (`name`, one of basis.ESTIMATORS) and in which dense layers (shell patterns of module names).
+
+    budget: a share such as 1/24: each layer's knob (rank, rows, bits) is set so that it keeps this share of the bytes of its
+    input; the option of that name is then not looked at. null: as the options say.
+    """
 
     name: str = "exact"
+    budget: str | None = None
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
 
@@ -118,6 +124,12 @@ class Config:
             raise ValueError(f"seed={self.seed}: must be less than 2^63")
         if self.method.name == "exact" and (self.method.include or self.method.exclude):
             raise ValueError("method.include, method.exclude: exact backpropagation concerns all layers; leave them empty")
+        if self.method.budget is not None:
+            if self.method.name == "exact":
+                raise ValueError(
+                    f"method.budget={self.method.budget}: exact backpropagation keeps everything; leave it null"
+                )
+            share_of(self.method)
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
         if self.precision not in PRECISIONS:
@@ -180,6 +192,15 @@ def make_estimator(method: MethodOptions) -> Estimator:
     except ValueError as error:
         raise ValueError(f"method.{error}") from None
     return estimator
+
+
+def share_of(method: MethodOptions) -> float:
+    """`method.budget` as a number. Raises ValueError naming the option."""
+    assert method.budget is not None
+    try:
+        return parse_share(method.budget)
+    except ValueError as error:
+        raise ValueError(f"method.{error}") from None
 
 
 def load(values: DictConfig) -> Config:

@@ -55,6 +55,9 @@ def make_model(config: Config, device: str = "cpu") -> GPT:
         for name, old in module._parameters.items():
             if old is not None:
                 module._parameters[name] = made.setdefault(id(old), nn.Parameter(torch.empty_like(old, device=device)))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from yaml import YAMLError
 
+from basis import ESTIMATORS
 from harness.metrics import read_metrics
 from harness.rundir import CONFIG_FILE, FREE_OPTIONS, METRICS_FILE, known_options, read_config, read_summary
 
@@ -69,7 +70,9 @@ class Group:
 
     @property
     def rank(self) -> int | None:
-        rank: int | None = self.runs[0].options.get("method.rank")
+        """R, if the method has one and it is the same in all layers."""
+        options = self.runs[0].options
+        rank: int | None = None if options.get("method.budget") else options.get("method.rank")
         return rank
 
 
@@ -149,9 +152,10 @@ def differing_options(runs: Sequence[RunResult]) -> list[str]:
 
 def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
     """Method and rank, then every other option that varies: method options among its own kind, the rest among all."""
-    parts = [f"R={options['method.rank']}"] if "method.rank" in options else []
+    parts = [f"R={options['method.rank']}"] if "method.rank" in options and not options.get("method.budget") else []
+    turned = "method." + str(ESTIMATORS[options["method.name"]].knob) if options.get("method.budget") else None
     for option, value in options.items():
-        if option in ("method.name", "method.rank", "text"):
+        if option in ("method.name", "method.rank", "text", turned):
             continue
         peers = same_method if option.startswith("method.") else everything
         if any(peer.get(option) != value for peer in peers):

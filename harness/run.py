@@ -170,7 +170,7 @@ class Run:
             (self.micro_batch_loss(self.step, micro_batch) / micro_batches).backward()
 
         compiled, self.forward = self.forward, self.model
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), basis.not_learning(self.model):
             saved = memory.saved_bytes(self.model, forward)
             peak = 0
             if self.runtime.device.type == "cpu":
@@ -180,12 +180,14 @@ class Run:
             total = memory.saved_bytes_compiled(self.model, forward) if self.runtime.compile else sum(saved.values())
         parameters = memory.tensor_bytes(self.model.parameters())
         measured = {"mem/saved_bytes": total} | {f"mem/saved_bytes/{name}": size for name, size in saved.items()}
-        measured |= {"mem/parameter_bytes": parameters, "mem/gradient_bytes": parameters}
+        learned = memory.tensor_bytes(t for _, layer in basis.sketched_layers(self.model) for t in layer.state.values())
+        measured |= {"mem/parameter_bytes": parameters, "mem/gradient_bytes": parameters, "mem/estimator_bytes": learned}
         return measured | ({"mem/peak_bytes": peak} if peak else {})
 
 
 def telling_settings(config: Config) -> dict[str, object]:
-    """What tells runs of one method apart in a sweep: the estimator's options that have no default, R first among them.
+    """What tells runs of one method apart in a sweep: the estimator's options that have no default, R first among them, and
+    the budget that takes the place of its knob.
 
     Switches and choices that are not at their default are told too; numbers with a default (shrinkage, eps) are not.
     """
@@ -193,6 +195,9 @@ def telling_settings(config: Config) -> dict[str, object]:
     telling: dict[str, object] = {}
     for option in dataclasses.fields(estimator):
         value = getattr(config.method, option.name)
+        if config.method.budget is not None and option.name == estimator.knob:
+            telling["budget"] = config.method.budget
+            continue
         if option.default is dataclasses.MISSING or (value != option.default and not isinstance(value, float)):
             telling["R" if option.name == "rank" else option.name] = value
     return telling

@@ -30,6 +30,7 @@ code also uses shrinkage = 0.01 unless told otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,8 @@ class BalancedSketch(Estimator):
 
     Raises ValueError that begins with the name of the wrong option.
     """
+
+    knob: ClassVar[str] = "rank"
 
     rank: int
     hashing: str = "balanced"

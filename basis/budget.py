@@ -1,0 +1,101 @@
+"""Equal bytes: each method's own knob (a rank, a number of rows, of bits), turned until it keeps a given share of X.
+
+    basis.convert(model, basis.within_budget(basis.BalancedSketch(1), share=1/24, rows=B))
+
+A fair comparison of methods fixes what they keep between forward and backward and lets each choose how. The exact layer keeps
+X, rows * in_features numbers in the precision of the run; a share of that is the budget, layer by layer, and the setting is the
+largest whose bytes fit. Bytes are not looked up in a formula but counted: the method compresses a tensor that has a shape and
+no memory. What lives between steps (a learned subspace) is not part of it; it is counted as state, see `SketchedLinear.state`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from basis.estimator import Estimator
+
+
+def kept_bytes(estimator: Estimator, rows: int, width: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that `estimator` keeps of X (rows, width) in `dtype` until backward, its state aside."""
+    with FakeTensorMode():
+        x = torch.empty(rows, width, dtype=dtype, device="cpu")
+        state = estimator.initial_state(width, x.device)
+        kept = estimator.compress_with(x, torch.zeros((), dtype=torch.int64, device="cpu"), state)
+        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+        return sum(size for storage, size in storages.items() if storage not in own)
+
+
+def fit(estimator: Estimator, share: float, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Estimator:
+    """`estimator` with its knob at the largest value that keeps at most `share` of X (rows, width) in `dtype`.
+
+    Raises ValueError, beginning with `budget=`, for a method without a knob, a share outside (0, 1], and where even the
+    smallest value keeps more.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"budget={share:g}: must be in (0, 1]")
+    name = type(estimator).__name__
+    if estimator.knob is None:
+        raise ValueError(f"budget={share:g}: {name} has no option that decides how many bytes it keeps")
+    whole = rows * width * dtype.itemsize
+    budget = share * whole
+    values = estimator.knob_values(rows, width)
+
+    def size(value: Any) -> int:
+        return kept_bytes(with_knob(estimator, value), rows, width, dtype)
+
+    least = size(values[0])
+    if least > budget:
+        raise ValueError(
+            f"budget={share:g}: {name} keeps at least 1/{whole / least:.3g} of an input of {rows} x {width} "
+            f"({estimator.knob}={values[0]})"
+        )
+    return with_knob(estimator, _last(values, lambda value: size(value) <= budget))
+
+
+def with_knob(estimator: Estimator, value: Any) -> Estimator:
+    """`estimator` with its knob at `value`."""
+    assert estimator.knob is not None
+    return cast(Estimator, dataclasses.replace(cast(Any, estimator), **{estimator.knob: value}))
+
+
+def _last(values: Sequence[Any], fits: Callable[[Any], bool]) -> Any:
+    """The last of `values` that fits; the first one does, and bytes grow along them."""
+    low, high = 0, len(values)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(values[middle]) else (low, middle)
+    return values[low]
+
+
+def within_budget(
+    estimator: Estimator, *, share: float, rows: int, dtype: torch.dtype = torch.float32
+) -> Callable[[str, nn.Linear], Estimator]:
+    """For `convert`: each layer with the setting of `estimator` that keeps `share` of its input of `rows` rows in `dtype`."""
+    made: dict[int, Estimator] = {}  # by width
+
+    def choose(_: str, layer: nn.Linear) -> Estimator:
+        width = layer.in_features
+        if width not in made:
+            made[width] = fit(estimator, share, rows, width, dtype)
+        return made[width]
+
+    return choose
+
+
+def parse_share(text: str) -> float:
+    """ "1/24" or "0.04" as a number. Raises ValueError, beginning with `budget=`, for anything else and outside (0, 1]."""
+    try:
+        share = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"budget={text}: must be a share such as 1/24 or 0.04") from None
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"budget={text}: must be in (0, 1]")
+    return share
