@@ -6,11 +6,15 @@ The dataclass's fields are the method's options everywhere: in Python, in `conf/
 from basis.estimator import Estimator
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.estimators.exact import Exact
+from basis.estimators.subspace import Subspace
+from basis.estimators.transform import Transform
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "exact": Exact,
     "basis": BalancedSketch,
+    "subspace": Subspace,
+    "transform": Transform,
 }
 """Configuration name -> estimator class."""
 
-__all__ = ["ESTIMATORS", "BalancedSketch", "Exact"]
+__all__ = ["ESTIMATORS", "BalancedSketch", "Exact", "Subspace", "Transform"]

@@ -1,0 +1,135 @@
+"""Transform coding of X: its principal directions, each with the bits that its variance deserves, rounded without bias.
+
+    X ~ 1 mean^T + Z^ Q^T,     Z = (X - 1 mean^T) Q,     Z^ = Z coded with b_i bits a number in direction i
+    dW ~ (dY^T Z^) Q^T + (dY^T 1) mean^T
+
+Q holds K orthonormal directions followed from step to step (tracking.py). `bits` times N bits a row of X are given to them by
+reverse water-filling of their running variances, and each direction is coded by gaussian_code.py: tokens mixed by a random
+rotation, a uniform quantiser, a scale that takes the bias away.
+
+What is exact: Y, dX, the part of dW that belongs to the mean. What is noisy, without bias (up to what the rotation leaves of it):
+the directions that get bits. What is missing: directions that get none, and those not tracked. `left_out` says how much worse
+than noise of the same size that is, since an error that is there in every step does not average out; it decides how many
+directions share the bits.
+
+Error of Z^ in direction i of variance v_i: v_i D_b / (1 - D_b). The bound for a Gaussian X with these variances (reverse
+water-filling, `rate_distortion_bound`) is approached within a factor of 2 to 3: gaussian_code.py says why not nearer.
+Bits beyond 8 a direction are not used: a budget of more than 8 K bits a row is not spent.
+
+Kept: bits N bit planes of B bits (B filled up to a multiple of 64, above 4,096 a little more), a float32 scale per direction and
+4,096 tokens, the mean (N), an 8-byte key.
+State: N K + K + 1 numbers (tracking.py) and the allocation, 8 bytes a plane, between steps.
+FLOPs: 2 B N K + 256 B K forward, 2 M K (B + N) + 256 B K backward and about twenty elementwise passes over B K numbers, instead
+of 2 B N M. A look every `every` steps costs 6 B N K and a QR decomposition.
+
+Source: transform coding is textbook (Cover and Thomas, 10.3; Goyal, IEEE SPM 2001); its use for dW, with tracked directions and
+unbiased coding, is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from basis import gaussian_code, tracking
+from basis.estimator import Factors, LearningEstimator, State
+
+
+@dataclass(frozen=True)
+class Transform(LearningEstimator):
+    """X in a few bits a number, in the directions that matter.
+
+    bits: per number of X, all directions together; positive, at most 8. directions: K as a share of N, in (0, 1].
+    every: steps between looks at where X lies. left_out: error of a direction without bits, relative to its variance, as the
+    allocation counts it; at least 1.
+
+    Raises ValueError that begins with the name of the wrong option.
+    """
+
+    knob: ClassVar[str] = "bits"
+
+    bits: float
+    directions: float = 0.5
+    every: int = 10
+    left_out: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.bits <= gaussian_code.MOST_BITS:
+            raise ValueError(f"bits={self.bits}: must be in (0, {gaussian_code.MOST_BITS}]")
+        if not 0.0 < self.directions <= 1.0:
+            raise ValueError(f"directions={self.directions}: must be in (0, 1]")
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: must be at least 1")
+        if not self.left_out >= 1.0:
+            raise ValueError(f"left_out={self.left_out}: must be at least 1")
+
+    def knob_values(self, rows: int, width: int) -> Sequence[float]:
+        most = gaussian_code.MOST_BITS * self.tracked(width)
+        return [planes / width for planes in range(1, most + 1)]
+
+    def tracked(self, width: int) -> int:
+        """K, at least 1."""
+        return max(round(self.directions * width), 1)
+
+    def planes(self, width: int) -> int:
+        """Bits a row of X, the mean aside."""
+        return min(max(round(self.bits * width), 1), gaussian_code.MOST_BITS * self.tracked(width))
+
+    def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]:
+        state = tracking.initial_directions(width, self.tracked(width), device)
+        return state | {"planes": self._allocate(state["variances"], width)}
+
+    def _allocate(self, variances: Tensor, width: int) -> Tensor:
+        return gaussian_code.allocate(variances, self.planes(width), self.left_out)
+
+    def learns_at(self, step: int) -> bool:
+        return tracking.due(step, self.every)
+
+    def learn(self, state: State, x: Tensor, key: Tensor) -> State:
+        followed = tracking.follow(state, x)
+        return followed | {"planes": self._allocate(followed["variances"], x.shape[-1])}
+
+    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+        directions, planes = state["directions"], state["planes"]
+        mean = x.mean(0, dtype=torch.float32)
+        along = directions.t().to(x.dtype)
+        z = (along @ x.t()).float() - (directions.t() @ mean)[:, None]  # (K, B)
+        packed, scale = gaussian_code.encode(gaussian_code.rotate(z, key), planes)
+        return packed, scale, mean, key, directions, planes
+
+    def coordinates(self, kept: tuple[Tensor, ...], rows: int) -> Tensor:
+        """Z^ (K, B), float32."""
+        packed, scale, _, key, _, planes = kept
+        return gaussian_code.rotate_back(gaussian_code.decode(packed, scale, planes), key, rows)
+
+    def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
+        mean, directions = kept[2], kept[4]
+        dtype = grad_y.dtype
+        along = self.coordinates(kept, len(grad_y)).to(dtype) @ grad_y  # (K, B) (B, M)
+        return along.t() @ directions.t().to(dtype) + torch.outer(grad_y.sum(0), mean.to(dtype))
+
+    def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
+        mean, directions = kept[2], kept[4]
+        left = torch.cat([self.coordinates(kept, rows), mean.new_ones(1, rows)]).t()
+        return Factors(left, torch.cat([directions.t(), mean[None]]))
+
+
+def rate_distortion_bound(variances: Tensor, bits: float) -> Tensor:
+    """Least mean-square error, summed over directions, of a Gaussian with these variances at `bits` bits a row (0-dimensional).
+
+    Reverse water-filling: sum_i min(theta, v_i), theta such that sum_i max(1/2 log2(v_i / theta), 0) = bits. By sorting: with the
+    n largest above the water, log2(theta) is their mean log2 variance less 2 bits / n. (Cover and Thomas, Theorem 10.3.3.)
+    """
+    ordered = variances.double().sort(descending=True).values
+    ordered = ordered[ordered > 0]
+    counts = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device=ordered.device)
+    levels = torch.exp2((ordered.log2().cumsum(0) - 2.0 * bits) / counts)
+    # The level belongs to the n for which the n-th variance lies above it and the next one does not.
+    count = int((ordered > levels).sum())
+    if count == 0:
+        return ordered.sum()
+    return count * levels[count - 1] + ordered[count:].sum()

@@ -1,0 +1,132 @@
+"""Transform coding of X: bias, variance against the formula, the rate-distortion bound, bytes, budgets, a layer that trains."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import basis
+from basis import Transform, gaussian_code
+from basis.estimators.transform import rate_distortion_bound
+
+GENERATOR = torch.Generator().manual_seed(0)
+DEVICE = torch.device("cpu")
+
+
+def key(seed: int) -> torch.Tensor:
+    return torch.tensor(seed)
+
+
+def data(rows: int = 256, width: int = 16, decay: float = 0.7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with a mean and a spectrum that falls by `decay` a direction, and dY."""
+    frame, _ = torch.linalg.qr(torch.randn(width, width, generator=GENERATOR))
+    x = (torch.randn(rows, width, generator=GENERATOR) * decay ** torch.arange(width)) @ frame.t() + 1.0
+    return x, torch.randn(rows, 6, generator=GENERATOR)
+
+
+def learned(estimator: Transform, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    state = estimator.initial_state(x.shape[1], DEVICE)
+    for _ in range(20):
+        state = estimator.learn(state, x, key(0))
+    return state
+
+
+def test_mean_error_and_bias_are_those_of_the_directions() -> None:
+    """Without bias but for the directions that get no bits; variance sum_i |D_i . dY|^2 with the code's errors."""
+    x, grad_y = data()
+    estimator = Transform(2.0, directions=1.0)
+    state = learned(estimator, x)
+    bits = gaussian_code.bits_by_row(state["planes"], 16)
+    assert 0 in bits.tolist()
+    exact = grad_y.t() @ x
+    draws = torch.stack([estimator.weight_grad(estimator.compress_with(x, key(seed), state), grad_y) for seed in range(400)])
+    coordinates = (x - x.mean(0)) @ state["directions"]
+    left_out = grad_y.t() @ (coordinates * (bits == 0)) @ state["directions"].t()
+    noise = draws.var(0).sum()
+    bias = (draws.mean(0) - (exact - left_out)).square().sum() - noise / len(draws)
+    assert float(bias.clamp_min(0).sqrt() / exact.norm()) < 0.01
+    # Errors of a direction are spread evenly over the tokens by the rotation, so dY meets them as white noise.
+    table = torch.tensor([0.0, *(d / (1 - d) for d in gaussian_code.DISTORTIONS[1:])])
+    expected = (coordinates.square().mean(0) * table[bits]).sum() * grad_y.square().sum()
+    assert float(noise) == pytest.approx(float(expected), rel=0.15)
+
+
+def test_distortion_against_the_rate_distortion_bound() -> None:
+    """Normal X: within 3 dB up to 2.8 bits a kept direction; more bits, and equal steps lose (gaussian_code.py)."""
+    x, _ = data(rows=4096, width=32, decay=0.9)
+    for bits, most in ((0.5, 2.0), (1.0, 2.0), (1.5, 2.0), (2.0, 2.3), (4.0, 3.6)):
+        estimator = Transform(bits, directions=1.0, left_out=1.0)
+        state = learned(estimator, x)
+        kept = estimator.compress_with(x, key(1), state)
+        z = ((x - x.mean(0)) @ state["directions"]).t()
+        distortion = (estimator.coordinates(kept, len(x)) - z).square().sum() / len(x)
+        bound = rate_distortion_bound(z.square().mean(1), bits * 32)
+        assert 1.0 < float(distortion / bound) < most
+
+
+def test_bound_is_water_filling() -> None:
+    """Against a bisection on the level, and in closed form for equal variances."""
+    variances = torch.tensor([4.0, 1.0, 0.5, 0.01])
+    for bits in (0.5, 2.0, 7.0):
+        low, high = 0.0, 4.0
+        for _ in range(100):
+            level = (low + high) / 2
+            rate = sum(max(0.5 * math.log2(v / level), 0.0) for v in variances.tolist())
+            low, high = (level, high) if rate > bits else (low, level)
+        assert float(rate_distortion_bound(variances, bits)) == pytest.approx(
+            sum(min(v, level) for v in variances.tolist()), rel=1e-6
+        )
+    assert float(rate_distortion_bound(torch.full((4,), 3.0), 8.0)) == pytest.approx(4 * 3.0 / 16)
+
+
+def test_factors_are_the_same_estimate() -> None:
+    x, grad_y = data()
+    estimator = Transform(1.5)
+    kept = estimator.compress_with(x, key(3), learned(estimator, x))
+    factors = estimator.factors(kept, len(x))
+    torch.testing.assert_close((factors.left.t() @ grad_y).t() @ factors.right, estimator.weight_grad(kept, grad_y))
+
+
+@pytest.mark.parametrize(("rows", "groups", "filled"), [(256, 1, 256), (100, 1, 128), (4200, 2, 2 * 33 * 64)])
+def test_bytes_kept(rows: int, groups: int, filled: int) -> None:
+    planes, tracked, width = 24, 8, 16
+    expected = planes * filled // 8 + 4 * tracked * groups + 4 * width + 8
+    assert basis.kept_bytes(Transform(1.5), rows, width) == expected
+    assert basis.kept_bytes(Transform(1.5), rows, width, torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize("share", [1 / 8, 1 / 24])
+@pytest.mark.parametrize("width", [128, 512])
+def test_budgets_are_met(share: float, width: int) -> None:
+    fitted = basis.fit(Transform(1.0), share, 768, width)
+    assert 0.97 * share < basis.kept_bytes(fitted, 768, width) / (4 * 768 * width) <= share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_learns_and_trains_in_either_precision(dtype: torch.dtype) -> None:
+    x, grad_y = data()
+    torch.manual_seed(0)
+    layer = basis.SketchedLinear.from_linear(nn.Linear(16, 6), Transform(6.0, directions=1.0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for _ in range(3):
+            layer.weight.grad = None
+            layer(x).backward(grad_y.to(dtype))
+    exact = grad_y.t() @ x
+    assert float((layer.weight.grad - exact).norm() / exact.norm()) < 0.05
+    assert layer.state["looks"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 0.0}, r"bits=0\.0"),
+        ({"bits": 9.0}, r"bits=9\.0"),
+        ({"bits": 1.0, "directions": 0.0}, r"directions=0\.0"),
+        ({"bits": 1.0, "every": 0}, "every=0"),
+        ({"bits": 1.0, "left_out": 0.5}, r"left_out=0\.5"),
+    ],
+)
+def test_refusals(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Transform(**options)
