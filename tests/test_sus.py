@@ -87,7 +87,10 @@ def draws(mode: str, count: int, *, biased: bool = False) -> list[Tensor]:
 
 
 def z_scores(sample: list[Tensor]) -> list[float]:
-    """For dQ, dK, dV the root mean square over elements of (mean - exact) / standard error; 1 if there is no bias."""
+    """For dQ, dK, dV the root mean square over elements of (mean - exact) / standard error; 1 if there is no bias.
+
+    Elements of one row share their masks, so it wanders by about 0.1.
+    """
     found = []
     for drawn, exact in zip(sample, exact_gradients(*inputs()), strict=True):
         error = drawn.std(0) / math.sqrt(len(drawn))
@@ -113,16 +116,16 @@ def test_the_output_is_that_of_exact_attention(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_mean_over_masks_is_the_exact_gradient(mode: str) -> None:
-    sample = draws(mode, 8000)
+    sample = draws(mode, 4000)
     for drawn, exact in zip(sample, exact_gradients(*inputs()), strict=True):
         error = drawn.std(0) / math.sqrt(len(drawn))
         beyond = (drawn.mean(0) - exact[0]).abs() > 4 * error + 1e-6
         assert beyond.double().mean() < 1e-3  # 6e-5 of a normal distribution's values lie beyond 4 sigma
-    assert all(0.85 < z < 1.15 for z in z_scores(sample))
+    assert all(0.75 < z < 1.25 for z in z_scores(sample))
 
 
 def test_delta_from_the_sample_is_biased_and_the_test_sees_it() -> None:
-    of_q, of_k, of_v = z_scores(draws("dense", 8000, biased=True))
+    of_q, of_k, of_v = z_scores(draws("dense", 4000, biased=True))
     assert of_q > 1.5
     assert of_k > 1.5
     assert of_v == pytest.approx(1, abs=0.15)  # D has no part in dV
@@ -130,7 +133,7 @@ def test_delta_from_the_sample_is_biased_and_the_test_sees_it() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_variance_is_that_of_the_formula(mode: str) -> None:
-    for drawn, expected in zip(draws(mode, 8000), variances(*inputs(), C), strict=True):
+    for drawn, expected in zip(draws(mode, 4000), variances(*inputs(), C), strict=True):
         found = float(drawn.var(0).sum())
         if mode == "dense":
             assert found == pytest.approx(expected, rel=0.05)
