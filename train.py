@@ -160,6 +160,7 @@ def describe(run: Run, table: dict[str, int]) -> None:
     """Say what is about to run, and where its bytes are."""
     config = run.config
     sketch = f"{len(run.sketched)} dense layers sketched" if run.sketched else "all dense layers exact"
+    sketch += "".join(f", {name}={value}" for name, value in config.attention.telling().items())
     log.info(
         "%s on %s, %s%s; %s parameters, %s; %d tokens a step",
         config.method.name,

@@ -61,6 +61,11 @@ def random_bits(key: Tensor, rows: int) -> Tensor:
     return _mix(_mix(counter ^ (key & _MASK)) ^ ((key >> 32) & _MASK))
 
 
+def crossed_bits(rows: Tensor, columns: Tensor) -> Tensor:
+    """A 32-bit integer for each pair of two lists of random bits: (..., R) and (T,), all distinct, give (..., R, T) int64."""
+    return _mix(rows[..., None] ^ columns)
+
+
 def draw_hashing(key: Tensor, rows: int, rank: int, hashing: str) -> tuple[Tensor, Tensor]:
     """Bins (rows, int64 in [0, rank)) and signs (rows, int64, +1 or -1) that belong to `key`.
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import basis.lean
 from basis.kept import announce
+from basis.sus import SusAttention
 from models import GPT
 from models.gpt import CausalAttention
 
@@ -58,7 +59,7 @@ def apply(model: GPT, options: ActivationsOptions) -> None:
             model,
             norm=options.norm,
             gelu_bits=options.gelu_bits,
-            attention=CausalAttention if options.attention else None,
+            attention=(CausalAttention, SusAttention) if options.attention else (),
         )
     elif options.name == "checkpoint":
         for block in model.blocks:

@@ -8,7 +8,7 @@ import torch
 
 import basis
 from data.tokens import TokenFile
-from harness import activations
+from harness import activations, attention
 from harness.config import Config, make_estimator, share_of
 from models import GPT, GPTConfig
 
@@ -41,7 +41,11 @@ def build_model(config: Config) -> tuple[GPT, list[str]]:
 
 
 def apply_method(model: GPT, config: Config) -> list[str]:
-    """Put the configuration's method into `model`; the names of the layers changed. Raises ValueError as `build_model`."""
+    """Put the configuration's method and attention into `model`; the names of the dense layers changed.
+
+    Raises ValueError as `build_model`.
+    """
+    attention.apply(model, config.attention)
     method = config.method
     if method.name == "exact":
         return []  # nn.Linear is exact already

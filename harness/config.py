@@ -23,6 +23,7 @@ from basis import ESTIMATORS, Estimator
 from basis.budget import parse_share
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
+from harness.attention import AttentionOptions
 from harness.device import DEVICES, PRECISIONS
 from harness.optim import OptimOptions
 from harness.tracker import TrackerOptions
@@ -109,6 +110,7 @@ class Config:
     model: GPTConfig = field(default_factory=GPTConfig)
     method: MethodOptions = field(default_factory=MethodOptions)
     activations: ActivationsOptions = field(default_factory=ActivationsOptions)
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
@@ -136,6 +138,10 @@ class Config:
             raise ValueError(f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
         if self.optim.warmup_steps > self.steps:
             raise ValueError(f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed steps={self.steps}")
+        if self.attention.name == "sus" and self.model.dropout:
+            raise ValueError(
+                f"model.dropout={self.model.dropout}: must be 0 with attention=sus, which knows no dropout of attention"
+            )
         per_micro_batch = self.micro_batch_size * self.model.block_size
         tokens = self.tokens_per_step
         if tokens is not None and (tokens < 1 or tokens % per_micro_batch):

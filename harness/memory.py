@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import basis.lean
+import basis.sus
 from basis import SketchedLinear
 from basis.kept import observe
 from models.gpt import GPT, CausalAttention, CausalSelfAttention
@@ -48,7 +49,10 @@ CATEGORIES = ("linear inputs", "sketches", "attention", "norms", "activations", 
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((SketchedLinear,), "sketches"),
     ((nn.Linear,), "linear inputs"),
-    ((CausalSelfAttention, CausalAttention, basis.lean.LeanAttention, nn.MultiheadAttention), "attention"),
+    (
+        (CausalSelfAttention, CausalAttention, basis.lean.LeanAttention, basis.sus.SusAttention, nn.MultiheadAttention),
+        "attention",
+    ),
     ((nn.LayerNorm, nn.RMSNorm), "norms"),
     ((nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid), "activations"),
     ((GPT,), "loss head"),

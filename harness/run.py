@@ -186,8 +186,8 @@ class Run:
 
 
 def telling_settings(config: Config) -> dict[str, object]:
-    """What tells runs of one method apart in a sweep: the estimator's options that have no default, R first among them, and
-    the budget that takes the place of its knob.
+    """What tells runs of one method apart in a sweep: the estimator's options that have no default, R first among them, the
+    budget that takes the place of its knob, and attention.
 
     Switches and choices that are not at their default are told too; numbers with a default (shrinkage, eps) are not.
     """
@@ -200,7 +200,7 @@ def telling_settings(config: Config) -> dict[str, object]:
             continue
         if option.default is dataclasses.MISSING or (value != option.default and not isinstance(value, float)):
             telling["R" if option.name == "rank" else option.name] = value
-    return telling
+    return telling | config.attention.telling()
 
 
 def set_up(config: Config, folder: Path) -> Run:

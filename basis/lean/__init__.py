@@ -31,12 +31,13 @@ def convert(
     *,
     norm: bool = True,
     gelu_bits: int | None = 2,
-    attention: type[nn.Module] | None = None,
+    attention: type[nn.Module] | tuple[type[nn.Module], ...] = (),
 ) -> list[str]:
-    """Exchange nn.LayerNorm, nn.GELU and modules of type `attention` (q, k, v -> output). Returns the names changed.
+    """Exchange nn.LayerNorm, nn.GELU and modules of the type or types `attention` (q, k, v -> output). Returns the names changed.
 
     gelu_bits: 1, 2 or 4; None leaves GELU alone. Raises ValueError for another number.
     """
+    kinds = attention if isinstance(attention, tuple) else (attention,)
     changed = []
     for name, module in list(model.named_modules()):
         new: nn.Module
@@ -45,7 +46,7 @@ def convert(
             take_over(new, module)
         elif gelu_bits is not None and type(module) is nn.GELU:
             new = LeanGELU(module.approximate, gelu_bits)
-        elif attention is not None and type(module) is attention:
+        elif type(module) in kinds:
             new = LeanAttention(module)
         else:
             continue
