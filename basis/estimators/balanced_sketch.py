@@ -30,9 +30,9 @@ X = (X - 1 m^T) + 1 m^T,
 whose second part is exact. The variance above then has X - 1 m^T in the place of X, so it is without what m's direction
 contributes; the Invariant Scalars are those of X - 1 m^T and of dY, and shrinkage spares the exact part. dY is not centred.
 
-Kept: R N elements in the precision of X (with `center` N more), and the 8-byte key. FLOPs besides the product: B (N + M) multiply-adds for the
-norms and as many for the sketches (in a loss head, where dY lies column by column, 2 R B M for its sketch). The published
-code also uses shrinkage = 0.01 unless told otherwise.
+Kept: R N elements in the precision of X (with `center` N more), and the 8-byte key. FLOPs besides the product: B (N + M)
+multiply-adds for the norms and as many for the sketches (in a loss head, where dY lies column by column, 2 R B M for its sketch).
+The published code also uses shrinkage = 0.01 unless told otherwise.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ one draws. There is no variance formula; |X - X^| is within a constant factor of
 
 A flat spectrum is no matter for this method, and with the sketched core it is worse than to forget X.
 
-Kept: r (B + N) elements in the precision of X (k (B + N) without the cut). FLOPs: 4 B N k + 2 B N s for the sketches (4 B N k + 2 B N k
-with the exact core), about 4 (B + N) k^2 for the bases, 2 B M r + 2 N M r for the product; bases and least squares in float32 at least. On a GPU QR and the
-small SVD cost more time than that. State between steps: none.
+Kept: r (B + N) elements in the precision of X (k (B + N) without the cut). FLOPs: 4 B N k + 2 B N s for the sketches (6 B N k
+with the exact core), about 4 (B + N) k^2 for the bases, 2 B M r + 2 N M r for the product; bases and least squares in float32 at
+least. On a GPU, QR and the small SVD take more time than these FLOPs suggest. State between steps: none.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class LowRank(Estimator):
         return (grad_y.t() @ left) @ right
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
-        return Factors(*kept)
+        left, right = kept
+        return Factors(left, right)
 
     def _factorise(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors (B, r) and (r, N) whose product is near `x`."""

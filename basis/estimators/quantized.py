@@ -19,13 +19,13 @@ u is one of 2^16 values, which leaves a bias of 2^-17 of a step. Noise that rows
 be cheaper and have the same variance; but where x is nearly constant, as GELU makes it, it is a matrix of low rank, that is, an
 error in few directions.
 
-Least and largest number in groups of 128, and not the largest magnitude in groups of 64, which costs as much: GELU's outputs reach
-far on one side only. Its error's variance is 0.35 of the other's for GELU of standard normal numbers (0.51 if their deviation is
-0.3, 0.32 if it is 2), and 0.99 for standard normal numbers, which are what LayerNorm puts out.
+Least and largest number in groups of 128, and not the largest magnitude in groups of 64, which costs as much: GELU's outputs
+reach far on one side only. Its error's variance is 0.35 of the other's for GELU of standard normal numbers (0.51 if their
+deviation is 0.3, 0.32 if it is 2), and 0.99 for standard normal numbers, which are what LayerNorm puts out.
 
 What is exact: Y, dX, the bias gradient; a number that is all its group has, up to 16 bits. What is estimated: dW, without bias,
-through X alone: dY is used whole. Kept: `bits` / 8 bytes a number (B rounded up to a multiple of 8 / gcd(bits, 8)), 4 bytes a group
-and the 8-byte key; in groups of 128 that is 4.25 bits a number at 4 bits. FLOPs: the exact product, 2 B N M, and about 40
+through X alone: dY is used whole. Kept: `bits` / 8 bytes a number (B rounded up to a multiple of 8 / gcd(bits, 8)), 4 bytes a
+group and the 8-byte key; in groups of 128 that is 4.25 bits a number at 4 bits. FLOPs: the exact product, 2 B N M, and about 40
 operations a number in forward and in backward, where X comes back some rows at a time. State between steps: none.
 """
 

@@ -7,11 +7,12 @@ takes the same rows of dY,
 
     uniform    k different rows, all sets alike, w = B / k
     crs        k draws with replacement, row b with probability p_b, w = 1 / (k p_b)
-    wta_crs    the |C| rows of largest p with w = 1; k - |C| draws from the others, w = (1 - P) / ((k - |C|) p_b), P = sum of p over C
+    wta_crs    the |C| rows of largest p, whose sum is P, with w = 1; k - |C| draws from the others, w = (1 - P) / ((k - |C|) p_b)
 
 (crs: Drineas, Kannan, Mahoney 2006. wta_crs: Liu et al., 2305.15265, whose |C| in 0 to k - 1 minimises (1 - P) / (k - |C|); their
-code leaves the weights out until gradient norms are known, and is biased there.) The best p has |x_b| |dy_b|. In forward dY is
-unknown, and a running language model never meets the same sample again, so p has the norm of x_b alone, with a small share for all:
+code leaves the weights out until gradient norms are known, and is biased there.) The best p is proportional to |x_b| |dy_b|. In
+forward dY is unknown, and language-model training never meets the same sample again, so p has the norm of x_b alone, with a
+small share for all:
 
     p_b = (1 - SHARE) |x_b| / sum |x| + SHARE / B,  SHARE = 0.01
 
