@@ -31,9 +31,9 @@ def test_count_sketch_is_basis_without_its_additions(rank: int) -> None:
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_rmm(distribution: str, rank: int) -> None:
     x, dy = data()
-    estimates = draws(Gaussian(rank, distribution), x, dy, COUNT if rank > 1 else 3 * COUNT)
+    estimates = draws(Gaussian(rank, distribution), x, dy, COUNT)
     assert_unbiased(estimates, dy.t() @ x)
-    assert_variance(estimates, dy.t() @ x, reference.projection_variance(x, dy, rank, distribution))
+    assert_variance(estimates, dy.t() @ x, reference.projection_variance(x, dy, rank, distribution), 0.06)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
@@ -74,7 +74,9 @@ def test_centring_makes_equal_rows_exact() -> None:
     assert got.shape == (OUT, IN)
 
 
-def test_the_bias_test_sees_that_invariant_scalars_are_biased() -> None:
+def test_the_bias_test_sees_a_bias_of_a_tenth() -> None:
     x, dy = data()
-    largest, _ = bias_in_deviations(draws(BalancedSketch(2), x, dy, COUNT), dy.t() @ x)
-    assert largest > 6
+    estimates = draws(BalancedSketch(6, invariant_scalars=False, shrinkage=0.05), x, dy, COUNT)
+    largest, typical = bias_in_deviations(estimates, dy.t() @ x)
+    assert largest > 4.5
+    assert typical > 2.2

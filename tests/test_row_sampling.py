@@ -25,7 +25,7 @@ def test_unbiased_and_variance_as_derived(scheme: str, kept: int) -> None:
     estimates = draws(RowSampling(kept, scheme), x, dy, COUNT)
     assert_unbiased(estimates, dy.t() @ x)
     p = reference.row_probabilities(x, SHARE)
-    assert_variance(estimates, dy.t() @ x, reference.sampling_variance(x, dy, kept, scheme, p))
+    assert_variance(estimates, dy.t() @ x, reference.sampling_variance(x, dy, kept, scheme, p), 0.07)
 
 
 def test_schemes_differ_as_they_should_on_rows_of_unequal_norm() -> None:

@@ -11,7 +11,9 @@ and each number x, with t = (x - lo) / step, the integer q = floor(t + u), u uni
 
 (Proof: t + u - q is uniform in [0, 1) for any t, so the second error, -(t + u - q - 1/2) step, is uniform over one step. The
 first is a coin with probability f. Averaged over f it is step^2 / 6. Dither: Roberts 1962.) Subtracting the noise that was
-added costs no byte and halves the variance; it is the default. In both, errors of different numbers are independent, so
+added costs no byte; the variance is 0.50 of the other for normal numbers at 2 bits and more (0.39 at 1), for GELU of normal
+numbers, most of which lie just above the least, 0.56 at 4 bits, 0.71 at 2 and 0.92 at 1. So it is the default. In both, errors of
+different numbers are independent, and
 
     E |dW^ - T|^2 = sum_b |dy_b|^2 sum_n (error variance of x_bn)
 
