@@ -41,14 +41,16 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Factors:
-    """weight_grad(kept, grad_y) = scale(|grad_y|, |L^T grad_y|) (L^T grad_y)^T Z, norms being Frobenius.
+    """weight_grad(kept, grad_y) = scale(|grad_y|, |L^T grad_y|) (L^T grad_y)^T Z + (sum of grad_y's rows) mean^T.
 
-    left: L (B, k). right: Z (k, N), None for the identity. scale: of two 0-dimensional tensors, None for 1.
+    left: L (B, k). right: Z (k, N), None for the identity. scale: of two 0-dimensional tensors, Frobenius norms, None for 1.
+    mean: (N,), None for 0.
     """
 
     left: Tensor
     right: Tensor | None = None
     scale: Callable[[Tensor, Tensor], Tensor] | None = None
+    mean: Tensor | None = None
 
 
 class Estimator(abc.ABC):

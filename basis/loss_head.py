@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from basis.estimator import Estimator, State
-from basis.estimators.balanced_sketch import frobenius_norm
 from basis.estimators.exact import Exact
 from basis.linear import SketchedLinear, cast_for_autocast, refuse_nested_transforms, wants_weight_grad
+from basis.matrix import frobenius_norm
 
 BLOCK_BYTES = 64 * 2**20
 """Most bytes of logits (in float32) that exist at once. Larger blocks gain nothing on a CPU; a row at least is taken."""
@@ -70,6 +70,7 @@ class _WeightGradient:
         self.factors = estimator.factors(self.kept, x.shape[0])
         self.projected: Tensor | None = None  # (L^T dY)^T, (V, k)
         self.squares: list[Tensor] = []  # |dY|^2 by block
+        self.sums: list[Tensor] = []  # of dY's rows, by block
         self.whole: list[Tensor] = []
 
     def add(self, block: slice, grad_y: Tensor) -> None:
@@ -84,6 +85,8 @@ class _WeightGradient:
             self.projected.add_(part)
         if self.factors.scale is not None:
             self.squares.append(frobenius_norm(grad_y).square())
+        if self.factors.mean is not None:
+            self.sums.append(grad_y.sum(1).to(self.weight.dtype))
 
     def result(self) -> Tensor:
         """dW (V, N) in the precision of the weight."""
@@ -98,7 +101,10 @@ class _WeightGradient:
                 result = result * factor
             else:
                 right = right * factor  # k x N and not V x N numbers
-        return result if right is None else result @ right
+        result = result if right is None else result @ right
+        if self.factors.mean is not None:
+            result = torch.addr(result, torch.stack(self.sums).sum(0), self.factors.mean.to(result.dtype))
+        return result
 
 
 class _LinearCrossEntropyFunction(torch.autograd.Function):

@@ -14,6 +14,13 @@ under torch.compile, with no generator to save. Products stay below 2^63, so no 
 
 Cost: about ten integer operations a row and, for a permutation, one sort of B integers.
 
+Matrices of noise, B x R numbers that nobody would want to keep, are made of the same bits and can be made some rows at a time:
+row b takes the counters b * w to (b + 1) * w, where w is the number of integers that a row needs. Signs take 1/32 of an integer
+each, uniform numbers a half, normal numbers a whole one (Box-Muller: two integers give two of them). Bits and signs are the same
+everywhere; logarithm and cosine differ in the last digit between devices. A method that needs several independent matrices
+gives each a key of its own, `derive(key, 0)`, `derive(key, 1)`: keys that differ in their last bits only, as key ^ 1, have
+the same integers in another order.
+
 A key is an int64 tensor. With no dimension it is such a seed. With one dimension it *is* the hashing, one code per row, as
 `encode_hashing` packs it (8 bytes a row): the way in for explicit bins and signs.
 """
@@ -21,6 +28,7 @@ A key is an int64 tensor. With no dimension it is such a seed. With one dimensio
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -55,15 +63,60 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def random_bits(key: Tensor, rows: int) -> Tensor:
-    """`rows` distinct 32-bit integers, as int64 on the key's device, for a 0-dimensional `key`."""
-    counter = torch.arange(rows, dtype=torch.int64, device=key.device)
+def random_bits(key: Tensor, count: int, start: int = 0) -> Tensor:
+    """`count` distinct 32-bit integers, as int64 on the key's device, for a 0-dimensional `key`: number `start` and on."""
+    counter = torch.arange(start, start + count, dtype=torch.int64, device=key.device)
     return _mix(_mix(counter ^ (key & _MASK)) ^ ((key >> 32) & _MASK))
 
 
 def crossed_bits(rows: Tensor, columns: Tensor) -> Tensor:
     """A 32-bit integer for each pair of two lists of random bits: (..., R) and (T,), all distinct, give (..., R, T) int64."""
     return _mix(rows[..., None] ^ columns)
+
+
+def derive(key: Tensor, index: int) -> Tensor:
+    """A key for the use number `index` of a 0-dimensional `key`, independent of the others and of `key` itself."""
+    low, high = random_bits(key, 2, start=(1 << 32) - 2 - 2 * index)  # counters that no row has
+    return low ^ (high << 30)
+
+
+def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`count` numbers in [0, 1): multiples of 2^-24 in float32, of 2^-52 in float64."""
+    if dtype == torch.float64:
+        high, low = random_bits(key, 2 * count).view(2, count)
+        return ((high << 20) | (low >> 12)).to(torch.float64) * 2.0**-52
+    return (random_bits(key, count) >> 8).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def _integers(key: Tensor, rows: slice, width: int) -> Tensor:
+    """`width` integers for each of `rows`."""
+    count = rows.stop - rows.start
+    assert rows.stop * width < _MASK
+    return random_bits(key, count * width, start=rows.start * width).view(count, width)
+
+
+def uniform_rows(key: Tensor, rows: slice, width: int) -> Tensor:
+    """Rows of a matrix of `width` columns of numbers in (0, 1), float32, odd multiples of 2^-17."""
+    bits = _integers(key, rows, (width + 1) // 2)
+    halves = torch.cat((bits >> 16, bits & 0xFFFF), 1)[:, :width]
+    return halves.to(torch.float32).add_(0.5).mul_(2.0**-16)
+
+
+def sign_rows(key: Tensor, rows: slice, width: int) -> Tensor:
+    """Rows of a matrix of `width` columns of +1 or -1, float32."""
+    bits = _integers(key, rows, (width + 31) // 32)
+    places = torch.arange(32, dtype=torch.int64, device=key.device)
+    ones = ((bits[:, :, None] >> places) & 1).flatten(1)[:, :width]
+    return ones.to(torch.float32).mul_(-2.0).add_(1.0)
+
+
+def normal_rows(key: Tensor, rows: slice, width: int) -> Tensor:
+    """Rows of a matrix of `width` columns of independent standard normal numbers, float32, at most 6.7 in magnitude."""
+    half = (width + 1) // 2
+    bits = _integers(key, rows, 2 * half)
+    radius = bits[:, :half].to(torch.float32).add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = bits[:, half:].to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :width]
 
 
 def draw_hashing(key: Tensor, rows: int, rank: int, hashing: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from reference_trace import relative_error
 
 from basis import BalancedSketch, reference
-from basis.estimators.balanced_sketch import frobenius_norm, signed_bin_sums
+from basis.matrix import frobenius_norm, signed_bin_sums
 from basis.noise import draw_hashing, encode_hashing, fold
 
 ROWS, IN, OUT = 24, 5, 4

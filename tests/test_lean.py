@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import basis
 import basis.lean
+from basis.bits import pack, unpack
 from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
-from basis.lean.gelu import derivative, pack, steps, unpack
+from basis.lean.gelu import derivative, steps
 from basis.lean.rounding import restore, round_to_int8
 from harness.memory import saved_bytes
 from models import GPT, GPTConfig

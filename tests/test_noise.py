@@ -1,5 +1,7 @@
 """Keyed noise: pure, distinct, uniform, balanced, the same under compile as in eager mode."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from basis.noise import draw_hashing, encode_hashing, fold, random_bits
+from basis.noise import (
+    derive,
+    draw_hashing,
+    encode_hashing,
+    fold,
+    normal_rows,
+    random_bits,
+    sign_rows,
+    uniform,
+    uniform_rows,
+)
 
 
 def key(*parts: int) -> torch.Tensor:
@@ -84,3 +96,44 @@ def test_explicit_hashing_passes_through() -> None:
     got_bins, got_signs = draw_hashing(encode_hashing(bins, signs), 3, 4, "balanced")
     assert torch.equal(got_bins, bins)
     assert torch.equal(got_signs, signs.long())
+
+
+@pytest.mark.parametrize("make", [normal_rows, sign_rows, uniform_rows])
+@pytest.mark.parametrize("width", [1, 6, 33])
+def test_rows_of_a_matrix_are_those_of_the_whole(make, width: int) -> None:
+    whole = make(key(1), slice(0, 50), width)
+    assert whole.shape == (50, width)
+    assert whole.dtype == torch.float32
+    assert torch.equal(make(key(1), slice(13, 29), width), whole[13:29])
+    assert not torch.equal(make(key(2), slice(0, 50), width), whole)
+
+
+def test_matrices_have_their_distributions() -> None:
+    rows = slice(0, 2000)
+    normal = normal_rows(key(1), rows, 51).double()
+    assert stats.kstest(normal.flatten().numpy(), "norm").pvalue > 1e-3
+    uniform_ = uniform_rows(key(1), rows, 51).double()
+    assert stats.kstest(uniform_.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert 0 < uniform_.min() < uniform_.max() < 1
+    assert set(sign_rows(key(1), rows, 51).unique().tolist()) == {-1, 1}
+    for matrix in (normal, (uniform_ - 0.5) * 12**0.5, sign_rows(key(1), rows, 51).double()):
+        for other in (matrix, matrix.square() - matrix.square().mean()):  # columns, and their squares, are uncorrelated
+            if other.std() > 0:
+                correlation = torch.corrcoef(other.t()) - torch.eye(51)
+                assert correlation.abs().max() < 5 / 2000**0.5
+        assert abs(float(matrix.mean())) < 4.5 / matrix.numel() ** 0.5
+
+
+def test_uniform_in_double_has_fifty_two_bits() -> None:
+    u = uniform(key(1), 100_000, torch.float64)
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+    different = 2**20 * (1 - math.exp(-100_000 / 2**20))  # of 100,000 numbers of 20 bits
+    assert len((u * 2**32).frac().unique()) == pytest.approx(different, rel=0.003)
+
+
+def test_derived_keys_share_nothing_with_each_other_or_their_origin() -> None:
+    origin = key(1)
+    keys = [origin, *(derive(origin, i) for i in range(4)), derive(key(2), 0), derive(derive(origin, 0), 0)]
+    assert all(0 <= int(k) < 2**62 for k in keys)
+    found = torch.cat([random_bits(k, 1000) for k in keys])
+    assert len(found.unique()) > len(found) - 5

@@ -22,9 +22,17 @@ B = q R + s the share of same-bin pairs, (s (q + 1) q + (R - s) q (q - 1)) / (B 
 (Proof: S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]] off the diagonal; two of them correlate only if they
 belong to the same unordered pair of rows. reference.py has the formula, the tests compare it with draws.)
 
-Kept: R N elements in the precision of X, and the 8-byte key. FLOPs besides the product: B (N + M) multiply-adds for the
-norms and as many for the sketches (in a loss head, where dY lies column by column, 2 R B M for its sketch). The published
-code also uses shrinkage = 0.01 unless told otherwise.
+An option of ours, not the paper's, is `center`: the mean m of X's rows is taken out first and kept. Since
+X = (X - 1 m^T) + 1 m^T,
+
+    dW^ = sketched product of dY and X - 1 m^T,  plus  (sum of dY's rows) m^T
+
+whose second part is exact. The variance above then has X - 1 m^T in the place of X, so it is without what m's direction
+contributes; the Invariant Scalars are those of X - 1 m^T and of dY, and shrinkage spares the exact part. dY is not centred.
+
+Kept: R N elements in the precision of X (with `center` N more), and the 8-byte key. FLOPs besides the product: B (N + M)
+multiply-adds for the norms and as many for the sketches (in a loss head, where dY lies column by column, 2 R B M for its sketch).
+The published code also uses shrinkage = 0.01 unless told otherwise.
 """
 
 from __future__ import annotations
@@ -33,49 +41,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from basis.estimator import Estimator, Factors
+from basis.matrix import frobenius_norm, sign_matrix, signed_bin_sums
 from basis.noise import draw_hashing
-
-
-def sign_matrix(bins: Tensor, signs: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """S (rank, B): signs[b] where bins[b] is the row, else 0."""
-    matrix = torch.zeros(rank, len(bins), dtype=dtype, device=bins.device)
-    return matrix.scatter_(0, bins[None], signs[None].to(dtype))
-
-
-def signed_bin_sums(x: Tensor, bins: Tensor, signs: Tensor, rank: int) -> Tensor:
-    """S x, shape (rank, N): row r is the sum of signs[b] * x[b] over the rows b with bins[b] = r.
-
-    PyTorch's embedding_bag is this very operation, weighted sums of rows by bag: x is read once, B N additions whatever R is,
-    low precision summed in float32, the same order of additions every time. A transposed view, as a loss head gives, would be
-    walked through across the grain; there a product with S does it, at 2 R B N FLOPs.
-    """
-    if _transposed(x):
-        return (x.t() @ sign_matrix(bins, signs, rank, x.dtype).t()).t()  # in the memory order of x
-    sorted_bins, order = bins.sort(stable=True)
-    first = torch.searchsorted(sorted_bins, torch.arange(rank, device=bins.device))  # where each bin begins in `order`
-    return F.embedding_bag(order, x, first, mode="sum", per_sample_weights=signs[order].to(x.dtype))
-
-
-def frobenius_norm(x: Tensor) -> Tensor:
-    """Frobenius norm of a matrix, 0-dimensional, in float32 at least.
-
-    Row by row first, then over the rows: one long float32 sum over millions of elements loses digits on the CPU. There, a
-    row's norm is left in bfloat16, whose kernel adds in float32 and is 25 times as fast as the one that returns float32;
-    a row is then off by 0.2% at most, in either direction.
-    """
-    x = x.t() if _transposed(x) else x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    fast = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=1, dtype=x.dtype if fast else wide).to(wide))
-
-
-def _transposed(x: Tensor) -> bool:
-    """Whether the matrix lies in memory column by column."""
-    return x.stride(0) == 1 and x.stride(1) > 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +57,7 @@ class BalancedSketch(Estimator):
     invariant_scalars: restore the Frobenius norms of X and dY.
     shrinkage: lambda of the published code, in [0, 1); dW is multiplied by (1 - lambda)^2.
     eps: added to the norm that is divided by; positive.
+    center: keep the mean of X's rows exactly and sketch the rest.
 
     Raises ValueError that begins with the name of the wrong option.
     """
@@ -98,6 +69,7 @@ class BalancedSketch(Estimator):
     invariant_scalars: bool = True
     shrinkage: float = 0.0
     eps: float = 1e-8
+    center: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -110,19 +82,24 @@ class BalancedSketch(Estimator):
             raise ValueError(f"eps={self.eps}: must be positive")
 
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        return self.sketch(x, key), key
+        if not self.center:
+            return self.sketch(x, key), key
+        mean = x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+        return self.sketch(x - mean, key), key, mean
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
-        sketched_x, key = kept
-        return self.sketch(grad_y, key).t() @ sketched_x
+        sketched_x, key, *mean = kept
+        result = self.sketch(grad_y, key).t() @ sketched_x
+        return torch.addr(result, grad_y.sum(0), mean[0]) if mean else result
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
-        sketched_x, key = kept
+        sketched_x, key, *means = kept
+        mean = means[0] if means else None
         rank = sketched_x.shape[0]
         if self._is_permutation(rows, key):
-            return Factors(sketched_x, None, lambda norm, _: self._scale(norm, norm))
+            return Factors(sketched_x, None, lambda norm, _: self._scale(norm, norm), mean)
         bins, signs = draw_hashing(key, rows, rank, self.hashing)
-        return Factors(sign_matrix(bins, signs, rank, sketched_x.dtype).t(), sketched_x, self._scale)
+        return Factors(sign_matrix(bins, signs, rank, sketched_x.dtype).t(), sketched_x, self._scale, mean)
 
     def _scale(self, norm: Tensor, sketched_norm: Tensor) -> Tensor:
         """What a sketch is multiplied by, from |X| and |X~|."""

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from basis.bits import pack, unpack
+
 Levels = tuple[float, ...]
 DEVIATION = 1.5
 BITS = (1, 2, 4)
@@ -72,22 +74,6 @@ def steps(bits: int, approximate: str) -> tuple[Levels, Levels]:
     return tuple((x[i - 1] + x[i]) / 2 for i in ends[:-1]), levels
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes below 2^bits, 8 // bits to a byte."""
-    per_byte = 8 // bits
-    flat = F.pad(codes.reshape(-1), (0, -codes.numel() % per_byte)).view(-1, per_byte)
-    packed = flat[:, 0].clone()
-    for place in range(1, per_byte):
-        packed |= flat[:, place] << (bits * place)
-    return packed
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes again."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> shifts) & ((1 << bits) - 1)).view(-1)[:count]
-
-
 class _FewBitGELU(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, bits: int, approximate: str, boundaries: Levels, levels: Levels) -> Tensor:
@@ -99,7 +85,7 @@ class _FewBitGELU(torch.autograd.Function):
         codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
         for boundary in boundaries:
             codes += x > boundary
-        ctx.save_for_backward(pack(codes, ctx.bits))
+        ctx.save_for_backward(pack(codes.view(-1), ctx.bits))
 
     @staticmethod
     @once_differentiable

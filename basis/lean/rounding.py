@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from basis.noise import random_bits
+from basis.noise import uniform
 
 BLOCK = 64
 _LEVELS = 127
@@ -33,11 +33,6 @@ class Rounded(NamedTuple):
 
     codes: Tensor
     scales: Tensor
-
-
-def _uniform(key: Tensor, count: int) -> Tensor:
-    """`count` numbers in [0, 1) that belong to `key`, float32."""
-    return (random_bits(key, count) >> 8).to(torch.float32) * (1.0 / (1 << 24))
 
 
 def block_length(width: int) -> int:
@@ -52,7 +47,7 @@ def round_to_int8(x: Tensor, key: Tensor) -> Rounded:
     rows, block = flat.shape[0], block_length(width)
     codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, width // block, dtype=torch.float32, device=x.device)
-    noise = _uniform(key, rows + width)
+    noise = uniform(key, rows + width)
     row_noise, column_noise = noise[:rows, None], noise[rows:]
     in_cache = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()  # not fake, say
     step = max(_CHUNK // width, 1) if in_cache else rows

@@ -1,0 +1,60 @@
+"""Count sketch: X by signed sums of rows, each row in a bin of its own choice (Charikar, Chen, Farach-Colton 2002).
+
+What BASIS is without its two additions: bins are independent instead of balanced, and norms are not restored. With
+S[r, b] = signs[b] * [bins[b] = r], R x B, forward keeps S X and backward forms
+
+    dW^ = (S dY)^T (S X)         unbiased, since E[S^T S] = I
+
+    E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2 - 2 sum_b |x_b|^2 |dy_b|^2) / R,      T = dY^T X, Frobenius norms
+
+(Proof: off its diagonal, S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]]; two of them correlate only if they belong
+to the same unordered pair of rows, and a pair shares a bin with probability 1/R.) That is the variance of Rademacher RMM at the
+same R, for B (N + M) additions instead of R B (N + M). More bins never make it exact: at R = B two rows may still meet.
+
+What is exact: Y, dX, the bias gradient. What is estimated: dW, without bias. Kept: R N elements in the precision of X, and the
+8-byte key. FLOPs: B (N + M) for the sketches, 2 R N M for the product. State between steps: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from basis.estimator import Estimator, Factors
+from basis.matrix import sign_matrix, signed_bin_sums
+from basis.noise import draw_hashing
+
+
+@dataclass(frozen=True)
+class CountSketch(Estimator):
+    """Rank-R sketch of X by independent signed hashing of its rows.
+
+    rank: R, rows kept; at least 1; no more than B are made. Raises ValueError that begins with the name of the wrong option.
+    """
+
+    knob: ClassVar[str] = "rank"
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}: must be at least 1")
+
+    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        return self.sketch(x, key), key
+
+    def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
+        sketched_x, key = kept
+        return self.sketch(grad_y, key).t() @ sketched_x
+
+    def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
+        sketched_x, key = kept
+        rank = sketched_x.shape[0]
+        return Factors(sign_matrix(*draw_hashing(key, rows, rank, "uniform"), rank, sketched_x.dtype).t(), sketched_x)
+
+    def sketch(self, x: Tensor, key: Tensor) -> Tensor:
+        """S x, (min(R, B), N), for `x` (B, N)."""
+        rank = min(self.rank, x.shape[0])
+        return signed_bin_sums(x, *draw_hashing(key, x.shape[0], rank, "uniform"), rank)

@@ -1,0 +1,130 @@
+"""X in a few bits a number, rounded at random so that the error has mean zero (as ActNN, 2104.14129, and GACT, 2206.11357).
+
+Each row is cut into groups along the features. A group keeps its least number and a step,
+
+    lo, step = (max - min) / (2^bits - 1)             16 bits each; lo rounded down and step up, so that nothing is clipped
+
+and each number x, with t = (x - lo) / step, the integer q = floor(t + u), u uniform in (0, 1) and drawn again in backward:
+
+    dither="none"           x^ = lo + q step                    E[x^] = x, error variance step^2 f (1 - f), f the fraction of t
+    dither="subtractive"    x^ = lo + (q - u + 1/2) step        E[x^] = x, error variance step^2 / 12 whatever x is
+
+(Proof: t + u - q is uniform in [0, 1) for any t, so the second error, -(t + u - q - 1/2) step, is uniform over one step. The
+first is a coin with probability f. Averaged over f it is step^2 / 6. Dither: Roberts 1962.) Subtracting the noise that was
+added costs no byte; the variance is 0.50 of the other for normal numbers at 2 bits and more (0.39 at 1), for GELU of normal
+numbers, most of which lie just above the least, 0.56 at 4 bits, 0.71 at 2 and 0.92 at 1. So it is the default. In both, errors of
+different numbers are independent, and
+
+    E |dW^ - T|^2 = sum_b |dy_b|^2 sum_n (error variance of x_bn)
+
+u is one of 2^16 values, which leaves a bias of 2^-17 of a step. Noise that rows and columns share, u = frac(r_b + s_n), would
+be cheaper and have the same variance; but where x is nearly constant, as GELU makes it, it is a matrix of low rank, that is, an
+error in few directions.
+
+Least and largest number in groups of 128, and not the largest magnitude in groups of 64, which costs as much: GELU's outputs
+reach far on one side only. Its error's variance is 0.35 of the other's for GELU of standard normal numbers (0.51 if their
+deviation is 0.3, 0.32 if it is 2), and 0.99 for standard normal numbers, which are what LayerNorm puts out.
+
+What is exact: Y, dX, the bias gradient; a number that is all its group has, up to 16 bits. What is estimated: dW, without bias,
+through X alone: dY is used whole. Kept: `bits` / 8 bytes a number (B rounded up to a multiple of 8 / gcd(bits, 8)), 4 bytes a
+group and the 8-byte key; in groups of 128 that is 4.25 bits a number at 4 bits. FLOPs: the exact product, 2 B N M, and about 40
+operations a number in forward and in backward, where X comes back some rows at a time. State between steps: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from basis.bits import pack, unit, unpack
+from basis.estimator import Estimator, Factors
+from basis.matrix import row_blocks
+from basis.noise import uniform_rows
+
+_UP = (
+    1.0 + 2.0**-8 + 2.0**-15
+)  # bfloat16 is off by a factor of 1 - 2^-8 at worst: what is multiplied by this comes out larger
+
+
+@dataclass(frozen=True)
+class Quantized(Estimator):
+    """X in `bits` bits a number.
+
+    bits: 1 to 8. group: numbers of a row that share their range; at least 1. dither: "subtractive" or "none", see above.
+    Raises ValueError that begins with the name of the wrong option.
+    """
+
+    knob: ClassVar[str] = "bits"
+
+    bits: int = 4
+    group: int = 128
+    dither: str = "subtractive"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits}: must be 1 to 8")
+        if self.group < 1:
+            raise ValueError(f"group={self.group}: must be at least 1")
+        if self.dither not in ("subtractive", "none"):
+            raise ValueError(f"dither={self.dither!r}: must be subtractive or none")
+
+    def knob_values(self, rows: int, width: int) -> Sequence[int]:
+        return range(1, 9)
+
+    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        parts = [self._round(x[part], uniform_rows(key, part, x.shape[1])) for part in row_blocks(x, x.shape[1])]
+        codes, ranges = zip(*parts, strict=True)
+        return torch.cat(codes), torch.cat(ranges), key, x.new_empty(0)  # no number, only the dtype
+
+    def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
+        codes, ranges, _, _ = kept
+        wide = torch.promote_types(grad_y.dtype, torch.float32)
+        total = torch.zeros(grad_y.shape[1], codes.shape[1], dtype=wide, device=grad_y.device)
+        for part in row_blocks(ranges, codes.shape[1]):
+            total += grad_y[part].t() @ self._restore(kept, part).to(grad_y.dtype)
+        return total
+
+    def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
+        return Factors(self._restore(kept, slice(0, rows)))
+
+    def _round(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed codes and ranges (n, groups, 2) of `x` (n, N)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        width = x.shape[1]
+        group = min(self.group, width)
+        whole = wide
+        if missing := -width % group:  # the last group is a shorter one: any of its numbers may stand in for those it lacks
+            whole = torch.cat((wide, wide[:, -1:].expand(-1, missing)), 1)
+        least, most = torch.aminmax(whole.unflatten(1, (-1, group)), dim=-1)
+        low = (least - (_UP - 1.0) * least.abs()).to(torch.bfloat16)
+        step = ((most - low) * (_UP / self._last)).to(torch.bfloat16)
+        inverse = 1.0 / step.to(wide.dtype).clamp_min(torch.finfo(torch.float32).tiny)
+        t = (wide - self._spread(low.to(wide.dtype), width)) * self._spread(inverse, width)
+        codes = (t + u).floor_().clamp_(0, self._last).to(torch.uint8)
+        return pack(codes, self.bits), torch.stack((low, step), -1)
+
+    def _restore(self, kept: tuple[Tensor, ...], part: slice) -> Tensor:
+        """x^ (n, N) of these rows, in the dtype of X; the first is a multiple of 8."""
+        codes, ranges, key, like = kept
+        width = codes.shape[1]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        per_unit, size = unit(self.bits)
+        bytes_ = codes[part.start // per_unit * size : -(-part.stop // per_unit) * size]
+        q = unpack(bytes_, self.bits, part.stop - part.start).to(wide)
+        if self.dither == "subtractive":
+            q = q.add_(0.5) - uniform_rows(key, part, width)
+        low, step = ranges[part].to(wide).unbind(-1)
+        return torch.addcmul(self._spread(low, width), q, self._spread(step, width)).to(like.dtype)
+
+    @property
+    def _last(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def _spread(self, of_groups: Tensor, width: int) -> Tensor:
+        """A value for each number (n, N) from one for each group (n, groups)."""
+        return of_groups[..., None].expand(-1, -1, min(self.group, width)).flatten(1)[:, :width]
