@@ -16,7 +16,7 @@ Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16
 from basis.budget import fit, kept_bytes, within_budget
 from basis.convert import convert, not_learning, revert, set_noise_key, sketched_layers
 from basis.estimator import Estimator, LearningEstimator
-from basis.estimators import ESTIMATORS, BalancedSketch, Exact
+from basis.estimators import ESTIMATORS, BalancedSketch, EMASketch, Exact
 from basis.linear import SketchedLinear, basis_linear, sketched_linear
 from basis.loss_head import linear_cross_entropy
 from basis.noise import encode_hashing
@@ -25,6 +25,7 @@ from basis.quality import Quality, gradient_quality
 __all__ = [
     "ESTIMATORS",
     "BalancedSketch",
+    "EMASketch",
     "Estimator",
     "Exact",
     "LearningEstimator",

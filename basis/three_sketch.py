@@ -88,7 +88,8 @@ def sketch(x: Tensor, tests: Tests) -> Sketches:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     upsilon, omega, phi, psi = (t.to(x.dtype) for t in tests)
     rows = x.shape[0]
-    return Sketches(x @ upsilon, x.t() @ omega[:rows], (x @ phi).t() @ psi[:rows])
+    with torch.autocast(x.device.type, enabled=False):
+        return Sketches(x @ upsilon, x.t() @ omega[:rows], (x @ phi).t() @ psi[:rows])
 
 
 def factors(sketches: Sketches, tests: Tests) -> LowRank:
@@ -96,12 +97,13 @@ def factors(sketches: Sketches, tests: Tests) -> LowRank:
 
     Sketches of zero give C = 0.
     """
-    dtype = sketches.core.dtype
-    left = torch.linalg.qr(sketches.corange).Q
-    right = torch.linalg.qr(sketches.range).Q
-    # Q and P are orthonormal even where the sketches are not of full rank, so both systems have full column rank.
-    half = _least_squares(tests.phi.to(dtype).t() @ right, sketches.core)  # (s, k) \ (s, s) -> (k, s)
-    return LowRank(left, _least_squares(tests.psi.to(dtype).t() @ left, half.t()).t(), right)  # (s, k) \ (s, k) -> (k, k)
+    corange, range, core = sketches
+    left, right = torch.linalg.qr(corange).Q, torch.linalg.qr(range).Q
+    with torch.autocast(core.device.type, enabled=False):
+        # Q and P are orthonormal even where the sketches are not of full rank, so both systems have full column rank.
+        half = _least_squares(tests.phi.to(core.dtype).t() @ right, core)  # (s, k) \ (s, s) -> (k, s)
+        middle = _least_squares(tests.psi.to(core.dtype).t() @ left, half.t())  # (s, k) \ (s, k) -> (k, k)
+    return LowRank(left, middle.t(), right)
 
 
 def _least_squares(a: Tensor, b: Tensor) -> Tensor:

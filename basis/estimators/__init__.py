@@ -5,12 +5,14 @@ The dataclass's fields are the method's options everywhere: in Python, in `conf/
 
 from basis.estimator import Estimator
 from basis.estimators.balanced_sketch import BalancedSketch
+from basis.estimators.ema_sketch import EMASketch
 from basis.estimators.exact import Exact
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "exact": Exact,
     "basis": BalancedSketch,
+    "ema_sketch": EMASketch,
 }
 """Configuration name -> estimator class."""
 
-__all__ = ["ESTIMATORS", "BalancedSketch", "Exact"]
+__all__ = ["ESTIMATORS", "BalancedSketch", "EMASketch", "Exact"]
