@@ -1,0 +1,58 @@
+"""Budgets: bytes counted, knobs turned as far as they go, refusals in the words of the options."""
+
+import pytest
+import torch
+from torch import nn
+
+import basis
+from basis.budget import parse_share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_that_a_layer_keeps(dtype: torch.dtype) -> None:
+    assert basis.kept_bytes(basis.BalancedSketch(5), 32, 16, dtype) == 5 * 16 * dtype.itemsize + 8
+    assert basis.kept_bytes(basis.Exact(), 32, 16, dtype) == 32 * 16 * dtype.itemsize
+
+
+@pytest.mark.parametrize("share", [1 / 4, 1 / 8, 1 / 24])
+def test_the_knob_is_the_largest_that_fits(share: float) -> None:
+    rows, width = 768, 128
+    rank = basis.fit(basis.BalancedSketch(1), share, rows, width).rank
+    assert 4 * rank * width + 8 <= share * 4 * rows * width < 4 * (rank + 1) * width + 8
+
+
+def test_options_other_than_the_knob_stay() -> None:
+    fitted = basis.fit(basis.BalancedSketch(1, hashing="uniform", shrinkage=0.5), 1 / 8, 64, 32)
+    assert (fitted.hashing, fitted.shrinkage) == ("uniform", 0.5)
+
+
+def test_convert_gives_each_width_its_own() -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))
+    basis.convert(model, basis.within_budget(basis.BalancedSketch(1), share=1 / 8, rows=256))
+    for made in model:
+        rank = made.estimator.rank
+        assert 4 * rank * made.in_features + 8 <= 256 * made.in_features * 4 / 8 < 4 * (rank + 1) * made.in_features + 8
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: basis.fit(basis.Exact(), 0.5, 8, 8), r"budget=0\.5: Exact has no option"),
+        (lambda: basis.fit(basis.BalancedSketch(1), 1.5, 8, 8), r"budget=1\.5: must be in \(0, 1\]"),
+        (
+            lambda: basis.fit(basis.BalancedSketch(1), 0.01, 8, 8),
+            r"budget=0\.01: BalancedSketch keeps at least 1/6\.4 of an input of 8 x 8 \(rank=1\)",
+        ),
+        (lambda: parse_share("1/0"), r"budget=1/0: must be a share"),
+        (lambda: parse_share("much"), r"budget=much: must be a share"),
+        (lambda: parse_share("0"), r"budget=0: must be in \(0, 1\]"),
+    ],
+)
+def test_refusals(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_shares_are_fractions_or_numbers() -> None:
+    assert parse_share("1/24") == pytest.approx(1 / 24)
+    assert parse_share("0.125") == 0.125
