@@ -65,7 +65,7 @@ class Estimator(abc.ABC):
     """The option that decides how many bytes are kept, if there is one: what budget.py turns."""
 
     state_replaces_input: ClassVar[bool] = False
-    """True if the state holds what stands in for X in backward: a budget is then for the state too, else it would have no limit."""
+    """True if the state is what stands in for X in backward: a budget is then for the state too, else nothing would limit it."""
 
     @abc.abstractmethod
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:

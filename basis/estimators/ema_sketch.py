@@ -1,34 +1,36 @@
 """EMA activation sketch, after H. Antil and D. Verma (arXiv 2510.00442): reconstruction reconstructed, not the authors'.
 
-Of each layer's input X_t (B, N) of step t the three-sketch (three_sketch.py) is taken under test matrices that stay the same for
-the whole training, and averaged over steps; what is averaged lives in the layer, and X_t is not kept at all:
+Of each layer's input X_t (B, N) of step t the three-sketch (three_sketch.py) is taken under test matrices that stay the same
+for the whole training, and averaged over steps; what is averaged lives in the layer, and X_t is not kept at all:
 
     S_t = beta S_(t-1) + (1 - beta) sketch(X_t)        corange (B, k), range (N, k), core (s, s);   S_0 = 0
     P, C, Q = reconstruction from S_t                  C divided by 1 - beta^t, since S_0 = 0 counts for nothing
     dW^ = (dY^T P) C^T Q^T                             without a B x N matrix
 
-What was read of the paper: exponential averages of three sketches with fixed tests, beta in [0, 1), and that gradients are formed from
-a reconstruction. Not read: its reconstruction, its sizes k and s for a rank, its constants. Its sketches mix two neighbouring layers and
-one of them is one-sided, so that the classical formula does not apply; here all three are of the layer's own input, with
-the sizes and the formula of the control-theoretic original (ROL, Tropp et al. 2019). k = min(2 r + 1, B, N), s = min(2 k + 1, B, N).
+What was read of the paper: exponential averages of three sketches with fixed tests, beta in [0, 1), and that gradients are
+formed from a reconstruction. Not read: its reconstruction, its sizes k and s for a rank, its constants. Its sketches mix two
+neighbouring layers and one of them is one-sided, so that the classical formula does not apply; here all three are of the
+layer's own input, with the sizes and the formula of the control-theoretic original (ROL, Tropp et al. 2019). k = min(2 r + 1,
+B, N), s = min(2 k + 1, B, N).
 
 What is exact: Y, dX, the bias gradient. What is estimated: dW, with bias, for two reasons.
 1. A projection: only k directions of the input are there. beta = 0 is this alone, a batch sketch. The error goes with r.
-2. An average: the sketch is linear, so S_t is the sketch of the average input X- = (1 - beta) sum_i beta^i X_(t-i), and row b of it
-   mixes the b-th rows of many batches, which have nothing to do with today's dY_b. Of a feature's mean over rows all is left; of its
-   deviation from the mean only the (1 - beta) that belongs to X_t is today's, the rest is noise. Where samples are new in every step
-   and features have zero mean, X- has a cosine of sqrt(1 - beta^2) to X_t; a dW that adds up over the rows is shrunk to about
-   (1 - beta) of itself, one that does not to sqrt((1 - beta) / (1 + beta)), mostly noise. SGD then takes that much smaller
-   steps, Adam hides it. Where a mean dominates, nearly nothing is lost. Where row b is the same sample in every step (collocation
-   points of a PINN, full batches), X- only lags behind.
+2. An average: the sketch is linear, so S_t is the sketch of the average input X- = (1 - beta) sum_i beta^i X_(t-i), and row b
+   of it mixes the b-th rows of many batches, which have nothing to do with today's dY_b. Of a feature's mean over rows all is
+   left; of its deviation from the mean only the (1 - beta) that belongs to X_t is today's, the rest is noise. Where samples
+   are new in every step and features have zero mean, X- has a cosine of sqrt(1 - beta^2) to X_t; a dW that adds up over the
+   rows is shrunk to about (1 - beta) of itself, one that does not to sqrt((1 - beta) / (1 + beta)), mostly noise. SGD then
+   takes that much smaller steps, Adam hides it. Where a mean dominates, nearly nothing is lost. Where row b is the same sample
+   in every step (collocation points of a PINN, full batches), X- only lags behind.
 
-The state has as many rows as X: `rows` is fixed. A batch of fewer rows counts as filled up with rows of zero, under the first rows of the
-tests; one of more rows is refused. Forwards that don't learn (further micro-batches of a step) are paired with the sketches of the
-first micro-batch's rows: nothing but the mean helps them, so give one micro-batch a step. Two forwards that learn before the
-first one's backward are refused by autograd.
+The state has as many rows as X: `rows` is fixed. A batch of fewer rows counts as filled up with rows of zero, under the first
+rows of the tests; one of more rows is refused. Forwards that don't learn (further micro-batches of a step) are paired with the
+sketches of the first micro-batch's rows: nothing but the mean helps them, so give one micro-batch a step. Two forwards that
+learn before the first one's backward are refused by autograd.
 
-Kept until backward: nothing beyond the state. State, living between steps too: k (B + N) + s^2 float32 numbers and a counter; the tests
-are drawn anew from `seed`. FLOPs: 8 k B N or so to sketch, against 2 B N M of the exact product, which becomes 2 k (B + N) M.
+Kept until backward: nothing beyond the state. State, living between steps too: k (B + N) + s^2 float32 numbers and a counter;
+the tests are drawn anew from `seed`. FLOPs: 8 k B N or so to sketch, against 2 B N M of the exact product, which becomes 2 k
+(B + N) M.
 """
 
 from __future__ import annotations
@@ -81,9 +83,11 @@ class EMASketch(LearningEstimator):
 
     def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]:
         k, s = three_sketch.sizes(self.rank, self.rows, width)
-        shapes = Sketches((self.rows, k), (width, k), (s, s))._asdict()
-        state = {name: torch.zeros(shape, dtype=torch.float32, device=device) for name, shape in shapes.items()}
-        return state | {"steps": torch.zeros((), dtype=torch.int64, device=device)}
+        shapes = ((self.rows, k), (width, k), (s, s))
+        averages = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
+        return dict(zip(Sketches._fields, averages, strict=True)) | {
+            "steps": torch.zeros((), dtype=torch.int64, device=device)
+        }
 
     def tests(self, width: int, device: torch.device) -> Tests:
         """The fixed test matrices of a layer of `width` = N in_features; layers of one width have the same."""
