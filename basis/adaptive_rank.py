@@ -73,7 +73,7 @@ class AdaptiveRank:
 
 
 def set_rank(model: nn.Module, rank: int) -> None:
-    """Give every sketched layer (its method has a knob) that rank, with a state that begins anew; parameters stay the objects they are.
+    """Give every sketched layer (its method has a knob) that rank, whose state begins anew; parameters stay.
 
     Noise keys are gone with the old layers: `set_noise_key` comes after it.
     """
