@@ -13,6 +13,7 @@ is an `Estimator`: what to keep of X, and how to form dW from it. Noise comes fr
 Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16324.
 """
 
+from basis.adaptive_rank import AdaptiveRank
 from basis.budget import fit, kept_bytes, within_budget
 from basis.convert import convert, not_learning, revert, set_noise_key, sketched_layers
 from basis.estimator import Estimator, LearningEstimator
@@ -20,6 +21,7 @@ from basis.estimators import (
     ESTIMATORS,
     BalancedSketch,
     CountSketch,
+    EMASketch,
     Exact,
     Gaussian,
     LowRank,
@@ -30,18 +32,22 @@ from basis.estimators import (
 )
 from basis.linear import SketchedLinear, basis_linear, sketched_linear
 from basis.loss_head import linear_cross_entropy
+from basis.monitor import Monitor
 from basis.noise import encode_hashing
 from basis.quality import Quality, gradient_quality
 
 __all__ = [
     "ESTIMATORS",
+    "AdaptiveRank",
     "BalancedSketch",
     "CountSketch",
+    "EMASketch",
     "Estimator",
     "Exact",
     "Gaussian",
     "LearningEstimator",
     "LowRank",
+    "Monitor",
     "Quality",
     "Quantized",
     "RowSampling",

@@ -6,6 +6,7 @@ A fair comparison of methods fixes what they keep between forward and backward a
 X, rows * in_features numbers in the precision of the run; a share of that is the budget, layer by layer, and the setting is the
 largest whose bytes fit. Bytes are not looked up in a formula but counted: the method compresses a tensor that has a shape and
 no memory. What lives between steps (a learned subspace) is not part of it; it is counted as state, see `SketchedLinear.state`.
+Except where the state itself stands in for X (an average of sketches): then it is what the budget is for.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ def kept_bytes(estimator: Estimator, rows: int, width: int, dtype: torch.dtype =
         return sum(size for storage, size in storages.items() if storage not in own)
 
 
+def state_bytes(estimator: Estimator, width: int) -> int:
+    """Bytes that `estimator` holds between steps for a layer of `width` in_features."""
+    return sum(t.nbytes for t in estimator.initial_state(width, torch.device("meta")).values())
+
+
 def fit(estimator: Estimator, share: float, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Estimator:
     """`estimator` with its knob at the largest value that keeps at most `share` of X (rows, width) in `dtype`.
 
@@ -49,7 +55,9 @@ def fit(estimator: Estimator, share: float, rows: int, width: int, dtype: torch.
     values = estimator.knob_values(rows, width)
 
     def size(value: Any) -> int:
-        return kept_bytes(with_knob(estimator, value), rows, width, dtype)
+        candidate = with_knob(estimator, value)
+        state = state_bytes(candidate, width) if candidate.state_replaces_input else 0
+        return kept_bytes(candidate, rows, width, dtype) + state
 
     least = size(values[0])
     if least > budget:

@@ -66,6 +66,9 @@ class Estimator(abc.ABC):
     knob: ClassVar[str | None] = None
     """The option that decides how many bytes are kept, if there is one: what budget.py turns."""
 
+    state_replaces_input: ClassVar[bool] = False
+    """True if the state is what stands in for X in backward: a budget is then for the state too, else nothing would limit it."""
+
     @abc.abstractmethod
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         """What to keep of `x` (B, N) for backward. `key` is an int64 tensor, see noise.py."""

@@ -19,6 +19,7 @@ d_i = T^_i - T, their mean m and v = sum |d_i - m|^2 / (M - 1),
 
 (m holds a chance part whose expected square is v / M; it is taken off, else every unbiased method would look biased.) The
 gradients of the other layers, dX and the loss are those of a training step: sketching changes none of them in the same step.
+A method that learns looks at X as it would in that step, and what it has learned is used for the estimates and then forgotten.
 
 What is left as it was: parameters, their `.grad`, buffers' owners aside (BatchNorm counts a forward), PyTorch's random state.
 Cost: one more step without optimiser, with 1 + M more estimates per layer; X of all sketched layers and one dW at a time held.
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from basis.convert import not_learning, sketched_layers
+from basis.convert import sketched_layers
 from basis.estimator import Estimator, State
 from basis.noise import fold
 
@@ -116,11 +117,20 @@ class _Recorder(Estimator):
         self.estimator, self.name, self.masks = estimator, name, masks
         self.uses_noise = estimator.uses_noise  # type: ignore[misc]  # of this object, as of the one it stands for
         self.quality: Quality | None = None
+        self.learned: State | None = None
+
+    def learns_at(self, step: int) -> bool:
+        return self.estimator.learns_at(step)
+
+    def learn(self, state: State, x: Tensor, key: Tensor) -> State:
+        self.learned = self.estimator.learn(state, x, key)
+        return state
 
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         return self.compress_with(x, key, {})
 
     def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+        state = state if self.learned is None else self.learned  # not let go: a recomputed forward doesn't learn
         self.state_names = tuple(state)
         return x, key, *state.values()
 
@@ -171,17 +181,18 @@ def gradient_quality(model: nn.Module, loss: Callable[[], Tensor], *, masks: int
     layers = dict(sketched_layers(model))
     if not layers:
         return {}
+    learning = {name: layer.learning for name, layer in layers.items()}
     recorders = {name: _Recorder(layer.estimator, name, masks) for name, layer in layers.items()}
     devices = {layer.weight.device for layer in layers.values() if layer.weight.device.type == "cuda"}
     try:
         for name, layer in layers.items():
             layer.estimator = recorders[name]
-        with torch.random.fork_rng(sorted(device.index for device in devices)), not_learning(model):
+        with torch.random.fork_rng(sorted(device.index for device in devices)):
             parameters = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss(), parameters, allow_unused=True)
     finally:
         for name, layer in layers.items():
-            layer.estimator = recorders[name].estimator
+            layer.estimator, layer.learning = recorders[name].estimator, learning[name]
     found = {name: recorder.quality for name, recorder in recorders.items() if recorder.quality is not None}
     if found:
         first, *others = found.values()

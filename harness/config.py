@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -28,6 +29,9 @@ from harness.device import DEVICES, PRECISIONS
 from harness.optim import OptimOptions
 from harness.tracker import TrackerOptions
 from models import GPTConfig
+
+# For values that follow from others: ${product:${micro_batch_size},${model.block_size}}.
+OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
 
 
 @dataclass

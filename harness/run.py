@@ -189,11 +189,14 @@ def telling_settings(config: Config) -> dict[str, object]:
     """What tells runs of one method apart in a sweep: the estimator's options that have no default, R first among them, the
     budget that takes the place of its knob, and attention.
 
-    Switches and choices that are not at their default are told too; numbers with a default (shrinkage, eps) are not.
+    Switches and choices that are not at their default are told too; numbers with a default (shrinkage, eps) are not, nor what
+    follows from other options (rows).
     """
     estimator: Any = make_estimator(config.method)
     telling: dict[str, object] = {}
     for option in dataclasses.fields(estimator):
+        if "follows" in option.metadata:
+            continue
         value = getattr(config.method, option.name)
         if config.method.budget is not None and option.name == estimator.knob:
             telling["budget"] = config.method.budget

@@ -113,9 +113,12 @@ def test_not_learning_leaves_the_state_and_what_comes_next() -> None:
 def test_the_quality_panel_sees_the_estimate_that_the_layer_would_make() -> None:
     model = nn.Sequential(layer())
     model(batch(0)).sum().backward()
-    exact, estimate = batch(1).sum(0).expand(3, 4), 6 * batch(0).mean(0).expand(3, 4)
+    exact = batch(1).sum(0).expand(3, 4)
+    estimate = 6 * torch.stack([batch(0), batch(1)]).mean((0, 1)).expand(3, 4)  # after a look at the second batch too
     quality = basis.gradient_quality(model, lambda: model(batch(1)).sum())["0"]
     assert quality.relative_error == pytest.approx(float((estimate - exact).norm() / exact.norm()), rel=1e-5)
+    assert model[0].state["looks"] == 1  # and that look is forgotten
+    torch.testing.assert_close(model[0].state["mean"], batch(0).mean(0))
 
 
 def test_without_a_layer_it_learns_from_the_input_itself() -> None:

@@ -6,6 +6,7 @@ The dataclass's fields are the method's options everywhere: in Python, in `conf/
 from basis.estimator import Estimator
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.estimators.count_sketch import CountSketch
+from basis.estimators.ema_sketch import EMASketch
 from basis.estimators.exact import Exact
 from basis.estimators.gaussian import Gaussian
 from basis.estimators.low_rank import LowRank
@@ -22,6 +23,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "row_sampling": RowSampling,
     "quantized": Quantized,
     "low_rank": LowRank,
+    "ema_sketch": EMASketch,
     "subspace": Subspace,
     "transform": Transform,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "ESTIMATORS",
     "BalancedSketch",
     "CountSketch",
+    "EMASketch",
     "Exact",
     "Gaussian",
     "LowRank",
