@@ -40,8 +40,7 @@ from torch.utils.hooks import RemovableHandle
 
 from basis.convert import plain_name
 from basis.linear import SketchedLinear
-from basis.noise import fold
-from basis.three_sketch import gaussian
+from basis.noise import fold, normal_rows
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Monitor:
 
     def _normal(self, rows: int, device: torch.device, *parts: str | int) -> Tensor:
         key = torch.full((), fold("monitor", self.seed, *parts), dtype=torch.int64, device=device)
-        return gaussian(key, rows, self.probes)
+        return normal_rows(key, slice(0, rows), self.probes)
 
     def _watch(self, name: str) -> Any:
         sums = self._sums[name]

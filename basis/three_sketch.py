@@ -24,13 +24,12 @@ FLOPs: 2 B N (2 k + s) ~ 8 k B N for the sketches, 4 (B + N) k^2 for the two lar
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from basis.noise import random_bits
+from basis.noise import derive, normal_rows
 
 
 class Tests(NamedTuple):
@@ -69,18 +68,11 @@ def largest_rank(rows: int, width: int) -> int:
     return max(1, min(rows, width) // 2)
 
 
-def gaussian(key: Tensor, rows: int, columns: int) -> Tensor:
-    """(rows, columns) independent standard normal float32 numbers: functions of the 0-dimensional `key`, row and column."""
-    bits = random_bits(key, rows * columns) >> 9
-    uniform = (bits.to(torch.float32) + 0.5) * 2.0**-23  # in (0, 1), both ends excluded; exact in float32
-    return (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).view(rows, columns)
-
-
 def draw_tests(key: Tensor, rank: int, rows: int, width: int) -> Tests:
     """The tests that belong to `key` (0-dimensional int64, noise.py) for X (rows, width), on the key's device."""
     k, s = sizes(rank, rows, width)
     shapes = ((width, k), (rows, k), (width, s), (rows, s))
-    return Tests(*(gaussian(key ^ (index << 56), *shape) for index, shape in enumerate(shapes)))
+    return Tests(*(normal_rows(derive(key, i), slice(0, length), columns) for i, (length, columns) in enumerate(shapes)))
 
 
 def sketch(x: Tensor, tests: Tests) -> Sketches:

@@ -41,8 +41,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from basis import three_sketch
 from basis.estimator import Estimator, Factors
-from basis.noise import derive, normal_rows
 
 
 @dataclass(frozen=True)
@@ -84,29 +84,16 @@ class LowRank(Estimator):
 
     def _factorise(self, x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors (B, r) and (r, N) whose product is near `x`."""
-        rows, width = x.shape
-        k = min(2 * self.rank + 1, rows, width)
-        s = min(2 * k + 1, rows, width)
-
-        def test(index: int, length: int, columns: int) -> Tensor:
-            return normal_rows(derive(key, index), slice(0, length), columns).to(x.dtype)
-
-        p = torch.linalg.qr(x @ test(0, width, k)).Q
-        q = torch.linalg.qr(x.t() @ test(1, rows, k)).Q
+        tests = three_sketch.draw_tests(key, self.rank, *x.shape)
         if self.core == "exact":
+            p, q = torch.linalg.qr(x @ tests.upsilon.to(x.dtype)).Q, torch.linalg.qr(x.t() @ tests.omega.to(x.dtype)).Q
             core = (p.t() @ x) @ q
         else:
-            phi, psi = test(2, width, s), test(3, rows, s)
-            z = (psi.t() @ x) @ phi
-            core = _least_squares(phi.t() @ q, _least_squares(psi.t() @ p, z).t()).t()
+            p, core, q = three_sketch.factors(three_sketch.sketch(x, tests), tests)
+            core = core.t()
+        k = core.shape[0]
         if not self.truncate or self.rank >= k:
             return p, core @ q.t()
         u, values, v = torch.linalg.svd(core)
         r = self.rank
         return p @ u[:, :r], (values[:r, None] * v[:r]) @ q.t()
-
-
-def _least_squares(a: Tensor, b: Tensor) -> Tensor:
-    """argmin |a x - b| for a matrix `a` of full column rank; a Gaussian one times an orthonormal basis is."""
-    q, r = torch.linalg.qr(a)
-    return torch.linalg.solve_triangular(r, q.t() @ b, upper=True)
