@@ -21,6 +21,7 @@ from basis.linear import SketchedLinear, basis_linear, sketched_linear
 from basis.loss_head import linear_cross_entropy
 from basis.noise import encode_hashing
 from basis.quality import Quality, gradient_quality
+from basis.tied import tied_embedding
 
 __all__ = [
     "ESTIMATORS",
@@ -42,5 +43,6 @@ __all__ = [
     "set_noise_key",
     "sketched_layers",
     "sketched_linear",
+    "tied_embedding",
     "within_budget",
 ]
