@@ -35,6 +35,7 @@ from basis.loss_head import linear_cross_entropy
 from basis.monitor import Monitor
 from basis.noise import encode_hashing
 from basis.quality import Quality, gradient_quality
+from basis.tied import tied_embedding
 
 __all__ = [
     "ESTIMATORS",
@@ -66,5 +67,6 @@ __all__ = [
     "set_noise_key",
     "sketched_layers",
     "sketched_linear",
+    "tied_embedding",
     "within_budget",
 ]

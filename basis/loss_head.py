@@ -20,6 +20,8 @@ What is exact: the loss, dX. What is estimated: dW, if the estimator says so.
 Kept until backward: dX (B N elements) and dW (V N, the gradient itself, there a little earlier than usual).
 Held during forward: one block of Y in float32 at least, where F.linear and F.cross_entropy hold two Y, and three in backward.
 FLOPs: as without it.
+
+With a head tied to an embedding, tied.py lets dW flow on to it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from basis.estimator import Estimator, State
 from basis.estimators.exact import Exact
 from basis.linear import SketchedLinear, cast_for_autocast, refuse_nested_transforms, wants_weight_grad
 from basis.matrix import frobenius_norm
+from basis.tied import graph_is_released
 
 BLOCK_BYTES = 64 * 2**20
 """Most bytes of logits (in float32) that exist at once. Larger blocks gain nothing on a CPU; a row at least is taken."""
@@ -78,11 +81,13 @@ class _WeightGradient:
         if self.factors is None:
             self.whole.append(grad_y)
             return
-        part = grad_y @ self.factors.left[block]  # (V, block) (block, k)
+        left = self.factors.left[block]  # (V, block) (block, k)
         if self.projected is None:
-            self.projected = part.to(self.weight.dtype)  # summed up in the precision of the weight
+            self.projected = (grad_y @ left).to(self.weight.dtype)  # summed up in the precision of the weight
+        elif self.projected.dtype == grad_y.dtype == left.dtype:
+            self.projected.addmm_(grad_y, left)
         else:
-            self.projected.add_(part)
+            self.projected.add_(grad_y @ left)
         if self.factors.scale is not None:
             self.squares.append(frobenius_norm(grad_y).square())
         if self.factors.mean is not None:
@@ -125,15 +130,16 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         w = weight.to(x.dtype)
         learned = dict(zip(names, state, strict=True))
         gradient = _WeightGradient(estimator, x, key, weight, learned) if needs_weight_grad else None
-        losses, grad_x = [], []
+        losses, grad_x = [], torch.empty_like(x)
         for block in _blocks(rows, weight.shape[0]):
             loss, grad_y = _loss_and_gradient(x[block], w, targets[block], rows)
             losses.append(loss)
-            grad_x.append(grad_y.t() @ w)
+            grad_x[block] = grad_y.t() @ w
             if gradient is not None:
                 gradient.add(block, grad_y)
+            del grad_y  # before the next block's logits are made
         grad_weight = None if gradient is None else gradient.result()
-        return torch.stack(losses).sum(), torch.cat(grad_x), grad_weight
+        return torch.stack(losses).sum(), grad_x, grad_weight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
@@ -153,18 +159,19 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         # A look at the value spares a pass over dW. Not on a GPU, where looking waits for it, nor where there is no value.
         may_look = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
         if not (may_look and float(grad_loss) == 1.0):
-            grad_x = None if grad_x is None else grad_x * grad_loss.to(grad_x.dtype)
-            grad_weight = None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype)
+            multiply = Tensor.mul_ if graph_is_released() else Tensor.mul
+            grad_x = None if grad_x is None else multiply(grad_x, grad_loss.to(grad_x.dtype))
+            grad_weight = None if grad_weight is None else multiply(grad_weight, grad_loss.to(grad_weight.dtype))
         return grad_x, grad_weight, *(None,) * (ctx.inputs - 2)
 
 
-def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """`F.cross_entropy(layer(input), targets)` in nats, a scalar, with dW by the layer's estimator.
 
     layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0, V). Without gradients to
     form, where the layer has a bias or hooks that must see its output, and in float16 (whose small gradients live by a scaled
     loss, and the scale is not known in forward), PyTorch's own functions do it, from whole logits.
-    Raises ValueError if the shapes do not fit.
+    weight: what `tied_embedding` returned, through which dW then flows. Raises ValueError if the shapes do not fit.
     """
     if input.shape[:-1] != targets.shape:
         raise ValueError(
@@ -185,6 +192,13 @@ def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor) -> Te
     else:
         estimator, key = Exact(), torch.zeros((), dtype=torch.int64, device=input.device)
     loss, _, _ = _LinearCrossEntropyFunction.apply(
-        x.flatten(0, -2), layer.weight, targets.flatten(), key, estimator, wanted, tuple(state), *state.values()
+        x.flatten(0, -2),
+        layer.weight if weight is None else weight,
+        targets.flatten(),
+        key,
+        estimator,
+        wanted,
+        tuple(state),
+        *state.values(),
     )
     return loss

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis import linear_cross_entropy
+from basis import linear_cross_entropy, tied_embedding
 
 
 @dataclass
@@ -158,14 +158,19 @@ class GPT(nn.Module):
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens do not fit model.block_size={self.config.block_size}")
         positions = torch.arange(length, device=tokens.device)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (b, T, C)
+        weight = None
+        if targets is not None and self.head.weight is self.wte.weight:
+            x, weight = tied_embedding(self.wte, tokens)
+        else:
+            x = self.wte(tokens)
+        x = self.drop(x + self.wpe(positions))  # (b, T, C)
         for block in self.blocks:
             x = block(x)
         x = self.ln_f(x)
         if targets is None:
             logits: Tensor = self.head(x)  # (b, T, V)
             return logits
-        return linear_cross_entropy(self.head, x, targets)
+        return linear_cross_entropy(self.head, x, targets, weight=weight)
 
     @torch.no_grad()
     def generate(

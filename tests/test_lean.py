@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -152,6 +153,24 @@ def test_bytes_as_counted_by_hand() -> None:
     scales = rows * HEADS * 4
     assert table["attention"] == 2 * (4 * (rows * C + scales) + rows * HEADS * 4)  # q, k, v, output, and the log-sum-exp
     assert table["linear inputs"] == 0
+
+
+def test_attention_lets_go_of_queries_keys_and_values() -> None:
+    made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def qkv_of(model: GPT) -> None:
+        def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            made.append(weakref.ref(output.untyped_storage()))
+
+        for block in model.blocks:
+            block.attn.qkv.register_forward_hook(look)
+
+    model = gpt()
+    qkv_of(model)
+    tokens = torch.zeros(B, T, dtype=torch.int64)
+    loss = model(tokens, tokens)
+    assert loss.requires_grad
+    assert [storage() for storage in made] == [None, None]
 
 
 def test_revert_and_parameters() -> None:

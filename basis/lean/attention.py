@@ -32,11 +32,12 @@ class LeanAttention(Keyed):
         if not torch.is_grad_enabled():
             return cast(Tensor, self.attend(q, k, v))
         key = self.fixed_or_fresh_key(q.device)
+        width = q.shape[-1]  # not q itself in `pack`: autograd holds the hook until backward, and q with it
         saved = 0
 
         def pack(tensor: Tensor) -> Tensor | tuple[Rounded, torch.dtype]:
             nonlocal saved
-            if tensor.ndim != 4 or not tensor.is_floating_point() or tensor.shape[-1] != q.shape[-1]:
+            if tensor.ndim != 4 or not tensor.is_floating_point() or tensor.shape[-1] != width:
                 announce(tensor)
                 return tensor
             saved += 1  # each tensor has noise of its own
