@@ -111,15 +111,15 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         rows = x.shape[0]
         w = weight.to(x.dtype)
         gradient = _WeightGradient(estimator, x, key, weight) if needs_weight_grad else None
-        losses, grad_x = [], []
+        losses, grad_x = [], torch.empty_like(x)
         for block in _blocks(rows, weight.shape[0]):
             loss, grad_y = _loss_and_gradient(x[block], w, targets[block], rows)
             losses.append(loss)
-            grad_x.append(grad_y.t() @ w)
+            grad_x[block] = grad_y.t() @ w
             if gradient is not None:
                 gradient.add(block, grad_y)
         grad_weight = None if gradient is None else gradient.result()
-        return torch.stack(losses).sum(), torch.cat(grad_x), grad_weight
+        return torch.stack(losses).sum(), grad_x, grad_weight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
