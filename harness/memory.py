@@ -137,12 +137,16 @@ def saved_bytes_compiled(model: nn.Module, forward: Callable[[], Tensor]) -> int
     return sum(_record(model, forward, lambda _: "all").values())
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Follows, operator by operator, the storages that exist: those of `tensors`, and all that operators make meanwhile."""
+class LiveBytes(TorchDispatchMode):
+    """Follows, operator by operator, the storages that exist: those of `tensors`, and all that operators make meanwhile.
+
+    series: the operators, and the bytes alive after each.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.series: list[tuple[Any, int]] = []
+        self._now = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in tensors:
             self._see(tensor)
@@ -155,18 +159,25 @@ class _LiveBytes(TorchDispatchMode):
 
         def freed(_: object) -> None:
             del self._alive[key]
-            self.now -= size
+            self._now -= size
 
         self._alive[key] = weakref.ref(storage, freed)  # of the storage: views come and go
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._now += size
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
+        self.series.append((function, self._now))
         return result
+
+
+def held_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters, buffers, gradients and optimiser state, as far as they exist."""
+    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [*model.parameters(), *model.buffers(), *gradients, *state]
 
 
 def cpu_peak_bytes(
@@ -176,12 +187,10 @@ def cpu_peak_bytes(
 
     Counts parameters, buffers, gradients, optimiser state (before it exists too), activations and temporaries.
     """
-    held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-    with _LiveBytes([*held, *state]) as live:
+    with LiveBytes(held_tensors(model, optimizer)) as live:
         for micro_batch in range(micro_batches):
             forward_backward(micro_batch)
-    return live.peak + (0 if optimizer.state else optimizer_bytes(optimizer))
+    return max(now for _, now in live.series) + (0 if optimizer.state else optimizer_bytes(optimizer))
 
 
 def rss_bytes() -> int:

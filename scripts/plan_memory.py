@@ -56,13 +56,13 @@ def row(method: str, kind: str, config: Config, budget: float | None) -> dict[st
     }
     if budget is not None:
         line["context"] = planning.largest(
-            lambda length: planning.plan(planning.with_size(config, block_size=length)).peak,
+            lambda length: planning.plan(planning.with_size(config, block_size=length), categories=False).peak,
             budget,
             unit=256,
             limit=MOST_TOKENS // config.micro_batch_size,
         )
         line["batch"] = planning.largest(
-            lambda size: planning.plan(planning.with_size(config, micro_batch_size=size)).peak,
+            lambda size: planning.plan(planning.with_size(config, micro_batch_size=size), categories=False).peak,
             budget,
             unit=1,
             limit=MOST_TOKENS // config.model.block_size,
