@@ -18,12 +18,13 @@ writes its rows of dX and adds to dW where they already exist, so those between 
 nothing behind but a number or two each, of 4 bytes. An estimator that must see dY whole collects the blocks: all are taken.
 
 `largest` searches for the longest context or the largest micro-batch that fits. Bytes grow along a convex curve of straight
-pieces in either, but for small steps, so a few plans are enough.
+pieces in either, but for small steps, so a few sizes are enough; `peaks` gives all of them from two long ones.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,16 +77,9 @@ def make_model(config: Config, device: str = "cpu") -> GPT:
 FEW_BLOCKS = 4
 
 
-def plan(config: Config, *, categories: bool = True) -> Plan:
-    """The bytes of a step of `config`. Raises ValueError as training would, and for what only compilation decides.
-
-    categories=False: `kept` stays empty, a third of the time.
-    """
-    depth = config.model.n_layer
-    if depth <= FEW_BLOCKS:
-        return _walk(config, categories=categories).plan()
-    few, more = (_walk(with_size(config, n_layer=FEW_BLOCKS - 1 + i), categories=categories) for i in range(2))
-    return few.extended(more, depth - FEW_BLOCKS + 1).plan()
+def plan(config: Config) -> Plan:
+    """The bytes of a step of `config`. Raises ValueError as training would, and for what only compilation decides."""
+    return _deep_walk(config).plan()
 
 
 Series = list[tuple[Any, int]]  # operators, and the bytes alive after each
@@ -100,15 +94,19 @@ class _Walk:
     passes: list[Series]
     kept: dict[str, int]
 
+    @property
+    def operators(self) -> list[Any]:
+        return [operator for series in self.passes for operator, _ in series]
+
     def plan(self) -> Plan:
         peak = max(now for series in self.passes for _, now in series) + self.optimizer
         return Plan(self.parameters, self.parameters, self.optimizer, peak, self.kept)
 
-    def extended(self, other: _Walk, times: int) -> _Walk:
-        """This walk and `times` times what `other`, of one block more, has more: see the module."""
+    def extended(self, other: _Walk, times: float) -> _Walk:
+        """This walk and `times` times what `other`, of one block more or of another size, has more: see the module."""
 
         def extend(a: int, b: int) -> int:
-            return a + times * (b - a)
+            return a + round(times * (b - a))
 
         passes = []
         for few, more in zip(self.passes, other.passes, strict=True):
@@ -126,6 +124,15 @@ def _cut(few: list[Any], more: list[Any]) -> int:
     same_end = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], backwards))
     assert same_start + same_end >= len(few), "models of different depth differ in more than blocks"
     return (same_start + len(few) - same_end) // 2
+
+
+def _deep_walk(config: Config, *, categories: bool = True) -> _Walk:
+    """`_walk`, with deep models extended from `FEW_BLOCKS` blocks."""
+    depth = config.model.n_layer
+    if depth <= FEW_BLOCKS:
+        return _walk(config, categories=categories)
+    few, more = (_walk(with_size(config, n_layer=FEW_BLOCKS - 1 + i), categories=categories) for i in range(2))
+    return few.extended(more, depth - FEW_BLOCKS + 1)
 
 
 def _walk(config: Config, *, categories: bool = True, every_block: bool = False) -> _Walk:
@@ -177,6 +184,32 @@ def _few_head_blocks(model: GPT) -> Iterator[None]:
         yield
     finally:
         loss_head._blocks = blocks
+
+
+MANY_BLOCKS = 32
+
+
+def peaks(config: Config, option: str, limit: int) -> Callable[[int], int]:
+    """The peak as a function of `option` ("block_size" or "micro_batch_size") up to `limit`, in bytes.
+
+    Where the loss head has more than `MANY_BLOCKS` blocks of rows, their size hardly changes any more, so that bytes at each
+    operator are a straight line between there and the limit: two sizes are walked through, and all others lie on the lines
+    (within 0.5%). Smaller sizes, and models that do not have the same operators at both, are planned one by one.
+    """
+    rows_per_block = max(loss_head.BLOCK_BYTES // (4 * (config.model.vocab_size or 1)), 1)
+    rows_per_unit = config.micro_batch_size if option == "block_size" else config.model.block_size
+    first = -(-MANY_BLOCKS * rows_per_block // rows_per_unit)
+
+    @functools.cache
+    def walk(size: int) -> _Walk:
+        return _deep_walk(with_size(config, **{option: size}), categories=False)
+
+    def peak(size: int) -> int:
+        if first < size < limit and walk(first).operators == walk(limit).operators:
+            return walk(first).extended(walk(limit), (size - first) / (limit - first)).plan().peak
+        return walk(size).plan().peak
+
+    return peak
 
 
 def largest(peak: Callable[[int], int], budget: float, unit: int, limit: int) -> int:

@@ -107,12 +107,24 @@ def test_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert plan_memory.main([*arguments, "--csv", str(tmp_path / "plan.csv")]) == 0
     lines = (tmp_path / "plan.csv").read_text().splitlines()
     assert len(lines) == 3
-    contexts = [int(line.split(",")[lines[0].split(",").index("context")]) for line in lines[1:]]
+    contexts = [int(line.split(",")[lines[0].split(",").index("context_0.05")]) for line in lines[1:]]
     assert contexts == sorted(contexts)  # exact, BASIS
     assert contexts[-1] > contexts[0] > 0
     assert "nothing was allocated" in capsys.readouterr().out
     assert plan_memory.main(["model.n_head=7"]) == 1
     assert "model.n_head=7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["block_size", "micro_batch_size"])
+def test_sizes_between_two_long_ones_lie_on_a_line(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within half a percent: the blocks of the head's rows differ by a few rows from size to size."""
+    monkeypatch.setattr("basis.loss_head.BLOCK_BYTES", 4 * 211 * 40)  # 40 rows
+    options = config("method=basis", "method.include=['*']", "method.rank=4", "activations=lean", "model.n_layer=1")
+    unit = 1 if option == "micro_batch_size" else 64
+    peak = planning.peaks(options, option, 200 * unit)
+    for size in (3, 30, 51, 120):
+        real = planning._walk(planning.with_size(options, **{option: size * unit}), categories=False, every_block=True)
+        assert peak(size * unit) == pytest.approx(real.plan().peak, rel=0.005)
 
 
 def test_what_only_compilation_decides_is_refused() -> None:
