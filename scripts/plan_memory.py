@@ -179,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     result = table(lines, next(iter(configs.values())), options.memory)
     print(result.markdown())
     if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(options.csv, result.csv())
         write_atomic(options.csv.with_suffix(".md"), result.markdown())
     if options.figure:
