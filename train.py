@@ -70,8 +70,11 @@ def train(run: Run) -> dict[str, Any]:
                 mark += time.perf_counter() - paused
             losses = []
             for micro_batch in range(config.micro_batches):
-                loss = run.micro_batch_loss(run.step, micro_batch)
-                (loss / config.micro_batches).backward()
+                if run.zeroth_order is not None:
+                    loss = run.zeroth_order_gradient(micro_batch, config.micro_batches)
+                else:
+                    loss = run.micro_batch_loss(run.step, micro_batch)
+                    (loss / config.micro_batches).backward()
                 losses.append(loss.detach())
             grad_norm = None
             if config.optim.grad_clip is not None:
@@ -160,6 +163,8 @@ def describe(run: Run, table: dict[str, int]) -> None:
     """Say what is about to run, and where its bytes are."""
     config = run.config
     sketch = f"{len(run.sketched)} dense layers sketched" if run.sketched else "all dense layers exact"
+    if run.zeroth_order is not None:
+        sketch = "no backward"
     sketch += "".join(f", {name}={value}" for name, value in config.attention.telling().items())
     log.info(
         "%s on %s, %s%s; %s parameters, %s; %d tokens a step",

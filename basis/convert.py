@@ -77,8 +77,8 @@ def convert(
         name
     ) in chosen:  # all are made before the first is put in place: a layer that can't be changed leaves the model as it was
         if id(layers[name]) not in made:
+            chosen_for = estimator if isinstance(estimator, Estimator) else estimator(names[name], layers[name])
             try:
-                chosen_for = estimator if isinstance(estimator, Estimator) else estimator(names[name], layers[name])
                 made[id(layers[name])] = SketchedLinear.from_linear(layers[name], chosen_for)
             except ValueError as error:
                 raise ValueError(f"include={names[name]!r}: {error}") from None

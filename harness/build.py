@@ -9,7 +9,7 @@ import torch
 import basis
 from data.tokens import TokenFile
 from harness import activations, attention
-from harness.config import Config, make_estimator, share_of
+from harness.config import WHOLE_MODEL, Config, make_estimator, share_of
 from models import GPT, GPTConfig
 
 
@@ -47,8 +47,8 @@ def apply_method(model: GPT, config: Config) -> list[str]:
     """
     attention.apply(model, config.attention)
     method = config.method
-    if method.name == "exact":
-        return []  # nn.Linear is exact already
+    if method.name in WHOLE_MODEL:
+        return []  # nn.Linear is exact already, and without backward nothing is kept
     try:
         estimator = make_estimator(method)
         if method.budget is None:

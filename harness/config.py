@@ -6,7 +6,7 @@ lines that name the option. Each group's checks stand in its own `__post_init__`
 groups are checked in `Config.__post_init__`.
 
 The options of a method are the fields of its estimator's dataclass (basis/estimators/), plus the scope: which layers. So a
-new estimator needs no line here.
+new estimator needs no line here. Zeroth order is no estimator of a layer's dW, it replaces backward (zeroth_order.py).
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ from harness.attention import AttentionOptions
 from harness.device import DEVICES, PRECISIONS
 from harness.optim import OptimOptions
 from harness.tracker import TrackerOptions
+from harness.zeroth_order import ZerothOrder
 from models import GPTConfig
 
 # For values that follow from others: ${product:${micro_batch_size},${model.block_size}}.
 OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
 
+ZEROTH_ORDER = "zeroth_order"
+WHOLE_MODEL = ("exact", ZEROTH_ORDER)
+"""Methods that have no choice of layers and no budget."""
+
 
 @dataclass
 class MethodOptions:
-    """How dW is formed (`name`, one of basis.ESTIMATORS) and in which dense layers (shell patterns of module names).
+    """How dW is formed (`name`, one of basis.ESTIMATORS or zeroth_order) and in which dense layers (shell patterns of names).
 
     budget: a share such as 1/24: each layer's knob (rank, rows, bits) is set so that it keeps this share of the bytes of its
     input; the option of that name is then not looked at. null: as the options say.
@@ -128,13 +133,13 @@ class Config:
         _at_least(0, "", seed=self.seed)
         if self.seed >= 1 << 63:
             raise ValueError(f"seed={self.seed}: must be less than 2^63")
-        if self.method.name == "exact" and (self.method.include or self.method.exclude):
-            raise ValueError("method.include, method.exclude: exact backpropagation concerns all layers; leave them empty")
+        if self.method.name in WHOLE_MODEL and (self.method.include or self.method.exclude):
+            kind = "exact backpropagation" if self.method.name == "exact" else self.method.name
+            raise ValueError(f"method.include, method.exclude: {kind} concerns all layers; leave them empty")
         if self.method.budget is not None:
-            if self.method.name == "exact":
-                raise ValueError(
-                    f"method.budget={self.method.budget}: exact backpropagation keeps everything; leave it null"
-                )
+            if self.method.name in WHOLE_MODEL:
+                keeps = "exact backpropagation keeps everything" if self.method.name == "exact" else "it keeps nothing"
+                raise ValueError(f"method.budget={self.method.budget}: {keeps}; leave it null")
             share_of(self.method)
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
@@ -183,9 +188,9 @@ def method_schema(name: str) -> type[MethodOptions]:
 
     Raises ValueError for a name that is not registered.
     """
-    if name not in ESTIMATORS:
-        raise ValueError(f"method.name={name!r}: must be one of {', '.join(ESTIMATORS)}")
-    kind: Any = ESTIMATORS[name]
+    if name not in ESTIMATORS and name != ZEROTH_ORDER:
+        raise ValueError(f"method.name={name!r}: must be one of {', '.join([*ESTIMATORS, ZEROTH_ORDER])}")
+    kind = _kind(name)
     hints = get_type_hints(kind)
     options = [
         (f.name, hints[f.name], field(default=f.default) if f.default is not dataclasses.MISSING else field())
@@ -194,13 +199,25 @@ def method_schema(name: str) -> type[MethodOptions]:
     return dataclasses.make_dataclass(f"{name}_options", options, bases=(MethodOptions,), kw_only=True)
 
 
-def make_estimator(method: MethodOptions) -> Estimator:
-    """The estimator that `method` describes. Raises ValueError naming the dotted option (`method.rank=0: ...`)."""
-    kind: Any = ESTIMATORS[method.name]
+def _kind(name: str) -> Any:
+    """The dataclass whose fields are the options of the method `name`."""
+    return ZerothOrder if name == ZEROTH_ORDER else ESTIMATORS[name]
+
+
+def make_method(method: MethodOptions) -> Estimator | ZerothOrder:
+    """What `method` describes. Raises ValueError naming the dotted option (`method.rank=0: ...`)."""
+    kind = _kind(method.name)
     try:
-        estimator: Estimator = kind(**{f.name: getattr(method, f.name) for f in dataclasses.fields(kind)})
+        made: Estimator | ZerothOrder = kind(**{f.name: getattr(method, f.name) for f in dataclasses.fields(kind)})
     except ValueError as error:
         raise ValueError(f"method.{error}") from None
+    return made
+
+
+def make_estimator(method: MethodOptions) -> Estimator:
+    """`make_method` of a method that estimates dW layer by layer."""
+    estimator = make_method(method)
+    assert isinstance(estimator, Estimator), method.name
     return estimator
 
 
@@ -224,5 +241,5 @@ def load(values: DictConfig) -> Config:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{key}{str(error.msg).splitlines()[0]}") from error
     assert isinstance(config, Config)
-    make_estimator(config.method)  # its options are checked by making it once
+    make_method(config.method)  # its options are checked by making it once
     return config

@@ -105,7 +105,7 @@ def _record(model: nn.Module, forward: Callable[[], Tensor], category: Callable[
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), observe(pack):
         loss = forward()  # named, so that the graph lives (and no storage is used again) until all is counted
-    assert loss.requires_grad
+    assert loss.requires_grad == torch.is_grad_enabled()  # without grad mode, as zeroth order runs, nothing is kept
     table: dict[str, int] = {}
     for name, size in found.values():
         table[name] = table.get(name, 0) + size

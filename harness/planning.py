@@ -38,7 +38,7 @@ import basis
 from basis import Estimator, Exact, SketchedLinear, loss_head
 from harness import activations, memory
 from harness.build import apply_method
-from harness.config import Config
+from harness.config import ZEROTH_ORDER, Config
 from harness.optim import make_optimizer
 from models import GPT
 
@@ -141,6 +141,8 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
     """Go through a step of `config`. every_block: of the loss head's rows too."""
     if config.compile or config.activations.name == "budget":
         raise ValueError("compile=true: what a compiled step keeps is known only by compiling it; plan without")
+    if config.method.name == ZEROTH_ORDER:
+        raise ValueError(f"method.name={ZEROTH_ORDER}: it has no backward, and keeps nothing for one")
     low = config.precision == "bfloat16"
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = make_model(config)

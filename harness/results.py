@@ -18,6 +18,9 @@ from basis import ESTIMATORS
 from harness.metrics import read_metrics
 from harness.rundir import CONFIG_FILE, FREE_OPTIONS, METRICS_FILE, known_options, read_config, read_summary
 
+TUNING = "_tuning"
+"""How the experiment_name of a run ends that was made to choose a learning rate, and enters no average."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -36,6 +39,11 @@ class RunResult:
     def id(self) -> str:
         """The id that it has in the tracker too."""
         return str(self.summary["run_id"])
+
+    @property
+    def tuning(self) -> bool:
+        """Whether it was made to choose a learning rate only."""
+        return str(self.options["experiment_name"]).endswith(TUNING)
 
     @property
     def diverged(self) -> bool:
@@ -96,7 +104,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
             what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             complaints.append(f"{folder} is left out: {what}{' '.join(str(error).split())}")
             continue
-        key = repr((_identity(run), run.seed))
+        key = repr((_identity(run), run.seed, run.tuning))
         if key in seen:
             complaints.append(f"{folder} is left out: the same run as {seen[key]}, which counts once")
             continue
@@ -128,6 +136,16 @@ def setting(run: RunResult) -> str:
     return repr({k: v for k, v in _identity(run).items() if not k.startswith("method.")})
 
 
+def contender(run: RunResult) -> str:
+    """What runs share that differ in seed and learning rate alone."""
+    return repr({k: v for k, v in _identity(run).items() if k != "optim.lr"})
+
+
+def world(run: RunResult) -> str:
+    """Model and text: what runs share whose final losses may be compared, however they were reached."""
+    return repr({k: v for k, v in _identity(run).items() if k.startswith("model.") or k == "text"})
+
+
 def group_runs(runs: Sequence[RunResult]) -> list[Group]:
     """Groups of equal options except the seed: exact first, then by method, rank (largest first) and the rest."""
     by_identity: dict[str, list[RunResult]] = {}
@@ -153,7 +171,7 @@ def differing_options(runs: Sequence[RunResult]) -> list[str]:
 def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
     """Method and rank, then every other option that varies: method options among its own kind, the rest among all."""
     parts = [f"R={options['method.rank']}"] if "method.rank" in options and not options.get("method.budget") else []
-    turned = "method." + str(ESTIMATORS[options["method.name"]].knob) if options.get("method.budget") else None
+    turned = f"method.{ESTIMATORS[options['method.name']].knob}" if options.get("method.budget") else None
     for option, value in options.items():
         if option in ("method.name", "method.rank", "text", turned):
             continue

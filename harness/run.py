@@ -23,17 +23,19 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import basis
+from basis.noise import fold
 from data import Sampler, ValidationWindows, validation_windows
 from data.prepare import prepare
 from harness import activations, memory, rundir
 from harness.build import build_model, check_method, fill_vocabulary
 from harness.checkpoint import Checkpoints, Loaded
-from harness.config import Config, make_estimator
+from harness.config import Config, make_method
 from harness.device import Runtime, resolve
 from harness.identity import run_id, run_labels
 from harness.metrics import MetricsLog
 from harness.optim import make_optimizer
 from harness.tracker import Tracker, make_tracker, require_wandb
+from harness.zeroth_order import ZerothOrder
 from models import GPT
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Run:
     tracker: Tracker
     lock: FileLock
     id: str
+    zeroth_order: ZerothOrder | None = None  # takes the place of backward
     step: int = 0
     saved_step: int | None = None
     val_step: int | None = None
@@ -78,6 +81,14 @@ class Run:
         device = self.runtime.device
         with self.runtime.autocast():
             return self.forward(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+
+    def zeroth_order_gradient(self, micro_batch: int, micro_batches: int) -> Tensor:
+        """Add a micro-batch's part to the gradients, without backward; the mean of the two losses that it takes."""
+        assert self.zeroth_order is not None
+        key = fold("zeroth order", self.config.seed, self.step, micro_batch)
+        return self.zeroth_order.add_gradient(
+            self.model, lambda: self.micro_batch_loss(self.step, micro_batch), key, 1.0 / micro_batches
+        )
 
     def gradient_quality(self) -> dict[str, float]:
         """Estimated against exact dW in the step about to be taken (its first micro-batch), as metrics `sketch/<layer>/...`.
@@ -170,10 +181,10 @@ class Run:
             (self.micro_batch_loss(self.step, micro_batch) / micro_batches).backward()
 
         compiled, self.forward = self.forward, self.model
-        with torch.random.fork_rng(), basis.not_learning(self.model):
+        with torch.random.fork_rng(), basis.not_learning(self.model), torch.set_grad_enabled(self.zeroth_order is None):
             saved = memory.saved_bytes(self.model, forward)
             peak = 0
-            if self.runtime.device.type == "cpu":
+            if self.runtime.device.type == "cpu" and self.zeroth_order is None:  # MemTracker refuses two forwards in a row
                 peak = memory.cpu_peak_bytes(self.model, self.optimizer, forward_backward, micro_batches)
                 self.optimizer.zero_grad(set_to_none=True)
             self.forward = compiled
@@ -192,7 +203,7 @@ def telling_settings(config: Config) -> dict[str, object]:
     Switches and choices that are not at their default are told too; numbers with a default (shrinkage, eps) are not, nor what
     follows from other options (rows).
     """
-    estimator: Any = make_estimator(config.method)
+    estimator: Any = make_method(config.method)
     telling: dict[str, object] = {}
     for option in dataclasses.fields(estimator):
         if "follows" in option.metadata:
@@ -287,6 +298,7 @@ def set_up(config: Config, folder: Path) -> Run:
     forward: Callable[[Tensor, Tensor], Tensor] = (
         activations.compiled(model, config.activations) if runtime.compile else model
     )
+    method = make_method(config.method)
     run = Run(
         config=config,
         folder=folder,
@@ -303,6 +315,7 @@ def set_up(config: Config, folder: Path) -> Run:
         tracker=tracker,
         lock=lock,
         id=identity,
+        zeroth_order=method if isinstance(method, ZerothOrder) else None,
     )
     if loaded:
         run.restore(loaded)

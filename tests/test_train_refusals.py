@@ -35,6 +35,11 @@ REFUSED = [
     (["model.n_layer=null"], "model.n_layer"),
     (["seed=18446744073709551616"], "seed=18446744073709551616"),
     (["method=exact", "+method.include=[head]"], "method.include"),
+    (["method=zeroth_order", "method.sigma=0"], "method.sigma=0"),
+    (["method=zeroth_order", "method.rank=0"], "method.rank=0"),
+    (["method=zeroth_order", "+method.budget=1/8"], "method.budget=1/8: it keeps nothing"),
+    (["method=zeroth_order", "+method.include=[head]"], "method.include, method.exclude: zeroth_order"),
+    (["method.budget=1/1000"], "method.budget=0.001: BalancedSketch keeps at least 1/16 of an input of 16 x 16 (rank=1)"),
 ]
 
 

@@ -45,9 +45,15 @@ from basis.estimator import Estimator, Factors
 from basis.matrix import row_blocks
 from basis.noise import uniform_rows
 
-_UP = (
-    1.0 + 2.0**-8 + 2.0**-15
-)  # bfloat16 is off by a factor of 1 - 2^-8 at worst: what is multiplied by this comes out larger
+
+def _up_to_bfloat16(x: Tensor) -> Tensor:
+    """`x` rounded up to a number that bfloat16 has, in float32.
+
+    By the bits, not by a cast there and back: a fused kernel leaves such a pair of casts out, and would round X by other ranges
+    than it keeps.
+    """
+    bits = x.to(torch.float32).view(torch.int32)
+    return ((bits + ((~bits >> 31) & 0xFFFF)) & ~0xFFFF).view(torch.float32)  # 0xFFFF: if it is not negative
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,12 @@ class Quantized(Estimator):
         if missing := -width % group:  # the last group is a shorter one: any of its numbers may stand in for those it lacks
             whole = torch.cat((wide, wide[:, -1:].expand(-1, missing)), 1)
         least, most = torch.aminmax(whole.unflatten(1, (-1, group)), dim=-1)
-        low = (least - (_UP - 1.0) * least.abs()).to(torch.bfloat16)
-        step = ((most - low) * (_UP / self._last)).to(torch.bfloat16)
+        low = -_up_to_bfloat16(-least)
+        step = _up_to_bfloat16((most - low) / self._last)
         inverse = 1.0 / step.to(wide.dtype).clamp_min(torch.finfo(torch.float32).tiny)
         t = (wide - self._spread(low.to(wide.dtype), width)) * self._spread(inverse, width)
         codes = (t + u).floor_().clamp_(0, self._last).to(torch.uint8)
-        return pack(codes, self.bits), torch.stack((low, step), -1)
+        return pack(codes, self.bits), torch.stack((low, step), -1).to(torch.bfloat16)
 
     def _restore(self, kept: tuple[Tensor, ...], part: slice) -> Tensor:
         """x^ (n, N) of these rows, in the dtype of X; the first is a multiple of 8."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from harness.results import Group, differing_options, setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from harness.report.arena import Standing
 
 SUFFIXES = ("png", "svg")
 
@@ -140,4 +142,93 @@ def quality_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
         axes[1].set_ylabel("norm of sketched / exact dW")
         axes[1].set_yscale("log")
         _legend(figure, shown)
+    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
+
+
+def arena_costs(standings: Sequence[Standing], stem: Path) -> list[Path]:
+    """Final loss against four costs: bytes of dense layers, all bytes, time of a step, time of the training.
+
+    Bars: 95% intervals over seeds. The line joins the front, those that nothing beats in both. What keeps nothing has no place on
+    a logarithmic axis of bytes and is drawn at its left edge.
+    """
+    if len(standings) < 2:
+        return []
+    costs: list[tuple[str, Callable[[Standing], float | None]]] = [
+        ("kept by dense layers and state (bytes)", lambda s: None if s.dense is None else s.dense + s.state),
+        ("kept in all and state (bytes)", lambda s: s.kept + s.state),
+        ("median time of a step (ms)", lambda s: None if s.step is None else 1000 * s.step),
+        ("training (s)", lambda s: s.seconds),
+    ]
+    return _scatter(standings, costs, stem, lines=2, joined=True)
+
+
+def arena_quality(standings: Sequence[Standing], stem: Path) -> list[Path]:
+    """Final loss against relative error and cosine of dW; nothing is drawn if no run looked at them."""
+    shown = [s for s in standings if s.quality]
+    if len(shown) < 2:
+        return []
+    costs: list[tuple[str, Callable[[Standing], float | None]]] = [
+        ("relative error of dW", lambda s: s.quality.get("relative_error")),
+        ("cosine of estimated to exact dW", lambda s: s.quality.get("cosine")),
+    ]
+    return _scatter(shown, costs, stem, lines=1, joined=False)
+
+
+def _scatter(
+    standings: Sequence[Standing],
+    costs: Sequence[tuple[str, Callable[[Standing], float | None]]],
+    stem: Path,
+    *,
+    lines: int,
+    joined: bool,
+) -> list[Path]:
+    """A panel per cost: a colour per method, a number per contender, which the legend explains; the worst losses are cut off."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["tab20"]
+    ended = [s for s in standings if s.loss is not None]
+    methods = sorted({s.group.method for s in ended if s.group.method != "exact"})
+    means = sorted(s.loss.mean for s in ended if s.loss is not None)
+    top = means[0] + 3.0 * (means[(3 * len(means)) // 4] - means[0]) if means else 0.0
+    with _figure(stem, len(costs) // lines, len(ended) // 2, lines=lines) as (figure, axes):
+        for panel, (title, cost) in zip(axes, costs, strict=True):
+            points = [(cost(s), s) for s in ended]
+            positive = [c for c, _ in points if c]
+            edge = min(positive) / 2 if positive else 1.0
+            for number, (c, s) in enumerate(points, start=1):
+                assert s.loss is not None
+                if c is None:
+                    continue
+                exact = s.group.method == "exact"
+                colour = "black" if exact else colours(methods.index(s.group.method) % 20)
+                look: dict[str, Any] = {"color": colour, "marker": "s" if exact else "o", "markersize": 4, "linewidth": 1}
+                panel.errorbar(max(c, edge), s.loss.mean, s.loss.half_width, **look)
+                panel.annotate(str(number), (max(c, edge), s.loss.mean), (4, 3), textcoords="offset points", fontsize=7)
+            if joined:
+                best, lowest = list[tuple[float, float]](), math.inf
+                for c, loss in sorted((c, s.loss.mean) for c, s in points if c is not None and s.loss is not None):
+                    if loss < lowest:
+                        best, lowest = [*best, (max(c, edge), loss)], loss
+                panel.plot(*zip(*best, strict=True), color="grey", linewidth=0.8, zorder=0)
+            if positive and max(positive) > 5 * min(positive):
+                panel.set_xscale("log")
+            if means and top > means[0] and means[-1] > top:
+                panel.set_ylim(means[0] - 0.1 * (top - means[0]), top)
+            panel.set_xlabel(title)
+            panel.set_ylabel("final validation loss (nats per token)")
+            panel.grid(alpha=0.3)
+        from matplotlib.lines import Line2D
+
+        handles = [
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="s" if s.group.method == "exact" else "o",
+                color="black" if s.group.method == "exact" else colours(methods.index(s.group.method) % 20),
+                label=f"{number} {s.label}",
+            )
+            for number, s in enumerate(ended, start=1)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]

@@ -41,9 +41,9 @@ def late_train_loss(run: RunResult) -> float:
 
 
 def compression(group: Group) -> float | None:
-    """Rows per row kept, B / R, in a sketched layer; None if the method has no rank."""
+    """Rows per row kept, B / R, in a sketched layer; None if its rank is not a number of rows."""
     options = group.runs[0].options
-    if group.rank is None:
+    if group.method != "basis" or group.rank is None:
         return 1.0 if group.method == "exact" else None
     rows = options["micro_batch_size"] * options["model.block_size"]
     return float(rows / min(group.rank, rows))

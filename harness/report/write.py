@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from harness.arena import LEDGER, read_ledger
 from harness.files import write_atomic
-from harness.report import claims, figures, losses, stability
+from harness.report import arena, claims, figures, losses, stability
 from harness.report.recompute import TOLERANCE, Losses, recompute
 from harness.report.tables import Column, Table
 from harness.results import Group, RunResult, find_runs, group_runs, setting
@@ -34,11 +35,16 @@ class Report:
     complaints: list[str]
     tables: list[Table]
     sentences: list[str]
+    standings: list[arena.Standing] = field(default_factory=list)
 
 
-def gather(folders: Sequence[Path], progress: bool = True) -> Report:
-    """Read runs, compute their losses again, and make the tables. Raises ValueError if no run can be used."""
+def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False) -> Report:
+    """Read runs, compute their losses again, and make the tables. Raises ValueError if no run can be used.
+
+    compare: also the tables of arena.py, which are made unasked where runs keep to budgets or are of several methods.
+    """
     found, complaints = find_runs(folders)
+    tuning, found = [run for run in found if run.tuning], [run for run in found if not run.tuning]
     runs: list[RunResult] = []
     recomputed: dict[str, Losses] = {}
     for run in tqdm(found, desc="losses from checkpoints", unit="run", leave=False, disable=None if progress else True):
@@ -58,15 +64,21 @@ def gather(folders: Sequence[Path], progress: bool = True) -> Report:
     if not runs:
         raise ValueError("\n".join([f"runs={[str(f) for f in folders]}: no finished run in these folders", *complaints]))
     groups = group_runs(runs)
+    compare = compare or arena.is_arena(groups)
     settings = {setting(group.runs[0]) for group in groups}
-    if len(settings) > 1:
+    if len(settings) > 1 and not compare:
         complaints.append(
             f"The runs are of {len(settings)} settings (they differ in more than the method, see their labels); differences to "
             "exact are formed within each setting only"
         )
     tables = [losses.final_losses(groups, recomputed), losses.differences(groups, recomputed), stability.stability(groups)]
     tables.append(run_list(groups, recomputed))
-    return Report(groups, complaints, [table for table in tables if table.rows], claims.claims(groups, recomputed))
+    sentences, standings = claims.claims(groups, recomputed), list[arena.Standing]()
+    if compare:
+        ledgers = [read_ledger(file.parent) for folder in folders for file in sorted(folder.rglob(LEDGER))]
+        standings, first, said = arena.tables(groups, tuning, recomputed, ledgers)
+        tables, sentences = first + tables, said + sentences
+    return Report(groups, complaints, [table for table in tables if table.rows], sentences, standings)
 
 
 def run_list(groups: Sequence[Group], recomputed: dict[str, Losses]) -> Table:
@@ -123,6 +135,8 @@ def write(report: Report, out: Path, *, command: str, metrics: bool = False) -> 
     """Write everything into `out` and return the paths. command: what makes this report again."""
     out.mkdir(parents=True, exist_ok=True)
     pictures = {
+        "Loss against bytes and seconds": figures.arena_costs(report.standings, out / "arena_costs"),
+        "Loss against the error of dW": figures.arena_quality(report.standings, out / "arena_quality"),
         "Validation loss": figures.validation_curves(report.groups, out / "validation_loss"),
         "Loss and momentum": figures.stability_curves(report.groups, out / "stability"),
         "Quality of dW": figures.quality_curves(report.groups, out / "gradient_quality"),

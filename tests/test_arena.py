@@ -1,0 +1,223 @@
+"""The arena: what is planned, what one command runs, and whether its report's numbers come out by a second route."""
+
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import REPOSITORY, overrides, run_command, train_here
+
+from harness import arena as plan
+from harness.report import arena, write
+from harness.report.recompute import Losses
+from harness.report.statistics import Estimate
+from harness.results import RunResult, find_runs, group_runs
+
+BLOCKS = "method.include=[blocks.*]"
+QUICK = ["micro_batch_size=4", "diagnostics.every=10"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exact, BASIS at two budgets and a smaller batch, two seeds each; one run that only tuned; one cell out of reach."""
+    data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        train_here(data, folder / f"exact{seed}", *QUICK, "method=exact", f"seed={seed}")
+        train_here(data, folder / f"small{seed}", *QUICK, "method=exact", "micro_batch_size=1", f"seed={seed}")
+        for share in ("1/4", "1/16"):
+            budget = [f"method.budget={share}", BLOCKS]
+            train_here(data, folder / f"basis{share.replace('/', '-')}_{seed}", *QUICK, *budget, f"seed={seed}")
+    tuning = ["experiment_name=test_tuning", "method.budget=1/4", BLOCKS]
+    for rate in ("0.01", "0.5"):
+        train_here(data, folder / f"tuning{rate}", *QUICK, *tuning, "seed=7", f"optim.lr={rate}")
+    with pytest.raises(
+        Exception, match=r"method\.budget=0\.001: BalancedSketch keeps at least 1/56\.9 of an input of 64 x 16"
+    ):
+        train_here(data, folder / "refused", *QUICK, "method.budget=1/1000", BLOCKS)
+    assert not (folder / "refused").exists()
+    refused = plan.Contender("basis", "1/1000", (), (), refused="method.budget=0.001: too little")
+    plan.write_ledger(folder, [refused], jobs=2)
+    return folder
+
+
+def summaries(runs: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads((runs / f"{name}{seed}" / "summary.json").read_text()) for seed in (0, 1)]
+
+
+def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
+    report = write.gather([runs])
+    assert [table.name for table in report.tables[:4]] == ["arena", "arena_rates", "arena_quality", "arena_refused"]
+    written = {path.name for path in write.write(report, tmp_path, command="the command")}
+    assert {"arena.csv", "arena.md", "arena_costs.png", "arena_costs.svg", "arena_quality.svg"} <= written
+    with (tmp_path / "arena.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"exact", "exact, 1 windows", "basis 1/4", "basis 1/16"}
+    exact = summaries(runs, "exact")
+    for name, folder in (("basis 1/4", "basis1-4_"), ("basis 1/16", "basis1-16_"), ("exact, 1 windows", "small")):
+        found = summaries(runs, folder)
+        apart = [a["val/loss"] - b["val/loss"] for a, b in zip(found, exact, strict=True)]
+        assert float(rows[name]["above"]) == pytest.approx(sum(apart) / 2, abs=1e-6)
+        # Student's t with one degree of freedom: 12.706 standard errors, which are half the distance of two values.
+        assert float(rows[name]["above_half_width"]) == pytest.approx(12.7062 * abs(apart[0] - apart[1]) / 2, rel=1e-3)
+        assert rows[name]["seeds"] == "2"  # not the run that only tuned
+    # 64 rows, one block of width 16: X of 16 + 16 + 16 + 64 numbers a row. A quarter: 16 rows and 8 bytes do not fit, so 15.
+    inputs = 4 * 64 * 112
+    for name, rank in (("basis 1/4", 15), ("basis 1/16", 3)):
+        kept = 4 * (rank * 112) + 4 * 8
+        assert float(rows[name]["share"]) == pytest.approx(kept / inputs)
+        assert float(rows[name]["dense_ratio"]) == pytest.approx(kept / (4 * 64 * 96))  # exact: attention keeps proj's input
+    assert rows["basis 1/4"]["off"] == ""
+    assert rows["basis 1/16"]["off"] == f"{(4 * 3 * 112 + 32) / inputs * 16 - 1:+.0%}" == "-23%"
+    assert float(rows["exact, 1 windows"]["dense_ratio"]) == pytest.approx(0.25)
+    losses = {name: float(row["val"]) for name, row in rows.items()}
+    assert [row["rank"] for row in rows.values()] == ["1", "2", "3", "4"]
+    assert list(losses.values()) == sorted(losses.values())
+    times = {
+        name: statistics.median(
+            json.loads(line)["step_seconds"]
+            for seed in (0, 1)
+            for line in (runs / f"{folder}{seed}" / "metrics.jsonl").read_text().splitlines()
+            if "step_seconds" in line
+        )
+        for name, folder in (("exact", "exact"), ("basis 1/4", "basis1-4_"))
+    }
+    assert float(rows["basis 1/4"]["step_ratio"]) == pytest.approx(times["basis 1/4"] / times["exact"])
+    tables = {table.name: table for table in report.tables}
+    (refused,) = tables["arena_refused"].rows
+    assert (refused["method"], refused["budget"]) == ("basis", "1/1000")
+    (tried,) = tables["arena_rates"].rows
+    ends = {rate: json.loads((runs / f"tuning{rate}" / "summary.json").read_text())["val/loss"] for rate in ("0.01", "0.5")}
+    assert (tried["method"], {rate: tried[rate] for rate in ends}) == ("basis 1/4", ends)
+    assert tried["edge"] == "yes"
+    assert any("2 runs shared the machine" in note for note in tables["arena"].notes)
+    text = "\n".join(report.sentences)
+    assert "At 1/4 of the bytes, basis 1/4 ends " in text
+    assert "Out of reach at 1/1000 of the bytes: basis." in text
+    assert "At 1/4, basis 1/4 beside exact, 1 windows (0.25 of exact's dense bytes): " in text
+    assert not any("settings" in complaint for complaint in report.complaints)
+
+
+def test_training_seconds_weigh_rows_by_their_steps() -> None:
+    rows = [{"step": 4, "step_seconds": 0.5}, {"step": 5}, {"step": 10, "step_seconds": 0.25}]
+    assert arena.training_seconds(RunResult(Path(), {}, {}, rows)) == pytest.approx(4 * 0.5 + 6 * 0.25)
+
+
+def standing(
+    label: str, losses: dict[int, float], dense: float, above: Estimate | None, method: str = "basis"
+) -> arena.Standing:
+    from harness.report.statistics import estimate
+    from harness.results import Group
+
+    run = RunResult(Path(), {"method.name": method}, {"status": "finished"}, [])
+    loss = estimate(list(losses.values())) if losses else None
+    budget = label.split()[-1] if method != "exact" else None
+    return arena.Standing(label, Group(label, [run]), budget, loss, above, dense, dense, 0, None, 1, 1, {}, losses)
+
+
+def test_front_is_what_nothing_beats() -> None:
+    points = [
+        standing(f"m{i} 1/8", {0: loss}, dense, None)
+        for i, (dense, loss) in enumerate([(1, 5), (2, 4), (2, 6), (3, 4), (4, 1)])
+    ]
+    assert [s.label[:2] for s in arena.front(points, lambda s: s.dense)] == ["m0", "m1", "m4"]
+
+
+@pytest.mark.parametrize(
+    ("above", "said"),
+    [
+        (Estimate(0.01, 0.02, 3), "within 0.0300 nats of exact (+0.0100 ± 0.0200, 3 pairs): undecided which is better"),
+        (Estimate(0.04, 0.02, 3), "0.0400 nats worse than exact (+0.0400 ± 0.0200, 3 pairs)"),
+        (Estimate(-0.04, 0.02, 3), "0.0400 nats better than exact (-0.0400 ± 0.0200, 3 pairs)"),
+        (Estimate(0.04, None, 1), "+0.0400 nats from exact (one pair): undecided, one pair having no interval"),
+    ],
+)
+def test_sentences_follow_the_intervals(above: Estimate, said: str) -> None:
+    exact = standing("exact", {0: 1.0, 1: 1.1, 2: 1.2}, 100, None, "exact")
+    best = standing("a 1/8", {0: 1.0, 1: 1.1, 2: 1.2}, 12, above)
+    close = standing("b 1/8", {0: 1.1, 1: 1.1, 2: 1.1 + 1e-3}, 12, above)
+    far = standing("c 1/8", {0: 2.0, 1: 2.1, 2: 2.2001}, 12, above)
+    lost = standing("d 1/8", {}, 12, None)
+    out_of_reach = arena.refused([])
+    first, second = arena.conclusions([exact, best, close], out_of_reach)
+    assert first == f"At 1/8 of the bytes, a 1/8 ends {said} at 1.00 times its step time."
+    assert second.endswith("undecided, the interval covers zero.")
+    *_, last = arena.conclusions([exact, best, far, lost], out_of_reach)
+    assert last.endswith("nats, a 1/8 is better.")
+    assert "At 1/8 of the bytes, d 1/8 diverged." in arena.conclusions([exact, best, far, lost], out_of_reach)
+
+
+def test_the_rate_that_counts_has_the_most_seeds_then_the_lowest_loss(runs: Path) -> None:
+    found, _ = find_runs([runs])
+    groups = group_runs([run for run in found if run.options.get("method.budget") == "1/4"])
+    recomputed = {run.id: Losses(run.last("val/loss"), 0.0, run.last("val/loss")) for run in found}
+    assert len(groups) == 2  # rates 0.01 (three seeds, the tuning one told apart below) and 0.5
+    exact = group_runs([run for run in found if run.options["method.name"] == "exact"])
+    (chosen,) = [s for s in arena.standings([*exact, *groups], recomputed) if s.budget]
+    assert chosen.group.runs[0].options["optim.lr"] == 0.01
+
+
+def test_plan_of_the_small_model() -> None:
+    lines = {c.name: c for c in plan.contenders(["experiment=arena"], ["basis"], ["1/4", "1/8", "1/24"])}
+    assert lines["basis 1/24"].config.method.include == ["blocks.*"]
+    assert lines["exact, accumulated 1/24"].refused == lines["exact, small batch 1/24"].refused
+    assert lines["exact, small batch 1/24"].refused.startswith(
+        "method.budget=1/24: one window of 64 tokens is the smallest, of 12"
+    )
+    accumulated = lines["exact, 4 x 3 windows"]
+    assert (accumulated.config.micro_batches, accumulated.config.step_tokens, accumulated.rates) == (4, 768, ())
+    assert lines["exact, checkpoint"].rates == ()
+    assert lines["exact, bfloat16"].rates == lines["exact"].rates == plan.RATES["adamw"]
+    small, long = lines["exact, 3 windows"].config, lines["exact, 3 windows, 8000 steps"].config
+    assert (small.step_tokens, small.steps) == (192, 2000)
+    assert long.steps * long.step_tokens == 2000 * 768
+    assert long.optim.warmup_steps == 400
+    assert lines["exact, 12 x 1 windows"].config.micro_batches == 12  # 1/12: the nearest below 1/8
+    assert len(lines) == 16
+    paper = plan.contenders(["experiment=arena_paper"], ["basis"], ["1/8"])
+    assert [c.name for c in paper if c.refused] == ["exact, accumulated 1/8", "exact, small batch 1/8"]
+    assert paper[1].config.optim.name == "sgd"
+
+
+def test_methods_take_options_and_a_wrong_one_is_named() -> None:
+    (_, uniform) = plan.contenders(["experiment=arena"], ["basis hashing=uniform"], ["1/8"], [1e-3], baselines=False)
+    assert (uniform.name, uniform.config.method.hashing, uniform.rates) == ("basis hashing=uniform 1/8", "uniform", (1e-3,))
+    with pytest.raises(ValueError, match=r"method\.hashing='other'"):
+        plan.contenders(["experiment=arena"], ["basis hashing=other"], ["1/8"])
+
+
+def launch(data: Path, cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-m", "scripts.arena"]
+    words = ["experiment=arena", *overrides(data), "steps=6", "optim.warmup_steps=0", "micro_batch_size=2"]
+    options = ["--methods", "basis", "--budgets", "1/4", "1/64", "--out", str(cwd / "out"), "--seeds", "0", "--no-baselines"]
+    return run_command([*script, *options, *more, "--", *words], cwd, PYTHONPATH=str(REPOSITORY))
+
+
+def test_one_command_lists_runs_skips_and_reports(data: Path, tmp_path: Path) -> None:
+    rates = ["--rates", "0.001", "1e18"]
+    dry = launch(data, tmp_path, *rates, "--dry-run")
+    assert dry.returncode == 0, dry.stdout
+    assert "basis 1/4: best rate of 0.001 (new), 1e+18 (new); seeds 0" in dry.stdout
+    assert "basis 1/64: out of reach, method.budget=0.015625: BalancedSketch keeps at least" in dry.stdout
+    assert "6 runs (4 to tune), 36 steps" in dry.stdout
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    done = launch(data, tmp_path, *rates, "--jobs", "2")
+    assert done.returncode == 0, done.stdout
+    found, _ = find_runs([tmp_path / "out"])
+    assert sorted(run.tuning for run in found) == [False] * 2 + [True] * 4
+    assert {run.options["optim.lr"] for run in found if not run.tuning} == {0.001}
+    assert math.isfinite(found[0].last("val/loss"))
+    again = launch(data, tmp_path, *rates)
+    assert again.returncode == 0, again.stdout
+    assert "4 runs, 4 of them ended before" in again.stdout
+    assert "2 runs, 2 of them ended before" in again.stdout
+    (ledger,) = plan.read_ledger(tmp_path / "out")["refused"]
+    assert (ledger["method"], ledger["budget"]) == ("basis", "1/64")
+    clash = launch(data, tmp_path, *rates, "--tuning-seed", "0")
+    assert clash.returncode == 2
+    assert "is one of --seeds" in clash.stdout
