@@ -34,6 +34,7 @@ from harness.config import load
 from harness.evaluate import validation_loss
 from harness.metrics import read_metrics
 from harness.optim import learning_rate, momentum_norm
+from harness.provenance import provenance
 from harness.run import NonFiniteError, Run, set_up
 from harness.signals import StopRequest
 
@@ -207,7 +208,7 @@ def execute(values: DictConfig, folder: Path) -> None:
 
     summary = {"status": "running", "run_id": run.id, "method": config.method.name, "runtime": run.runtime.describe()}
     summary |= {"data": run.data_hashes, "parameters": run.model.parameter_count(), "sketched_layers": run.sketched}
-    summary |= rundir.provenance()
+    summary |= provenance()
     rundir.write_summary(folder, summary)  # a run that is killed from here on is not taken for finished
     summary["status"] = "failed"
     with run.metrics, run.tracker:

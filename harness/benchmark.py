@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from harness.rundir import provenance
+from harness.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,12 @@ def interleaved(
     if turns < 2:
         raise ValueError(f"turns={turns}: must be at least 2 for a median with quartiles")
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
-    for turn in tqdm(range(turns + warm_up), unit="turn", leave=False, disable=None if progress else True):
+    rounds: Iterable[int] = range(turns + warm_up)
+    if progress:
+        from tqdm import tqdm  # here, so that timing needs torch alone
+
+        rounds = tqdm(rounds, unit="turn", leave=False, disable=None)
+    for turn in rounds:
         for name, run in alternatives.items():
             synchronize()
             start = time.perf_counter()

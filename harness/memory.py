@@ -136,8 +136,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
     return dict.fromkeys(CATEGORIES, 0) | table
 
 
-def saved_bytes_compiled(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Total bytes kept for the backward of a compiled `forward()`, where hooks on layers would break the graph."""
+def saved_bytes_total(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes kept for the backward of `forward()` in all; a compiled one too, where hooks on layers would break the graph."""
     return sum(_record(model, forward, lambda _: "all").values())
 
 

@@ -188,7 +188,7 @@ class Run:
                 peak = memory.cpu_peak_bytes(self.model, self.optimizer, forward_backward, micro_batches)
                 self.optimizer.zero_grad(set_to_none=True)
             self.forward = compiled
-            total = memory.saved_bytes_compiled(self.model, forward) if self.runtime.compile else sum(saved.values())
+            total = memory.saved_bytes_total(self.model, forward) if self.runtime.compile else sum(saved.values())
         parameters = memory.tensor_bytes(self.model.parameters())
         measured = {"mem/saved_bytes": total} | {f"mem/saved_bytes/{name}": size for name, size in saved.items()}
         learned = memory.tensor_bytes(t for _, layer in basis.sketched_layers(self.model) for t in layer.state.values())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import basis
 from harness.benchmark import interleaved, machine
 from harness.device import resolve
 from harness.files import write_atomic
-from harness.memory import format_bytes
+from harness.memory import format_bytes, saved_bytes_total
 from harness.report.tables import Column, Table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,25 +44,17 @@ def step(layer: nn.Linear, x: Tensor, grad_y: Tensor, *, compile: bool) -> Calla
     return run
 
 
-def kept_bytes(layer: nn.Linear, x: Tensor) -> int:
-    """Bytes that autograd holds for backward, parameters aside."""
-    known = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = layer(x)
-    assert output.requires_grad
-    return sum(found.values())
-
-
 def measure(
-    rows: int, width: int, out: int, ranks: list[int], dtype: str, *, turns: int, device: str = "auto", compile: bool = False
+    rows: int,
+    width: int,
+    out: int,
+    ranks: list[int],
+    dtype: str,
+    *,
+    turns: int,
+    device: str = "auto",
+    compile: bool = False,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """A row per alternative for one size and precision."""
     runtime = resolve(device, "float32", compile=False)
@@ -75,7 +68,7 @@ def measure(
     for rank in ranks:
         layers[f"basis R={rank}"] = basis.SketchedLinear.from_linear(plain, basis.BalancedSketch(rank))
     steps = {name: step(layer, x, grad_y, compile=compile) for name, layer in layers.items()}
-    timings = interleaved(steps, turns=turns, synchronize=runtime.synchronize, progress=True)
+    timings = interleaved(steps, turns=turns, synchronize=runtime.synchronize, progress=progress)
     lines = []
     for name, timing in timings.items():
         lines.append(
@@ -89,7 +82,7 @@ def measure(
                 "quartiles": f"{1e3 * timing.low:.1f} to {1e3 * timing.high:.1f}",
                 "of_exact": timing.median / timings["exact"].median,
                 "of_limit": timing.median / timings["limit"].median,
-                "kept": format_bytes(kept_bytes(layers[name], x)),
+                "kept": format_bytes(saved_bytes_total(layers[name], partial(layers[name], x))),
                 "compile": "yes" if compile else "no",
             }
             | machine()

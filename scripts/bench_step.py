@@ -14,130 +14,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import basis
-from harness import activations, memory
-from harness.benchmark import interleaved, machine
 from harness.build import build_model
 from harness.config import Config
 from harness.device import Runtime, resolve
 from harness.files import write_atomic
-from harness.memory import format_bytes
-from harness.optim import make_optimizer
-from harness.report.tables import Column, Table
-from models import GPT
+from harness.step_benchmark import Step, measure, table
 from scripts.plan_memory import configurations
 
 SIZE = ["model=gpt2", "model.n_layer=4", "micro_batch_size=4", "optim=sgd"]
 NANOGPT = "nanogpt"
 
 
-class Step:
-    """One alternative: its model and optimiser, and a step that can be called again and again."""
-
-    def __init__(self, config: Config, runtime: Runtime, *, plain_loss: bool = False) -> None:
-        self.config, self.runtime = config, runtime
-        with torch.random.fork_rng():
-            self.model, _ = build_model(config)
-            shape = (config.micro_batch_size, config.model.block_size + 1)
-            tokens = torch.randint(config.model.vocab_size or 1, shape).to(runtime.device)
-        self.model.to(runtime.device)
-        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        self.optimizer = make_optimizer(self.model, config.optim)
-        loss: Callable[..., Tensor] = _unfused(self.model) if plain_loss else self.model
-        self.loss = loss
-        self.compiled = activations.compiled(self.model, config.activations) if runtime.compile and not plain_loss else loss
-        self.count = 0
-
-    def forward(self, run: Callable[..., Tensor] | None = None) -> Tensor:
-        """The loss, with graph."""
-        basis.set_noise_key(self.model, seed=0, step=self.count)
-        with self.runtime.autocast():
-            return (run or self.compiled)(self.inputs, self.targets)
-
-    def __call__(self) -> None:
-        self.forward().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.count += 1
-
-    def peak(self) -> int | None:
-        """Most bytes beyond parameters, gradients and optimiser state."""
-        fixed = 2 * memory.tensor_bytes(self.model.parameters()) + memory.optimizer_bytes(self.optimizer)
-        if self.runtime.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self()
-            gradients = memory.tensor_bytes(self.model.parameters())
-            return torch.cuda.max_memory_allocated() - before - gradients
-        if self.runtime.compile:
-            return None
-        run = self.loss
-        peak = memory.cpu_peak_bytes(self.model, self.optimizer, lambda _: self.forward(run).backward())
-        self.optimizer.zero_grad(set_to_none=True)
-        return peak - fixed
-
-
-def _unfused(model: GPT) -> Callable[..., Tensor]:
-    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
-
-    return loss
-
-
-def measure(configs: dict[str, Config], *, turns: int, progress: bool = True) -> list[dict[str, Any]]:
-    """A row per configuration; the first one is what the others are compared with."""
-    first = next(iter(configs.values()))
-    runtime = resolve(first.device, first.precision, first.compile)
-    steps = {name: Step(config, runtime, plain_loss=name == NANOGPT) for name, config in configs.items()}
-    timings = interleaved(steps, turns=turns, synchronize=runtime.synchronize, progress=progress)
-    rows = []
-    baseline = timings[next(iter(configs))].median
-    for name, timing in timings.items():
-        step = steps[name]
-        kept = memory.saved_bytes_compiled(step.model, step.forward)
-        step.optimizer.zero_grad(set_to_none=True)
-        peak = step.peak()
-        tokens = step.inputs.numel()
-        rows.append(
-            {
-                "step": name,
-                "tokens": tokens,
-                "milliseconds": 1e3 * timing.median,
-                "quartiles": f"{1e3 * timing.low:.0f} to {1e3 * timing.high:.0f}",
-                "ratio": timing.median / baseline,
-                "rate": round(tokens / timing.median),
-                "kept": format_bytes(kept),
-                "peak": None if peak is None else format_bytes(peak),
-                "precision": runtime.precision,
-                "compile": "yes" if runtime.compile else "no",
-            }
-            | machine()
-        )
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows with headings and units."""
-    columns = {
-        "step": Column("method, activations"),
-        "tokens": Column("tokens a step"),
-        "milliseconds": Column("step, ms", digits=0),
-        "quartiles": Column("quartiles, ms"),
-        "ratio": Column("of the first row", digits=2),
-        "rate": Column("tokens/s"),
-        "kept": Column("kept for backward"),
-        "peak": Column("peak beyond parameters, gradients, optimiser"),
-    }
-    columns |= {name: Column(name) for name in ("precision", "compile", "machine", "torch", "commit")}
-    return Table("step", "A training step", columns, rows)
+def make_step(config: Config, runtime: Runtime, *, plain_loss: bool) -> Step:
+    """The step of a configuration."""
+    with torch.random.fork_rng():
+        model, _ = build_model(config)
+    return Step(model, config.activations, config.optim, runtime, windows=config.micro_batch_size, plain_loss=plain_loss)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
             configs |= {f"{name}, {kind}": config for (name, kind), config in found.items()}
         if options.nanogpt:
             configs[NANOGPT] = configurations([*SIZE, *options.overrides], ["exact"], ["plain"])["exact", "plain"]
-        rows = measure(configs, turns=options.turns)
+        first = next(iter(configs.values()))
+        runtime = resolve(first.device, first.precision, first.compile)
+        steps = {name: make_step(config, runtime, plain_loss=name == NANOGPT) for name, config in configs.items()}
+        rows = measure(steps, turns=options.turns)
     except ValueError as error:
         print(f"bench_step: {error}", file=sys.stderr)
         return 1

@@ -1,11 +1,17 @@
 """The instruments of the benchmarks: turns, quartiles, and a table of a small layer."""
 
 import csv
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from harness.benchmark import interleaved, summarise
-from scripts import bench_layer, bench_step
+from harness.memory import format_bytes
+from scripts import bench_head, bench_layer, bench_step
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def test_alternatives_take_turns_and_warm_ups_do_not_count() -> None:
@@ -32,6 +38,20 @@ def test_layer_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "of limit" in capsys.readouterr().out
 
 
+def test_head_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rows", "64", "--width", "32", "--classes", "1000", "--rank", "4", "--turns", "2"]
+    assert bench_head.main([*options, "--csv", str(tmp_path / "head.csv")]) == 0
+    with (tmp_path / "head.csv").open() as file:
+        rows = {row["head"]: row for row in csv.DictReader(file)}
+    logits = 64 * 1000 * 4
+    assert rows["F.linear, F.cross_entropy"]["kept"] == format_bytes(
+        logits + 64 * 32 * 4 + 64 * 8 + 4
+    )  # log_softmax, X, targets
+    assert rows["basis exact"]["kept"] == format_bytes((64 + 1000) * 32 * 4)  # dX and dW
+    assert rows["basis R=4"]["kept"] == rows["basis exact"]["kept"]
+    assert "peak" in capsys.readouterr().out
+
+
 def test_step_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["model.n_layer=1", "model.n_embd=64", "model.n_head=2", "model.block_size=64", "model.vocab_size=97"]
     assert bench_step.main([*small, "--turns", "2", "--nanogpt", "--csv", str(tmp_path / "step.csv")]) == 0
@@ -44,3 +64,25 @@ def test_step_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kept["basis, lean"] != kept["exact, plain"]
     assert "tokens/s" in capsys.readouterr().out
     assert bench_step.main(["model.n_head=7"]) == 1
+
+
+def test_gpu_benchmark_runs_with_torch_and_numpy_alone(tmp_path) -> None:
+    blocked = ("hydra", "omegaconf", "wandb", "datasets", "tiktoken", "tqdm", "scipy", "matplotlib")
+    program = f"import sys, runpy; sys.modules.update(dict.fromkeys({blocked})); sys.argv[1:] = {{}}; "
+    program += "runpy.run_module('scripts.bench_gpu', run_name='__main__')"
+    options = ["--out", str(tmp_path), "--size", "tiny", "--device", "cpu", "--precision", "float32", "--turns", "2"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program.format([*options, *more])]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    for name, first in {"step": "exact, plain, context 64", "layer": "exact", "head": "F.linear, F.cross_entropy"}.items():
+        with (tmp_path / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert rows[0][name] == first
+        assert float(rows[0]["milliseconds"]) > 0
+    done = run("--seconds", "0", "--parts", "step", "layer")
+    assert done.returncode == 1
+    assert "left out for lack of time: layer" in done.stderr

@@ -229,7 +229,7 @@ def test_units_of_a_gpt2_block(sketched: bool, lean: bool, low: bool, most: floa
 @pytest.mark.parametrize("attention", [None, CausalAttention], ids=["norm and gelu", "all"])
 def test_compiled_lean_layers_are_near_and_keep_less(attention: type[nn.Module] | None) -> None:
     """Attention's four tensors may be saved in another order there, and draw other noise; the rest is equal to eager."""
-    from harness.memory import saved_bytes_compiled
+    from harness.memory import saved_bytes_total
 
     tokens = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1))
     kept, found = {}, {}
@@ -240,7 +240,7 @@ def test_compiled_lean_layers_are_near_and_keep_less(attention: type[nn.Module] 
             basis.lean.convert(model, attention=attention)
             basis.set_noise_key(model, seed=0, step=0)
         compiled = torch.compile(model, backend="aot_eager")
-        kept[lean] = saved_bytes_compiled(model, lambda f=compiled: f(tokens[:, :-1], tokens[:, 1:]))
+        kept[lean] = saved_bytes_total(model, lambda f=compiled: f(tokens[:, :-1], tokens[:, 1:]))
         compiled(tokens[:, :-1], tokens[:, 1:]).backward()
         found[lean] = {name: p.grad for name, p in model.named_parameters()}
     assert kept[True] < 0.8 * kept[False]

@@ -35,9 +35,9 @@ import basis
 from harness.device import resolve
 from harness.files import write_atomic
 from harness.memory import saved_bytes
+from harness.provenance import provenance
 from harness.report.figures import SUFFIXES
 from harness.report.tables import Column, Table
-from harness.rundir import provenance
 from models import GPT, GPTConfig
 
 BASE = {"B": 1024, "L": 2, "R": 32}
