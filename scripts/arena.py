@@ -60,7 +60,8 @@ class Pool:
     def run(self, cells: Sequence[Cell]) -> None:
         """Those of `cells` that have not ended yet, in order; returns when all have, or soon after a signal."""
         waiting = [c for c in cells if c.state() in ("new", "started")]
-        print(f"{len(cells)} runs, {len(cells) - len(waiting)} of them ended before", flush=True)
+        if cells:
+            print(f"{len(cells)} runs, {len(cells) - len(waiting)} of them ended before", flush=True)
         total, running = len(waiting), list[Job]()
         while waiting or running:
             if self.stop.code is not None:

@@ -13,7 +13,7 @@ import pytest
 from tiny import REPOSITORY, overrides, run_command, train_here
 
 from harness import arena as plan
-from harness.report import arena, write
+from harness.report import arena, standings, write
 from harness.report.recompute import Losses
 from harness.report.statistics import Estimate
 from harness.results import RunResult, find_runs, group_runs
@@ -104,19 +104,19 @@ def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
 
 def test_training_seconds_weigh_rows_by_their_steps() -> None:
     rows = [{"step": 4, "step_seconds": 0.5}, {"step": 5}, {"step": 10, "step_seconds": 0.25}]
-    assert arena.training_seconds(RunResult(Path(), {}, {}, rows)) == pytest.approx(4 * 0.5 + 6 * 0.25)
+    assert standings.training_seconds(RunResult(Path(), {}, {}, rows)) == pytest.approx(4 * 0.5 + 6 * 0.25)
 
 
 def standing(
     label: str, losses: dict[int, float], dense: float, above: Estimate | None, method: str = "basis"
-) -> arena.Standing:
+) -> standings.Standing:
     from harness.report.statistics import estimate
     from harness.results import Group
 
     run = RunResult(Path(), {"method.name": method}, {"status": "finished"}, [])
     loss = estimate(list(losses.values())) if losses else None
     budget = label.split()[-1] if method != "exact" else None
-    return arena.Standing(label, Group(label, [run]), budget, loss, above, dense, dense, 0, None, 1, 1, {}, losses)
+    return standings.Standing(label, Group(label, [run]), budget, loss, above, dense, dense, 0, None, 1, 1, {}, losses)
 
 
 def test_front_is_what_nothing_beats() -> None:
@@ -124,7 +124,7 @@ def test_front_is_what_nothing_beats() -> None:
         standing(f"m{i} 1/8", {0: loss}, dense, None)
         for i, (dense, loss) in enumerate([(1, 5), (2, 4), (2, 6), (3, 4), (4, 1)])
     ]
-    assert [s.label[:2] for s in arena.front(points, lambda s: s.dense)] == ["m0", "m1", "m4"]
+    assert [s.label[:2] for s in standings.front(points, lambda s: s.dense)] == ["m0", "m1", "m4"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_rate_that_counts_has_the_most_seeds_then_the_lowest_loss(runs: Path
     recomputed = {run.id: Losses(run.last("val/loss"), 0.0, run.last("val/loss")) for run in found}
     assert len(groups) == 2  # rates 0.01 (three seeds, the tuning one told apart below) and 0.5
     exact = group_runs([run for run in found if run.options["method.name"] == "exact"])
-    (chosen,) = [s for s in arena.standings([*exact, *groups], recomputed) if s.budget]
+    (chosen,) = [s for s in standings.standings([*exact, *groups], recomputed) if s.budget]
     assert chosen.group.runs[0].options["optim.lr"] == 0.01
 
 

@@ -14,7 +14,7 @@ from harness.results import Group, differing_options, setting
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from harness.report.arena import Standing
+    from harness.report.standings import Standing
 
 SUFFIXES = ("png", "svg")
 

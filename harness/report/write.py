@@ -22,6 +22,7 @@ from harness.arena import LEDGER, read_ledger
 from harness.files import write_atomic
 from harness.report import arena, claims, figures, losses, stability
 from harness.report.recompute import TOLERANCE, Losses, recompute
+from harness.report.standings import Standing, is_arena
 from harness.report.tables import Column, Table
 from harness.results import Group, RunResult, find_runs, group_runs, setting
 from harness.rundir import FREE_OPTIONS
@@ -35,7 +36,7 @@ class Report:
     complaints: list[str]
     tables: list[Table]
     sentences: list[str]
-    standings: list[arena.Standing] = field(default_factory=list)
+    standings: list[Standing] = field(default_factory=list)
 
 
 def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False) -> Report:
@@ -64,7 +65,7 @@ def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False
     if not runs:
         raise ValueError("\n".join([f"runs={[str(f) for f in folders]}: no finished run in these folders", *complaints]))
     groups = group_runs(runs)
-    compare = compare or arena.is_arena(groups)
+    compare = compare or is_arena(groups)
     settings = {setting(group.runs[0]) for group in groups}
     if len(settings) > 1 and not compare:
         complaints.append(
@@ -73,7 +74,7 @@ def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False
         )
     tables = [losses.final_losses(groups, recomputed), losses.differences(groups, recomputed), stability.stability(groups)]
     tables.append(run_list(groups, recomputed))
-    sentences, standings = claims.claims(groups, recomputed), list[arena.Standing]()
+    sentences, standings = claims.claims(groups, recomputed), list[Standing]()
     if compare:
         ledgers = [read_ledger(file.parent) for folder in folders for file in sorted(folder.rglob(LEDGER))]
         standings, first, said = arena.tables(groups, tuning, recomputed, ledgers)
