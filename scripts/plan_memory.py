@@ -117,7 +117,7 @@ def draw(
     for budget in budgets:
         axes.axhline(budget, color="grey", linewidth=0.8)
         axes.text(FIGURE_CONTEXTS[0], budget * 1.02, f"{budget:g} GiB", color="grey", va="bottom", fontsize=9)
-    axes.set_xlim(FIGURE_CONTEXTS[0] * 0.9, FIGURE_CONTEXTS[-1] * 5)  # room for the labels
+    axes.set_xlim(FIGURE_CONTEXTS[0] * 0.9, FIGURE_CONTEXTS[-1] * (9 if budgets else 5))  # room for the labels
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("peak of a step (GiB)")
     axes.set_xticks(FIGURE_CONTEXTS, [f"{length // 1024}k" for length in FIGURE_CONTEXTS], minor=False)
@@ -140,6 +140,8 @@ def draw(
         bars.invert_yaxis()
         bars.set_xlim(0, 1.4 * max(max(line[f"context_{budget:g}"] for line in lines) for budget in budgets) + 1)
         bars.set_xlabel("longest context that fits (tokens)")
+        bars.xaxis.set_major_formatter("{x:,.0f}")
+        bars.locator_params(axis="x", nbins=5)
         bars.spines[["top", "right"]].set_visible(False)
     paths = [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
     for path in paths:
