@@ -6,6 +6,7 @@ A *contender* is a method at a budget (method.budget: the share of each sketched
     exact, k x m windows   the same batch in k micro-batches of m windows: the same gradient, fewer bytes, more time
     exact, m windows       a smaller batch at the same bytes: as many steps (fewer tokens), and as many tokens (more steps)
     exact, checkpoint      blocks computed again in backward, wholly or all but their products: the same gradient
+    exact, lean            attention, LayerNorm and GELU in few bits; the dense layers keep all
     exact, bfloat16        half the bytes of everything
     zeroth_order           two losses instead of backward: nothing kept, the floor
 
@@ -188,6 +189,7 @@ def _baselines(exact: Config, budgets: Sequence[str]) -> list[tuple[str, str | N
     found |= {
         "exact, checkpoint": (None, ("method=exact", "activations=checkpoint")),
         "exact, checkpoint selective": (None, ("method=exact", "activations=checkpoint", "activations.selective=true")),
+        "exact, lean": (None, ("method=exact", "activations=lean")),
         "exact, bfloat16": (None, ("method=exact", "precision=bfloat16")),
         "zeroth_order": (None, ("method=zeroth_order",)),
     }
