@@ -178,7 +178,7 @@ def test_plan_of_the_small_model() -> None:
     assert long.steps * long.step_tokens == 2000 * 768
     assert long.optim.warmup_steps == 400
     assert lines["exact, 12 x 1 windows"].config.micro_batches == 12  # 1/12: the nearest below 1/8
-    assert len(lines) == 16
+    assert len(lines) == 17
     paper = plan.contenders(["experiment=arena_paper"], ["basis"], ["1/8"])
     assert [c.name for c in paper if c.refused] == ["exact, accumulated 1/8", "exact, small batch 1/8"]
     assert paper[1].config.optim.name == "sgd"
