@@ -62,3 +62,9 @@ def machine() -> dict[str, str]:
     place = made_by["machine"]
     where = place["gpu"] or f"{place['processor']}, {torch.get_num_threads()} threads"
     return {"machine": where, "torch": made_by["versions"]["torch"], "commit": str(made_by["commit"])}
+
+
+def made_by(command: str) -> str:
+    """The sentence below a table: command, commit, machine and version."""
+    where = machine()
+    return f"Made by `{command}` at commit {where['commit']} on {where['machine']}, torch {where['torch']}."
