@@ -1,11 +1,13 @@
 """The instruments of the benchmarks: turns, quartiles, and a table of a small layer."""
 
 import csv
+import math
 
 import pytest
 
 from harness.benchmark import interleaved, summarise
-from scripts import bench_layer, bench_step
+from harness.memory import format_bytes
+from scripts import bench_layer, bench_step, bench_sus
 
 
 def test_alternatives_take_turns_and_warm_ups_do_not_count() -> None:
@@ -44,3 +46,43 @@ def test_step_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kept["basis, lean"] != kept["exact, plain"]
     assert "tokens/s" in capsys.readouterr().out
     assert bench_step.main(["model.n_head=7"]) == 1
+
+
+def test_attention_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lengths", "64", "32", "--heads", "3", "--width", "8", "--c", "4", "--turns", "2"]
+    assert bench_sus.main([*options, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"attention.{end}" for end in ("csv", "md", "png", "svg")}
+    with (tmp_path / "attention.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["n"], row["attention"]) for row in rows] == [
+        (n, name) for n in ("32", "64") for name in ("exact", "sus dense", "sus sparse")
+    ]
+    size = 3 * 64 * 4  # bytes of a head's width at the longer length
+    kept = [float(row["kept_entries"]) for row in rows[3:]]
+    assert [row["kept"] for row in rows[3:]] == [format_bytes(b) for b in (33 * size, 32 * size + 8, 32 * size + 8)]
+    assert kept[0] == 32.5
+    assert all(2 < drawn <= 4.2 for drawn in kept[1:])
+    assert [row["backward_ratio"] for row in rows[::3]] == ["1.0", "1.0"]
+    said = capsys.readouterr().out
+    assert "Exponent of n" in said
+    assert sum(f"\n{kind}: " in said for kind in ("Forward and backward", "Backward")) == 2
+    with pytest.raises(SystemExit):
+        bench_sus.main(["--c", "0"])
+
+
+@pytest.mark.parametrize(
+    ("ratios", "length", "extrapolated", "said"),
+    [
+        ([4.0, 2.0, 0.5], math.sqrt(2) * 200, False, "break-even at n = 283"),
+        ([4.0, 3.0, 2.0], 400 * 2 ** (math.log(2) / math.log(1.5)), True, "no break-even up to n = 400; at about 1,308 if"),
+        ([2.0, 2.0, 2.5], None, True, "none in sight"),
+        ([0.5, 1.5, 0.75], 300.0, False, "break-even at n = 300"),
+        ([0.9, 0.8, 0.7], 100.0, False, "or faster at every length"),
+    ],
+)
+def test_break_even(ratios: list[float], length: float | None, extrapolated: bool, said: str) -> None:
+    rows = [{"n": n, "attention": "sus sparse", "whole_ratio": r} for n, r in zip((100, 200, 400), ratios, strict=True)]
+    found = bench_sus.break_even(rows, "whole")
+    assert said in bench_sus.sentence(rows, "whole")
+    assert found[1] == extrapolated
+    assert found[0] == (length if length is None else pytest.approx(length))
