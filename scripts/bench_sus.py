@@ -23,6 +23,7 @@ import argparse
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from models.gpt import CausalAttention
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KEY = 1
 MODES = {"sus dense": "dense", "sus sparse": "sparse"}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 KINDS = {"whole": "forward and backward", "backward": "backward"}
 
 
@@ -71,7 +73,16 @@ def rest_of_sparse(leaves: Sequence[Tensor], grad: Tensor, output: Tensor, c: fl
 
 
 def measure(
-    length: int, heads: int, width: int, c: float, dtype: str, *, turns: int, device: str = "auto", progress: bool = True
+    length: int,
+    heads: int,
+    width: int,
+    c: float,
+    dtype: str,
+    *,
+    turns: int,
+    device: str = "auto",
+    clock: str = "wall",
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """A row per attention for one length; times in milliseconds."""
     runtime = resolve(device, "float32", compile=False)
@@ -91,7 +102,8 @@ def measure(
         alternatives[f"{name}, whole"] = whole(module, leaves, grad)
         alternatives[f"{name}, backward"] = backward(outputs[name], leaves, grad)
     alternatives["sus sparse, entries"] = rest_of_sparse(leaves, grad, outputs["exact"], c)
-    timings = interleaved(alternatives, turns=turns, warm_up=1, synchronize=runtime.synchronize, progress=progress)
+    how: dict[str, Any] = {"warm_up": 1, "synchronize": runtime.synchronize, "clock": CLOCKS[clock], "progress": progress}
+    timings = interleaved(alternatives, turns=turns, **how)
     rows = []
     for name, module in modules.items():
         row: dict[str, Any] = {"n": length, "attention": name}
@@ -173,6 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--turns", type=int, default=7, help="timed turns of each alternative (default: 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: computing time, for a shared machine; one thread"
+    )
     parser.add_argument("--out", type=Path, help="folder for attention.csv, .md, .png and .svg")
     options = parser.parse_args(argv)
     if min(*options.lengths, options.heads, options.width) < 1 or options.turns < 2 or not options.c > 0:
@@ -182,14 +197,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for length in lengths:
             sizes = (length, options.heads, options.width, options.c, options.dtype)
-            rows += measure(*sizes, turns=options.turns, device=options.device)
+            rows += measure(*sizes, turns=options.turns, device=options.device, clock=options.clock)
     except ValueError as error:
         print(f"bench_sus: {error}", file=sys.stderr)
         return 1
     growth = [("exact", "backward", "of exact"), ("sus sparse", "backward", "of sus sparse")]
     growth.append(("sus sparse", "entries", "of sus sparse without sampling"))
     slopes = [(name, slope(rows, attention, key)) for attention, key, name in growth]
-    notes = [f"{options.heads} heads of width {options.width}, c = {options.c:g}, {options.dtype}."]
+    clock = {"wall": "", "cpu": " Times are computing time of the process, not of a clock on the wall."}[options.clock]
+    notes = [f"Heads: {options.heads}, of width {options.width}; c = {options.c:g}; {options.dtype}.{clock}"]
     notes += [sentence(rows, kind)[0].upper() + sentence(rows, kind)[1:] for kind in KINDS]
     if len(lengths) > 1:
         said = ", ".join(f"{value:.2f} {name}" for name, value in slopes)

@@ -15,6 +15,10 @@ def test_alternatives_take_turns_and_warm_ups_do_not_count() -> None:
     timings = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, turns=3, warm_up=2)
     assert order == ["a", "b"] * 5
     assert {name: timing.count for name, timing in timings.items()} == {"a": 3, "b": 3}
+    ticks = iter(range(100))
+    assert (
+        interleaved({"a": lambda: next(ticks)}, turns=2, clock=lambda: next(ticks))["a"].median == 2
+    )  # one between two looks
     with pytest.raises(ValueError, match="turns=1"):
         interleaved({"a": lambda: None}, turns=1)
 
