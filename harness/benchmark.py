@@ -33,8 +33,13 @@ def interleaved(
     warm_up: int = 2,
     synchronize: Callable[[], None] = lambda: None,
     progress: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time `alternatives` in turns. synchronize: waits for the device. Raises ValueError if `turns` is less than 2."""
+    """Time `alternatives` in turns. synchronize: waits for the device. Raises ValueError if `turns` is less than 2.
+
+    clock: in seconds. time.process_time counts what this process computes, of all its threads: with one thread it is the time
+    that an idle machine would take, but for the caches that it shares with others.
+    """
     if turns < 2:
         raise ValueError(f"turns={turns}: must be at least 2 for a median with quartiles")
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
@@ -46,11 +51,11 @@ def interleaved(
     for turn in rounds:
         for name, run in alternatives.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronize()
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: summarise(values) for name, values in seconds.items()}
 
 
@@ -66,3 +71,9 @@ def machine() -> dict[str, str]:
     place = made_by["machine"]
     where = place["gpu"] or f"{place['processor']}, {torch.get_num_threads()} threads"
     return {"machine": where, "torch": made_by["versions"]["torch"], "commit": str(made_by["commit"])}
+
+
+def made_by(command: str) -> str:
+    """The sentence below a table: command, commit, machine and version."""
+    where = machine()
+    return f"Made by `{command}` at commit {where['commit']} on {where['machine']}, torch {where['torch']}."

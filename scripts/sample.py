@@ -14,10 +14,8 @@ from pathlib import Path
 
 import torch
 
-from data.prepare import DataOptions, prepare
-from harness.checkpoint import CheckpointError, Checkpoints
-from harness.rundir import CHECKPOINT_FOLDER
-from models import GPT, GPTConfig
+from harness.checkpoint import CheckpointError
+from harness.trained import load_trained
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,25 +40,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(options: argparse.Namespace) -> None:
     """Load, continue the prompt, print token by token. Raises ValueError or CheckpointError if something is missing."""
-    checkpoints = Checkpoints(options.run / CHECKPOINT_FOLDER)
-    best = None if options.latest else checkpoints.best()
-    loaded = checkpoints.load(best) if best else checkpoints.load_latest()
-    if loaded is None:
-        raise ValueError(f"{options.run} holds no checkpoint; give a run folder such as runs/default")
-    config = loaded.state["config"]
-    model = GPT(GPTConfig(**config["model"]))
-    model.load_state_dict(loaded.state["model"])
-    model.eval()
-    prepared = prepare(DataOptions(**config["data"]))
-    if prepared.train.sha256 != loaded.state["data"]["train"]:
-        raise ValueError(
-            f"the text behind {options.run} has changed since; its tokens would be read with another vocabulary"
-        )
-    tokenizer = prepared.tokenizer
+    trained = load_trained(options.run, best=not options.latest)
+    model, tokenizer = trained.model.eval(), trained.prepared.tokenizer
     prompt = [int(token) for token in tokenizer.encode(options.prompt)]
     if not prompt:
         raise ValueError("--prompt is empty; give at least one character")
-    print(f"step {loaded.step}, val/loss {loaded.val_loss}", file=sys.stderr)
+    print(f"step {trained.step}, val/loss {trained.val_loss}", file=sys.stderr)
     generator = torch.Generator().manual_seed(options.seed)
     text = options.prompt
     print(text, end="", flush=True)

@@ -1,6 +1,7 @@
 """The instruments of the benchmarks: turns, quartiles, and a table of a small layer."""
 
 import csv
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from harness.benchmark import interleaved, summarise
 from harness.memory import format_bytes
-from scripts import bench_head, bench_layer, bench_step
+from scripts import bench_head, bench_layer, bench_step, bench_sus
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -19,6 +20,10 @@ def test_alternatives_take_turns_and_warm_ups_do_not_count() -> None:
     timings = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, turns=3, warm_up=2)
     assert order == ["a", "b"] * 5
     assert {name: timing.count for name, timing in timings.items()} == {"a": 3, "b": 3}
+    ticks = iter(range(100))
+    assert (
+        interleaved({"a": lambda: next(ticks)}, turns=2, clock=lambda: next(ticks))["a"].median == 2
+    )  # one between two looks
     with pytest.raises(ValueError, match="turns=1"):
         interleaved({"a": lambda: None}, turns=1)
 
@@ -86,3 +91,43 @@ def test_gpu_benchmark_runs_with_torch_and_numpy_alone(tmp_path) -> None:
     done = run("--seconds", "0", "--parts", "step", "layer")
     assert done.returncode == 1
     assert "left out for lack of time: layer" in done.stderr
+
+
+def test_attention_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lengths", "64", "32", "--heads", "3", "--width", "8", "--c", "4", "--turns", "2"]
+    assert bench_sus.main([*options, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"attention.{end}" for end in ("csv", "md", "png", "svg")}
+    with (tmp_path / "attention.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["n"], row["attention"]) for row in rows] == [
+        (n, name) for n in ("32", "64") for name in ("exact", "sus dense", "sus sparse")
+    ]
+    size = 3 * 64 * 4  # bytes of a head's width at the longer length
+    kept = [float(row["kept_entries"]) for row in rows[3:]]
+    assert [row["kept"] for row in rows[3:]] == [format_bytes(b) for b in (33 * size, 32 * size + 8, 32 * size + 8)]
+    assert kept[0] == 32.5
+    assert all(2 < drawn <= 4.2 for drawn in kept[1:])
+    assert [row["backward_ratio"] for row in rows[::3]] == ["1.0", "1.0"]
+    said = capsys.readouterr().out
+    assert "Exponent of n" in said
+    assert sum(f"\n{kind}: " in said for kind in ("Forward and backward", "Backward")) == 2
+    with pytest.raises(SystemExit):
+        bench_sus.main(["--c", "0"])
+
+
+@pytest.mark.parametrize(
+    ("ratios", "length", "extrapolated", "said"),
+    [
+        ([4.0, 2.0, 0.5], math.sqrt(2) * 200, False, "break-even at n = 283"),
+        ([4.0, 3.0, 2.0], 400 * 2 ** (math.log(2) / math.log(1.5)), True, "no break-even up to n = 400; at about 1,308 if"),
+        ([2.0, 2.0, 2.5], None, True, "none in sight"),
+        ([0.5, 1.5, 0.75], 300.0, False, "break-even at n = 300"),
+        ([0.9, 0.8, 0.7], 100.0, False, "or faster at every length"),
+    ],
+)
+def test_break_even(ratios: list[float], length: float | None, extrapolated: bool, said: str) -> None:
+    rows = [{"n": n, "attention": "sus sparse", "whole_ratio": r} for n, r in zip((100, 200, 400), ratios, strict=True)]
+    found = bench_sus.break_even(rows, "whole")
+    assert said in bench_sus.sentence(rows, "whole")
+    assert found[1] == extrapolated
+    assert found[0] == (length if length is None else pytest.approx(length))

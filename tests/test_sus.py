@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra.errors import CompactHydraException
+from sus_checks import delta_from_sample
 from tiny import losses, train_here
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import basis
 import basis.sus
-from basis.sus import SusAttention, sus_attention
+from basis.sus import MODES, SusAttention, mask_variance, sus_attention
 from basis.sus.blocks import Heads
-from basis.sus.dense import dense_gradients
 from basis.sus.masks import Noise, independent_mask
 from basis.sus.statistics import kept_per_row
 from harness import rundir
@@ -26,7 +26,6 @@ from harness.memory import saved_bytes
 from models import GPT, GPTConfig
 from models.gpt import CausalAttention
 
-MODES = ["dense", "sparse"]
 C = 3.0
 
 
@@ -61,6 +60,7 @@ def probabilities(q: Tensor, k: Tensor) -> Tensor:
 def variances(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, c: float) -> tuple[float, ...]:
     """Total variance of dQ, dK, dV under independent masks, by the formulas of the rule's derivation."""
     weights = probabilities(q, k)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # masks of query heads are independent
     spread = torch.where(weights < 1 / c, weights * (1 / c - weights), 0.0)
     x = grad.double() @ v.double().mT - ((weights @ v.double()) * grad.double()).sum(-1, keepdim=True)
     scale2 = 1 / q.shape[-1]
@@ -70,20 +70,10 @@ def variances(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, c: float) -> tuple[
     return float(of_q), float(of_k), float(of_v)
 
 
-def draws(mode: str, count: int, *, biased: bool = False) -> list[Tensor]:
+def draws(mode: str, count: int) -> list[Tensor]:
     """`count` gradients dQ, dK, dV of one input, each under its own key: copies of the input stand side by side as sequences."""
-    q, k, v, grad = inputs()
-    many = [x.expand(count, *x.shape[1:]) for x in (q, k, v, grad)]
-    if not biased:
-        return [g.double() for g in sus_gradients(*many, basis.noise.fold("draws", mode), C, mode)]
-    heads = Heads.of(*many[:3])
-    key = torch.tensor(basis.noise.fold("draws", mode))
-    noise = Noise.of(key, heads)
-    part = noise.part(slice(None), slice(0, q.shape[2]))
-    weights = probabilities(q, k).float().expand(count, -1, -1, -1).flatten(0, 1)
-    sampled = independent_mask(weights, C, part) @ heads.v  # so that its D is that of the sample: sum_j W~_ij V_j . G_i
-    grads = dense_gradients(heads, heads.like_q(sampled), heads.like_q(many[3]), key, C)
-    return [g.view(count, *x.shape[1:]).double() for g, x in zip(grads, (q, k, v), strict=True)]
+    many = [x.expand(count, *x.shape[1:]) for x in inputs()]
+    return [g.double() for g in sus_gradients(*many, basis.noise.fold("draws", mode), C, mode)]
 
 
 def z_scores(sample: list[Tensor]) -> list[float]:
@@ -124,8 +114,9 @@ def test_the_mean_over_masks_is_the_exact_gradient(mode: str) -> None:
     assert all(0.75 < z < 1.25 for z in z_scores(sample))
 
 
-def test_delta_from_the_sample_is_biased_and_the_test_sees_it() -> None:
-    of_q, of_k, of_v = z_scores(draws("dense", 4000, biased=True))
+def test_delta_from_the_sample_is_biased_and_the_test_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODES, "dense", delta_from_sample)
+    of_q, of_k, of_v = z_scores(draws("dense", 4000))
     assert of_q > 1.5
     assert of_k > 1.5
     assert of_v == pytest.approx(1, abs=0.15)  # D has no part in dV
@@ -139,6 +130,15 @@ def test_variance_is_that_of_the_formula(mode: str) -> None:
             assert found == pytest.approx(expected, rel=0.05)
         else:
             assert 0.3 * expected < found < 1.02 * expected
+
+
+@pytest.mark.parametrize(("h", "h_kv"), [(2, 2), (4, 2)])
+def test_the_formula_is_that_of_the_oracle(h: int, h_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = inputs(b=3, h=h, h_kv=h_kv)
+    for in_cache in (basis.sus.blocks._IN_CACHE, 300):  # numbers of a block: all rows, and 6 rows of one group
+        monkeypatch.setattr(basis.sus.blocks, "_IN_CACHE", in_cache)
+        for c in (1.0, C, 1e9):
+            assert mask_variance(*case, c=c) == pytest.approx(variances(*case, c), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)

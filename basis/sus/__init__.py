@@ -2,6 +2,8 @@
 
     basis.sus.convert(model, CausalAttention, c=25)     # modules of this type: q, k, v -> output, causal
     basis.sus.revert(model)
+    basis.sus.kept_statistics(model, forward)           # entries kept a row, expected and drawn
+    basis.sus.mask_variance(q, k, v, grad_output, c=25) # the gradients' variance, from the formula
 
 Forward is exact, dense, causal attention: W = softmax(q k^T / sqrt(d)), O = W V. In backward each entry of W is kept with
 probability q_ij = min(c W_ij, 1) and stands for W_ij / q_ij = max(W_ij, 1/c) then (section numbers of the paper's rule are in
@@ -24,8 +26,19 @@ from torch import nn
 
 from basis.sus.attention import MODES, SusAttention, sus_attention
 from basis.sus.statistics import Kept, kept_statistics
+from basis.sus.variance import Variance, mask_variance
 
-__all__ = ["MODES", "Kept", "SusAttention", "convert", "kept_statistics", "revert", "sus_attention"]
+__all__ = [
+    "MODES",
+    "Kept",
+    "SusAttention",
+    "Variance",
+    "convert",
+    "kept_statistics",
+    "mask_variance",
+    "revert",
+    "sus_attention",
+]
 
 
 def convert(model: nn.Module, attention: type[nn.Module], *, c: float, mode: str = "sparse") -> list[str]:

@@ -7,11 +7,9 @@ With G = dL/dO and W~ the masked probabilities (masks.py), in place of the exact
     dQ = scale M K        dK = scale M^T Q        dV = W~^T G
 
 Each is linear in W~, so its mean is the exact gradient. D must not be formed from W~ (sum_j W~_ij V_j . G_i): the product of two
-masked factors has another mean. Given W, and w_ij = W_ij (1/c - W_ij) where W_ij < 1/c, else 0, and x_ij = V_j . G_i - D_i,
+masked factors has another mean. Their variance is in variance.py.
 
-    Var dV = sum w_ij |G_i|^2,    Var dQ = scale^2 sum w_ij x_ij^2 |K_j|^2,    Var dK = scale^2 sum w_ij x_ij^2 |Q_i|^2
-
-are summed over all elements. Cost: five products as in flash attention's backward, O(T^2 d), and a hash for each entry.
+Cost: five products as in flash attention's backward, O(T^2 d), and a hash for each entry.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import basis
+from harness.benchmark import made_by
 from harness.device import resolve
 from harness.files import write_atomic
 from harness.memory import saved_bytes
@@ -215,16 +216,11 @@ def report(out: Path, *, command: str) -> tuple[Table, list[Path]]:
     out.mkdir(parents=True, exist_ok=True)
     rows = measure(points())
     fitted, sizes = slopes(rows), sizes_table(rows)
-    made_by = provenance()
-    machine = made_by["machine"]
-    where = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
-    fitted.notes.append(
-        f"Made by `{command}` at commit {made_by['commit']} on {where}, torch {made_by['versions']['torch']}."
-    )
+    fitted.notes.append(made_by(command))
     write_atomic(out / "complexity.md", fitted.markdown())
     write_atomic(out / "complexity.csv", fitted.csv())
     write_atomic(out / "complexity_sizes.csv", sizes.csv())
-    everything = made_by | {"slopes": fitted.json(), "sizes": sizes.json()}
+    everything = provenance() | {"slopes": fitted.json(), "sizes": sizes.json()}
     write_atomic(out / "complexity.json", json.dumps(everything, indent=1) + "\n")
     texts = [out / name for name in ("complexity.md", "complexity.csv", "complexity_sizes.csv", "complexity.json")]
     return fitted, [*texts, *draw(rows, out / "complexity")]

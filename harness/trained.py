@@ -1,0 +1,44 @@
+"""A model that a run has trained, read back with the text it was trained on: the way in for programs that look at one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.options import DataOptions
+from data.prepare import Prepared, prepare
+from harness.checkpoint import Checkpoints
+from harness.rundir import CHECKPOINT_FOLDER
+from models import GPT, GPTConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """model: on the CPU, with plain layers and exact attention, however it was trained. val_loss: at that step, or None."""
+
+    model: GPT
+    prepared: Prepared
+    step: int
+    val_loss: float | None
+
+
+def load_trained(run: Path, *, best: bool = False) -> Trained:
+    """The newest checkpoint of the run folder `run`, or the one of lowest validation loss where there is one.
+
+    Raises ValueError if there is none, or if the text has changed since; CheckpointError if it is damaged.
+    """
+    checkpoints = Checkpoints(run / CHECKPOINT_FOLDER)
+    chosen = checkpoints.best() if best else None
+    loaded = checkpoints.load(chosen) if chosen else checkpoints.load_latest()
+    if loaded is None:
+        raise ValueError(f"{run} holds no checkpoint; give a run folder such as runs/default")
+    config = loaded.state["config"]
+    with torch.random.fork_rng():
+        model = GPT(GPTConfig(**config["model"]))
+    model.load_state_dict(loaded.state["model"])
+    prepared = prepare(DataOptions(**config["data"]))
+    if prepared.train.sha256 != loaded.state["data"]["train"]:
+        raise ValueError(f"the text behind {run} has changed since; its tokens would be read with another vocabulary")
+    return Trained(model, prepared, loaded.step, loaded.val_loss)
