@@ -33,11 +33,11 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from basis import ESTIMATORS
+from basis import ESTIMATORS, Estimator
 from basis.budget import parse_share
 from harness import rundir
 from harness.build import check_method
-from harness.config import Config, load
+from harness.config import Config, load, make_estimator
 from harness.files import write_atomic
 from harness.metrics import read_metrics
 from harness.results import TUNING
@@ -108,6 +108,17 @@ def default_methods() -> list[str]:
     names = [name for name, kind in ESTIMATORS.items() if kind.knob and (CONF / "method" / f"{name}.yaml").exists()]
     fields = {field.name for field in dataclasses.fields(ESTIMATORS["basis"])}  # type: ignore[arg-type]
     return names + (["basis center=true"] if "center" in fields else [])
+
+
+def estimator_of(method: str) -> Estimator:
+    """The estimator of a method's name and, behind blanks, options of it, as in "basis center=true".
+
+    Raises ValueError for one that can't be.
+    """
+    name, *options = method.split()
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        config = load(compose("config", overrides=[f"method={name}", *(f"method.{option}" for option in options)]))
+    return make_estimator(config.method)
 
 
 def contenders(

@@ -40,9 +40,9 @@ from harness.benchmark import interleaved, made_by
 from harness.device import resolve
 from harness.files import write_atomic
 from harness.memory import format_bytes, saved_bytes
+from harness.provenance import provenance
 from harness.report.figures import sus_times
 from harness.report.tables import Column, Table
-from harness.rundir import provenance
 from models.gpt import CausalAttention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -38,10 +38,10 @@ from data import Sampler
 from harness.benchmark import made_by
 from harness.checkpoint import CheckpointError
 from harness.files import write_atomic
+from harness.provenance import provenance
 from harness.report.figures import sus_variance
 from harness.report.statistics import Estimate, estimate
 from harness.report.tables import Column, Table
-from harness.rundir import provenance
 from harness.trained import load_trained
 from models import GPT
 from models.gpt import CausalAttention
