@@ -30,7 +30,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from harness import memory, rundir
 from harness.checkpoint import CheckpointError
-from harness.config import load
+from harness.config import load, make_estimator
 from harness.evaluate import validation_loss
 from harness.metrics import read_metrics
 from harness.optim import learning_rate, momentum_norm
@@ -177,6 +177,15 @@ def describe(run: Run, table: dict[str, int]) -> None:
         sketch,
         config.step_tokens,
     )
+    if run.shares:
+        knobs, knob = run.knobs(), make_estimator(config.method).knob
+        lines = [f"  {name:<24}{share:>8.4f}  {knobs[name]:g}" for name, share in run.shares.items()]
+        log.info(
+            "%s",
+            "\n".join(
+                [f"shares of X, by the error of dW ({config.method.budget} in all), and the {knob} that keeps it:", *lines]
+            ),
+        )
     prefix = "mem/saved_bytes/"
     saved = {name.removeprefix(prefix): size for name, size in table.items() if name.startswith(prefix)}
     others = {"parameters": table["mem/parameter_bytes"], "gradients": table["mem/gradient_bytes"]}
@@ -208,6 +217,8 @@ def execute(values: DictConfig, folder: Path) -> None:
 
     summary = {"status": "running", "run_id": run.id, "method": config.method.name, "runtime": run.runtime.describe()}
     summary |= {"data": run.data_hashes, "parameters": run.model.parameter_count(), "sketched_layers": run.sketched}
+    if run.shares:
+        summary["knobs"] = run.knobs()
     summary |= provenance()
     rundir.write_summary(folder, summary)  # a run that is killed from here on is not taken for finished
     summary["status"] = "failed"

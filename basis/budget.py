@@ -4,7 +4,8 @@
 
 A fair comparison of methods fixes what they keep between forward and backward and lets each choose how. The exact layer keeps
 X, rows * in_features numbers in the precision of the run; a share of that is the budget, layer by layer, and the setting is the
-largest whose bytes fit. Bytes are not looked up in a formula but counted: the method compresses a tensor that has a shape and
+largest whose bytes fit. With `split_by_error` layers may differ: as many bytes in all, more of them where they help most.
+Bytes are not looked up in a formula but counted: the method compresses a tensor that has a shape and
 no memory. What lives between steps (a learned subspace) is not part of it; it is counted as state, see `SketchedLinear.state`.
 Except where the state itself stands in for X (an average of sketches): then it is what the budget is for.
 """
@@ -12,7 +13,8 @@ Except where the state itself stands in for X (an average of sketches): then it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, cast
 
@@ -39,6 +41,12 @@ def state_bytes(estimator: Estimator, width: int) -> int:
     return sum(t.nbytes for t in estimator.initial_state(width, torch.device("meta")).values())
 
 
+def _bytes(estimator: Estimator, rows: int, width: int, dtype: torch.dtype) -> int:
+    """What counts against a budget."""
+    state = state_bytes(estimator, width) if estimator.state_replaces_input else 0
+    return kept_bytes(estimator, rows, width, dtype) + state
+
+
 def fit(estimator: Estimator, share: float, rows: int, width: int, dtype: torch.dtype = torch.float32) -> Estimator:
     """`estimator` with its knob at the largest value that keeps at most `share` of X (rows, width) in `dtype`.
 
@@ -55,9 +63,7 @@ def fit(estimator: Estimator, share: float, rows: int, width: int, dtype: torch.
     values = estimator.knob_values(rows, width)
 
     def size(value: Any) -> int:
-        candidate = with_knob(estimator, value)
-        state = state_bytes(candidate, width) if candidate.state_replaces_input else 0
-        return kept_bytes(candidate, rows, width, dtype) + state
+        return _bytes(with_knob(estimator, value), rows, width, dtype)
 
     least = size(values[0])
     if least > budget:
@@ -96,6 +102,41 @@ def within_budget(
         return made[width]
 
     return choose
+
+
+def split_by_error(
+    estimator: Estimator,
+    errors: Mapping[str, tuple[int, float]],
+    *,
+    share: float,
+    rows: int,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Shares of X, layer by layer, that keep `share` of all inputs together and make the summed error of dW least.
+
+    errors: by layer, its in_features and E |dW^ - dW|^2 / |dW|^2 with what `within_budget` gives it (`gradient_quality`). The
+    error of a sketch falls as one over its bytes, e_l b_l / b'_l; under sum b'_l = sum b_l the sum of errors is least for
+    b'_l in proportion to sqrt(e_l b_l). For a method whose error falls otherwise that is a heuristic. No layer gets less than
+    its smallest setting keeps, or more than X. Raises ValueError as `fit`.
+    """
+    whole = {name: float(rows * width * dtype.itemsize) for name, (width, _) in errors.items()}
+    least, wish = {}, {}
+    for name, (width, error) in errors.items():
+        least[name] = _bytes(with_knob(estimator, estimator.knob_values(rows, width)[0]), rows, width, dtype)
+        wish[name] = math.sqrt(max(error, 0.0) * _bytes(fit(estimator, share, rows, width, dtype), rows, width, dtype))
+    left, open_ = share * sum(whole.values()), set(errors)
+    given: dict[str, float] = {}
+    while open_:
+        total = sum(wish[name] for name in open_)
+        part = {name: left * (wish[name] / total if total else whole[name] / sum(whole[n] for n in open_)) for name in open_}
+        out = {name: min(max(size, least[name]), whole[name]) for name, size in part.items()}
+        # Those above or below a limit get the limit, whichever of the two sides is off by more; the others share what is left.
+        off = sum(out[name] - part[name] for name in open_)
+        fixed = {name for name in open_ if (out[name] > part[name] if off > 0 else out[name] < part[name])} or set(open_)
+        given |= {name: out[name] for name in fixed}
+        left -= sum(out[name] for name in fixed)
+        open_ -= fixed
+    return {name: given[name] / whole[name] for name in errors}
 
 
 def parse_share(text: str) -> float:

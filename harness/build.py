@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import basis
+from basis.budget import split_by_error
 from data.tokens import TokenFile
 from harness import activations, attention
 from harness.config import WHOLE_MODEL, Config, make_estimator, share_of
 from models import GPT, GPTConfig
+
+LOOKS, MEASURED = 10, 4
+"""Batches that a method learns from, and batches that are measured, where a budget is divided by the error of dW."""
 
 
 def fill_vocabulary(config: GPTConfig, tokens: TokenFile) -> GPTConfig:
@@ -53,9 +62,40 @@ def apply_method(model: GPT, config: Config) -> list[str]:
         estimator = make_estimator(method)
         if method.budget is None:
             return basis.convert(model, estimator, include=method.include, exclude=method.exclude)
-        rows = config.micro_batch_size * config.model.block_size
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        chosen = basis.within_budget(estimator, share=share_of(method), rows=rows, dtype=dtype)
+        chosen = basis.within_budget(estimator, share=share_of(method), **_inputs(config))
         return basis.convert(model, chosen, include=method.include, exclude=method.exclude)
     except ValueError as error:
         raise ValueError(f"method.{error}") from None
+
+
+def _inputs(config: Config) -> dict[str, Any]:
+    """Rows and precision of every layer's input."""
+    rows = config.micro_batch_size * config.model.block_size
+    return {"rows": rows, "dtype": torch.bfloat16 if config.precision == "bfloat16" else torch.float32}
+
+
+def measure_shares(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[str, float]:
+    """The budget divided by the error that dW has in each layer of the untrained `model`, see basis.budget.split_by_error.
+
+    loss: of the training batch of a step, with graph and under the step's noise. Methods that learn see LOOKS batches first;
+    what they have learned is in `model` afterwards, which `apply_shares` undoes.
+    """
+    for step in range(LOOKS):
+        loss(step)
+    squares: dict[str, list[float]] = {}
+    for step in range(MEASURED):
+        for name, quality in basis.gradient_quality(model, functools.partial(loss, step)).items():
+            squares.setdefault(name, []).append(quality.relative_error**2)
+    layers = dict(basis.sketched_layers(model))
+    errors = {name: (layer.in_features, statistics.fmean(squares[name])) for name, layer in layers.items()}
+    return split_by_error(make_estimator(config.method), errors, share=share_of(config.method), **_inputs(config))
+
+
+def apply_shares(model: GPT, config: Config, shares: Mapping[str, float]) -> None:
+    """Give each sketched layer the setting that keeps its share; whatever it had learned is forgotten."""
+    estimator = make_estimator(config.method)
+
+    def choose(name: str, layer: nn.Linear) -> basis.Estimator:
+        return basis.fit(estimator, shares[name], width=layer.in_features, **_inputs(config))
+
+    basis.convert(model, choose, include=config.method.include, exclude=config.method.exclude)

@@ -37,6 +37,7 @@ OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), 
 ZEROTH_ORDER = "zeroth_order"
 WHOLE_MODEL = ("exact", ZEROTH_ORDER)
 """Methods that have no choice of layers and no budget."""
+ALLOCATIONS = ("uniform", "variance")
 
 
 @dataclass
@@ -44,11 +45,13 @@ class MethodOptions:
     """How dW is formed (`name`, one of basis.ESTIMATORS or zeroth_order) and in which dense layers (shell patterns of names).
 
     budget: a share such as 1/24: each layer's knob (rank, rows, bits) is set so that it keeps this share of the bytes of its
-    input; the option of that name is then not looked at. null: as the options say.
+    input; the option of that name is then not looked at. null: as the options say. allocation: how a budget is divided:
+    uniform, the same share for every layer, or variance, as many bytes in all, by the error of dW in the first batches.
     """
 
     name: str = "exact"
     budget: str | None = None
+    allocation: str = "uniform"
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
 
@@ -141,6 +144,12 @@ class Config:
                 keeps = "exact backpropagation keeps everything" if self.method.name == "exact" else "it keeps nothing"
                 raise ValueError(f"method.budget={self.method.budget}: {keeps}; leave it null")
             share_of(self.method)
+        if self.method.allocation not in ALLOCATIONS:
+            raise ValueError(f"method.allocation={self.method.allocation!r}: must be one of {', '.join(ALLOCATIONS)}")
+        if self.method.allocation != "uniform" and self.method.budget is None:
+            raise ValueError(
+                f"method.allocation={self.method.allocation}: divides a budget; give method.budget, such as 1/8"
+            )
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
         if self.precision not in PRECISIONS:

@@ -27,7 +27,7 @@ from basis.noise import fold
 from data import Sampler, ValidationWindows, validation_windows
 from data.prepare import prepare
 from harness import activations, memory, rundir
-from harness.build import build_model, check_method, fill_vocabulary
+from harness.build import apply_shares, build_model, check_method, fill_vocabulary, measure_shares
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config, make_method
 from harness.device import Runtime, resolve
@@ -65,6 +65,7 @@ class Run:
     lock: FileLock
     id: str
     zeroth_order: ZerothOrder | None = None  # takes the place of backward
+    shares: dict[str, float] = field(default_factory=dict)  # of each layer's input, where they were measured
     step: int = 0
     saved_step: int | None = None
     val_step: int | None = None
@@ -103,6 +104,11 @@ class Run:
         finally:
             self.forward = compiled
         return {f"sketch/{layer}/{name}": v for layer, quality in panel.items() for name, v in quality.metrics().items()}
+
+    def knobs(self) -> dict[str, float]:
+        """Each sketched layer's rank, rows or bits, of a method that has such an option."""
+        layers = basis.sketched_layers(self.model)
+        return {name: getattr(layer.estimator, layer.estimator.knob) for name, layer in layers if layer.estimator.knob}
 
     def pending_losses(self) -> list[float]:
         """Losses of the steps since the last logged row. Raises NonFiniteError naming the first step that has none."""
@@ -151,6 +157,7 @@ class Run:
                 "data": self.data_hashes,
                 "runtime": self.runtime.describe(),
                 "seconds": self.wall_seconds(),
+                "shares": self.shares,
             },
             # What the best is kept by: the loss of these very weights.
             val_loss=self.val_loss if self.config.checkpoint.best and self.val_step == self.step else None,
@@ -214,7 +221,23 @@ def telling_settings(config: Config) -> dict[str, object]:
             continue
         if option.default is dataclasses.MISSING or (value != option.default and not isinstance(value, float)):
             telling["R" if option.name == "rank" else option.name] = value
+    if config.method.allocation != "uniform":
+        telling["allocation"] = config.method.allocation
     return telling | config.attention.telling()
+
+
+def _measured_shares(model: GPT, config: Config, sampler: Sampler, runtime: Runtime) -> dict[str, float]:
+    """method.allocation=variance in a new run: see `measure_shares`. PyTorch's random state stays as it was."""
+
+    def loss(step: int) -> Tensor:
+        basis.set_noise_key(model, seed=config.seed, step=step, micro_batch=0)
+        inputs, targets = sampler.batch(step, 0)
+        with runtime.autocast():
+            result: Tensor = model(inputs.to(runtime.device), targets.to(runtime.device))
+        return result
+
+    with torch.random.fork_rng():
+        return measure_shares(model, config, loss)
 
 
 def set_up(config: Config, folder: Path) -> Run:
@@ -257,6 +280,11 @@ def set_up(config: Config, folder: Path) -> Run:
             f"{option}: {before[option]} -> {now[option]}" for option in now if before[option] != now[option]
         )
         raise ValueError(f"{folder} holds a run that computes elsewhere ({changes}); losses would not continue bit for bit")
+
+    shares: dict[str, float] = {}
+    if config.method.allocation == "variance":
+        shares = loaded.state["shares"] if loaded else _measured_shares(model, config, sampler, runtime)
+        apply_shares(model, config, shares)
 
     folder.mkdir(parents=True, exist_ok=True)
     fresh = not any(folder.iterdir())
@@ -316,6 +344,7 @@ def set_up(config: Config, folder: Path) -> Run:
         lock=lock,
         id=identity,
         zeroth_order=method if isinstance(method, ZerothOrder) else None,
+        shares=shares,
     )
     if loaded:
         run.restore(loaded)

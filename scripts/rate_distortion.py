@@ -129,8 +129,8 @@ def tables(points: Sequence[Point], note: str) -> tuple[Table, Table]:
     columns = {"layer": Column("layer"), "method": Column("method"), "budget": Column("budget")}
     numbers = {
         "bits": Column("bits a number", digits=3),
-        "distortion": Column("distortion", digits=5),
-        "bound": Column("bound", digits=5),
+        "distortion": Column("distortion", digits=7),
+        "bound": Column("bound", digits=7),
         "ratio": Column("ratio", digits=2),
     }
     place = {name: Column(name) for name in ("machine", "torch", "commit")}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import basis
-from basis.budget import parse_share
+from basis.budget import parse_share, split_by_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,3 +56,44 @@ def test_refusals(call, message: str) -> None:
 def test_shares_are_fractions_or_numbers() -> None:
     assert parse_share("1/24") == pytest.approx(1 / 24)
     assert parse_share("0.125") == 0.125
+
+
+ERRORS = {"a": (64, 9.0), "b": (64, 1.0), "c": (256, 4.0), "d": (16, 0.25)}
+
+
+def summed_error(shares: dict[str, float], rows: int, uniform: float) -> float:
+    """Of a method whose squared error is one over its bytes, `ERRORS` being those at the share `uniform`."""
+    sketch = basis.BalancedSketch(1)
+    total = 0.0
+    for name, (width, error) in ERRORS.items():
+        at = basis.kept_bytes(basis.fit(sketch, uniform, rows, width), rows, width)
+        total += error * at / (shares[name] * rows * width * 4)
+    return total
+
+
+def test_a_split_budget_is_spent_and_no_other_split_has_less_error() -> None:
+    rows, share = 512, 1 / 8
+    shares = split_by_error(basis.BalancedSketch(1), ERRORS, share=share, rows=rows)
+    widths = torch.tensor([width for width, _ in ERRORS.values()], dtype=torch.float64)
+    spent = sum(shares[name] * width for name, (width, _) in ERRORS.items())
+    assert spent == pytest.approx(share * float(widths.sum()))
+    best = summed_error(shares, rows, share)
+    assert best < summed_error(dict.fromkeys(ERRORS, share), rows, share)
+    assert shares["a"] / shares["b"] == pytest.approx(3.0)  # equal widths: as the roots of their errors
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        other = torch.rand(4, generator=generator, dtype=torch.float64) + 0.02
+        other *= share * widths.sum() / (other * widths).sum()
+        assert summed_error(dict(zip(ERRORS, other.tolist(), strict=True)), rows, share) >= best
+
+
+def test_no_layer_gets_less_than_its_smallest_setting_or_more_than_its_input() -> None:
+    rows, sketch = 32, basis.BalancedSketch(1)
+    errors = {"greedy": (16, 1e6), "modest": (16, 1e-9), "middle": (64, 1.0)}
+    shares = split_by_error(sketch, errors, share=1 / 2, rows=rows)
+    assert shares["greedy"] == 1.0
+    assert shares["modest"] == pytest.approx((16 * 4 + 8) / (16 * 4 * rows))
+    assert sum(shares[name] * width for name, (width, _) in errors.items()) == pytest.approx(96 / 2)
+    assert basis.fit(sketch, shares["modest"], rows, 16).rank == 1
+    even = split_by_error(sketch, {"a": (16, 0.0), "b": (32, 0.0)}, share=1 / 4, rows=rows)
+    assert even == pytest.approx({"a": 1 / 4, "b": 1 / 4})  # nothing to go by

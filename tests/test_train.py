@@ -114,6 +114,22 @@ def test_killed_and_resumed_equals_straight_to_the_last_bit(method: str, data: P
     assert losses(killed) == losses(straight)
 
 
+def test_a_budget_divided_by_the_error_of_dw_is_kept_told_and_resumed(data: Path, tmp_path: Path) -> None:
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    options = ["method=subspace", "method.budget=1/4", "method.include=[blocks.*]", "micro_batch_size=8"]
+    train_here(data, tmp_path / "uniform", *options)
+    options.append("method.allocation=variance")
+    for folder, steps in ((straight, 20), (run, 10), (run, 20)):
+        train_here(data, folder, *options, f"steps={steps}")
+    assert losses(run)[-1] == losses(straight)[-1]
+    knobs = rundir.read_summary(straight)["knobs"]
+    assert sorted(knobs) == ["blocks.0.attn.proj", "blocks.0.attn.qkv", "blocks.0.mlp.fc", "blocks.0.mlp.proj"]
+    assert len({knobs[name] for name in knobs if name != "blocks.0.mlp.proj"}) > 1  # of equal width, yet not of equal rank
+    kept, uniform = (losses(folder)[0]["mem/saved_bytes/sketches"] for folder in (straight, tmp_path / "uniform"))
+    assert 0.85 * uniform < kept <= 1.15 * uniform  # each layer rounds its rank down
+    assert losses(straight)[0]["val/loss"] == losses(tmp_path / "uniform")[0]["val/loss"]  # weights are those of the seed
+
+
 def test_sigterm_saves_and_the_same_command_continues(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["steps=700", "checkpoint.every=0", "eval.every=0", "log.every=10"]

@@ -39,6 +39,8 @@ REFUSED = [
     (["method=zeroth_order", "method.rank=0"], "method.rank=0"),
     (["method=zeroth_order", "+method.budget=1/8"], "method.budget=1/8: it keeps nothing"),
     (["method=zeroth_order", "+method.include=[head]"], "method.include, method.exclude: zeroth_order"),
+    (["method.allocation=variance"], "method.allocation=variance: divides a budget; give method.budget"),
+    (["method.budget=1/8", "method.allocation=best"], "method.allocation='best': must be one of uniform, variance"),
     (["method.budget=1/1000"], "method.budget=0.001: BalancedSketch keeps at least 1/14.2 of an input of 16 x 16 (rank=1)"),
 ]
 
