@@ -29,9 +29,7 @@ import basis
 from harness import activations
 from harness.activations import ActivationsOptions
 from harness.device import Runtime, resolve
-from harness.files import write_atomic
 from harness.optim import OptimOptions
-from harness.report.tables import Table
 from harness.step_benchmark import Step, measure
 from harness.step_benchmark import table as step_table
 from models import GPT, GPTConfig
@@ -112,17 +110,11 @@ def measure_steps(size: Size, contexts: list[int], runtime: Runtime, clock: Cloc
             steps = {"exact, plain": exact[0], name: make_step(size, context, name, runtime)}
             labelled = {f"{title}, context {context:,}": step for title, step in steps.items()}
             rows.extend(measure(labelled, turns=turns, progress=False))
-            write(step_table(rows), out)
+            step_table(rows).write(out / "step.csv")
 
         for name in ALTERNATIVES:
             clock.run(f"step, context {context:,}, {name}", partial(pair, name))
         torch._dynamo.reset()
-
-
-def write(table: Table, out: Path) -> None:
-    """The table so far, as CSV and Markdown."""
-    write_atomic(out / f"{table.name}.csv", table.csv())
-    write_atomic(out / f"{table.name}.md", table.markdown())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,19 +141,18 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench_gpu: {error}", file=sys.stderr)
         return 1
-    options.out.mkdir(parents=True, exist_ok=True)
     clock = Clock(options.seconds)
     width, turns = size.model.n_embd, options.turns
 
     def layer() -> None:
         sizes = (size.rows, width, 4 * width, [64, 512] if size.rows > 512 else [8], options.precision)
         lines = bench_layer.measure(*sizes, turns=turns, device=options.device, compile=compile, progress=False)
-        write(bench_layer.table(lines), options.out)
+        bench_layer.table(lines).write(options.out / "layer.csv")
 
     def head() -> None:
         sizes = (size.rows, width, size.classes, [64], options.precision)
         lines = bench_head.measure(*sizes, turns=turns, device=options.device, progress=False)
-        write(bench_head.table(lines), options.out)
+        bench_head.table(lines).write(options.out / "head.csv")
 
     for part in options.parts:
         if part == "step":

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import basis
 from harness.benchmark import interleaved, machine
 from harness.device import resolve
-from harness.files import write_atomic
 from harness.memory import LiveBytes, format_bytes, saved_bytes_total, tensor_bytes
 from harness.report.tables import Column, Table
 from scripts.bench_layer import DTYPES
@@ -142,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["float32"])
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each alternative (default: 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--csv", type=Path, help="also write the table there")
+    parser.add_argument("--csv", type=Path, help="also write the table there, and as .md beside it")
     options = parser.parse_args(argv)
     if min(options.rows, options.width, options.classes, *options.rank) < 1 or options.turns < 2:
         parser.error("sizes and ranks must be at least 1, --turns at least 2")
@@ -154,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     result = table(lines)
     print(result.markdown())
     if options.csv:
-        write_atomic(options.csv, result.csv())
+        result.write(options.csv)
     return 0
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 import basis
 from harness.benchmark import interleaved, machine
 from harness.device import resolve
-from harness.files import write_atomic
 from harness.memory import format_bytes, saved_bytes_total
 from harness.report.tables import Column, Table
 
@@ -115,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=20, help="timed turns of each alternative (default: 20)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile every alternative")
-    parser.add_argument("--csv", type=Path, help="also write the table there")
+    parser.add_argument("--csv", type=Path, help="also write the table there, and as .md beside it")
     options = parser.parse_args(argv)
     if min(options.rows, options.width, options.out, *options.rank) < 1 or options.turns < 2:
         parser.error("sizes and ranks must be at least 1, --turns at least 2")
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     result = table(lines)
     print(result.markdown())
     if options.csv:
-        write_atomic(options.csv, result.csv())
+        result.write(options.csv)
     return 0
 
 

@@ -21,7 +21,6 @@ import torch
 from harness.build import build_model
 from harness.config import Config
 from harness.device import Runtime, resolve
-from harness.files import write_atomic
 from harness.step_benchmark import Step, measure, table
 from scripts.plan_memory import configurations
 
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=64, help="R of the methods that have one (default: 64)")
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each alternative (default: 5)")
     parser.add_argument("--nanogpt", action="store_true", help="also plain layers, whole logits and F.cross_entropy")
-    parser.add_argument("--csv", type=Path, help="also write the table there")
+    parser.add_argument("--csv", type=Path, help="also write the table there, and as .md beside it")
     options = parser.parse_intermixed_args(argv)
     if options.turns < 2 or options.rank < 1:
         parser.error("--turns must be at least 2, --rank at least 1")
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     result = table(rows)
     print(result.markdown())
     if options.csv:
-        write_atomic(options.csv, result.csv())
+        result.write(options.csv)
     return 0
 
 

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from harness import planning
 from harness.config import Config, load
-from harness.files import write_atomic
 from harness.memory import CATEGORIES, format_bytes
 from harness.report.figures import SUFFIXES
 from harness.report.tables import Column, Table
@@ -181,9 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     result = table(lines, next(iter(configs.values())), options.memory)
     print(result.markdown())
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.csv, result.csv())
-        write_atomic(options.csv.with_suffix(".md"), result.markdown())
+        result.write(options.csv)
     if options.figure:
         options.figure.parent.mkdir(parents=True, exist_ok=True)
         print("Written:", *draw(lines, peaks, options.memory, options.figure))

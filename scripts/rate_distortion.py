@@ -40,7 +40,6 @@ from data import Sampler
 from harness.arena import estimator_of
 from harness.benchmark import machine
 from harness.checkpoint import CheckpointError
-from harness.files import write_atomic
 from harness.memory import format_bytes
 from harness.report import method_figures
 from harness.report.tables import Column, Table
@@ -199,10 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     summary, every = tables(points, note)
     print(summary.markdown())
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         for table in (summary, every):
-            write_atomic(options.out / f"{table.name}.csv", table.csv())
-        write_atomic(options.out / "summary.md", summary.markdown())
+            table.write(options.out / f"{table.name}.csv")
         method_figures.rate_distortion(points, options.out / "rate_distortion")
     return 0
 

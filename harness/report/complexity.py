@@ -217,8 +217,7 @@ def report(out: Path, *, command: str) -> tuple[Table, list[Path]]:
     rows = measure(points())
     fitted, sizes = slopes(rows), sizes_table(rows)
     fitted.notes.append(made_by(command))
-    write_atomic(out / "complexity.md", fitted.markdown())
-    write_atomic(out / "complexity.csv", fitted.csv())
+    fitted.write(out / "complexity.csv")
     write_atomic(out / "complexity_sizes.csv", sizes.csv())
     everything = provenance() | {"slopes": fitted.json(), "sizes": sizes.json()}
     write_atomic(out / "complexity.json", json.dumps(everything, indent=1) + "\n")

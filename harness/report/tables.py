@@ -6,8 +6,10 @@ import csv
 import io
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from harness.files import write_atomic
 from harness.report.statistics import Estimate, p_text
 
 
@@ -83,6 +85,12 @@ class Table:
         writer.writeheader()
         writer.writerows(records)
         return text.getvalue()
+
+    def write(self, path: Path) -> None:
+        """`path`, which ends with .csv, and the Markdown beside it; their folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, self.csv())
+        write_atomic(path.with_suffix(".md"), self.markdown())
 
     def json(self) -> dict[str, Any]:
         """Raw values, for a program to read; what is no finite number is null or a word, as JSON wants it."""

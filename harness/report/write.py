@@ -145,8 +145,7 @@ def write(report: Report, out: Path, *, command: str, metrics: bool = False) -> 
     pictures = {title: paths for title, paths in pictures.items() if paths}
     written = [path for paths in pictures.values() for path in paths]
     for table in report.tables:
-        write_atomic(out / f"{table.name}.md", table.markdown())
-        write_atomic(out / f"{table.name}.csv", table.csv())
+        table.write(out / f"{table.name}.csv")
         written += [out / f"{table.name}.md", out / f"{table.name}.csv"]
     parts = ["# Report\n", f"Made by `{command}`.\n"]
     if report.sentences:
