@@ -1,5 +1,6 @@
 """What every method must do: bytes as its docstring says, budgets, the loss head, low precision, compile, configuration."""
 
+import ast
 import math
 from pathlib import Path
 
@@ -217,3 +218,11 @@ def test_compiled_without_a_break_and_equal(estimator: Estimator) -> None:
 def test_exact_needs_no_knob() -> None:
     assert Exact().knob is None
     assert math.isclose(kept_bytes(Exact(), 3, 5), 60)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(basis.estimators.__file__).parent.glob("[a-z]*.py")), ids=lambda path: path.stem
+)
+def test_no_estimator_imports_another(path: Path) -> None:
+    imported = {n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
+    assert not any(str(module).startswith("basis.estimators") for module in imported)

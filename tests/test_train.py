@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.errors import CompactHydraException
-from tiny import command, losses, run_command, train_here
+from tiny import REPOSITORY, command, losses, run_command, train_here
 
 from harness import rundir
 from harness.checkpoint import Checkpoints
@@ -61,6 +61,16 @@ def test_methods_share_weights_data_and_validation_set(data: Path, tmp_path: Pat
     assert exact[-1]["val/loss"] != basis[-1]["val/loss"]
     summaries = [rundir.read_summary(tmp_path / name) for name in METHODS]
     assert summaries[0]["data"] == summaries[1]["data"]
+
+
+@pytest.mark.parametrize("method", sorted(path.stem for path in (REPOSITORY / "conf" / "method").glob("*.yaml")))
+def test_every_method_trains_by_its_name_alone(method: str, data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path / "run", f"method={method}", "steps=8", "micro_batch_size=4")
+    summary = rundir.read_summary(tmp_path / "run")
+    assert (summary["status"], summary["method"]) == ("finished", method)
+    first, *_, last = losses(tmp_path / "run")
+    if method != "zeroth_order":  # which wants far smaller steps, and many: tests/test_zeroth_order.py
+        assert last["val/loss"] < first["val/loss"]
 
 
 def test_rank_of_all_rows_without_shrinkage_is_exact(data: Path, tmp_path: Path) -> None:
