@@ -108,8 +108,8 @@ class Options:
             raise ValueError(f"--optimizers {self.optimizer}: must be one of {', '.join(OPTIMIZERS)}")
         try:
             parse_share(self.share)
-        except ValueError as error:
-            raise ValueError(f"--{str(error).replace('=', ' ', 1)}") from None
+        except ValueError:
+            raise ValueError(f"--share {self.share}: must be in (0, 1], such as 1/4 or 0.25") from None
 
 
 @dataclass
