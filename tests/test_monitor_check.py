@@ -10,6 +10,8 @@ from torch import nn
 
 from scripts import monitor_check
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_true_values() -> None:
     torch.manual_seed(0)

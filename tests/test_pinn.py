@@ -10,6 +10,8 @@ from torch import Tensor
 import basis
 from scripts import pinn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def network(dimensions: int) -> pinn.Jets:
     torch.manual_seed(0)

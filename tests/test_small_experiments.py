@@ -14,6 +14,8 @@ from harness import small_experiments as small
 from harness.small_experiments import Adaptive, Options, Task
 from scripts import mlp_digits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = 32
 
 
