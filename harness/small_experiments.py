@@ -335,6 +335,9 @@ def draw(settings: Sequence[Setting], stem: Path, score: str, *, log: bool) -> l
                         panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
                 if name == "score" and log:
                     panel.set_yscale("log")
+                if name == "rank":
+                    panel.set_yscale("log")
+                    panel.yaxis.set_major_formatter("{x:g}")
                 if name == "share_kept":
                     panel.axhline(1, color="grey", linewidth=0.8)
                 panel.set_xlabel("step")
