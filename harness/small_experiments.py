@@ -314,7 +314,10 @@ def looks_csv(settings: Sequence[Setting]) -> str:
 
 
 def draw(settings: Sequence[Setting], stem: Path, score: str, *, log: bool) -> list[Path]:
-    """A line of panels per setting, against the step: score, kept of the gradient, rank; means over seeds, bands of 95%."""
+    """A line of panels per setting, against the step: score, kept of the gradient, rank; means over seeds, bands of 95%.
+
+    log: of the score; a band that would reach far below its mean, or 0, is cut off at 0.3 of it.
+    """
     labels = settings[0].labels()
     panels = (("score", score), ("share_kept", "kept of the gradient"), ("rank", "rank (the largest of the layers)"))
     with canvas(stem, len(panels), len(labels), lines=len(settings)) as (figure, axes):
