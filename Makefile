@@ -26,7 +26,7 @@ format: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[harness,dev,dashboard]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[harness,dev,dashboard,experiments]"
 	touch $@
 
 clean:

@@ -70,13 +70,14 @@ def train(run: Run) -> dict[str, Any]:
                 row = run.gradient_quality()
                 mark += time.perf_counter() - paused
             losses = []
-            for micro_batch in range(config.micro_batches):
-                if run.zeroth_order is not None:
-                    loss = run.zeroth_order_gradient(micro_batch, config.micro_batches)
-                else:
-                    loss = run.micro_batch_loss(run.step, micro_batch)
-                    (loss / config.micro_batches).backward()
-                losses.append(loss.detach())
+            with run.watching(log_now):
+                for micro_batch in range(config.micro_batches):
+                    if run.zeroth_order is not None:
+                        loss = run.zeroth_order_gradient(micro_batch, config.micro_batches)
+                    else:
+                        loss = run.micro_batch_loss(run.step, micro_batch)
+                        (loss / config.micro_batches).backward()
+                    losses.append(loss.detach())
             grad_norm = None
             if config.optim.grad_clip is not None:
                 grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
@@ -107,6 +108,7 @@ def train(run: Run) -> dict[str, Any]:
                     "mem/rss_bytes": memory.rss_bytes(),
                     "mem/optimizer_bytes": memory.optimizer_bytes(optimizer),
                 }
+                row |= run.readings()
                 if run.runtime.device.type == "cuda":
                     row["mem/peak_bytes"] = torch.cuda.max_memory_allocated()
             # A step's time is with logging; that of diagnostics, evaluation and checkpoint is taken out by moving the mark.

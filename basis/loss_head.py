@@ -26,7 +26,9 @@ With a head tied to an embedding, tied.py lets dW flow on to it.
 
 from __future__ import annotations
 
+import abc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,6 +114,26 @@ class _WeightGradient:
         return result
 
 
+Look = Callable[[slice, Tensor], None]
+"""Is shown dY^T (V, block) of some rows; it must leave it as it is."""
+
+
+class HeadHook(abc.ABC):
+    """A forward hook for a layer that may be fused with its loss: called as any hook where it is not, and as `fused` where it is.
+
+    Other hooks must see the layer's output, which a fused head never has whole: with them the head runs unfused.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """After a forward that is not fused."""
+
+    @abc.abstractmethod
+    def fused(self, x: Tensor) -> tuple[Look, Callable[[Tensor], None]]:
+        """Before a fused forward on `x` (B, N). The first function is shown dY block by block, for a loss whose gradient is 1;
+        the second one the gradient of the loss, in backward."""
+
+
 class _LinearCrossEntropyFunction(torch.autograd.Function):
     """(loss, dX, dW) of the mean cross-entropy of X W^T; the last two are kept for backward, not differentiated."""
 
@@ -123,6 +145,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         key: Tensor,
         estimator: Estimator,
         needs_weight_grad: bool,
+        looks: tuple[Look, ...],
         names: tuple[str, ...],
         *state: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -137,6 +160,8 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
             grad_x[block] = grad_y.t() @ w
             if gradient is not None:
                 gradient.add(block, grad_y)
+            for look in looks:
+                look(block, grad_y)
             del grad_y  # before the next block's logits are made
         grad_weight = None if gradient is None else gradient.result()
         return torch.stack(losses).sum(), grad_x, grad_weight
@@ -169,15 +194,17 @@ def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor, *, we
     """`F.cross_entropy(layer(input), targets)` in nats, a scalar, with dW by the layer's estimator.
 
     layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0, V). Without gradients to
-    form, where the layer has a bias or hooks that must see its output, and in float16 (whose small gradients live by a scaled
-    loss, and the scale is not known in forward), PyTorch's own functions do it, from whole logits.
+    form, where the layer has a bias or hooks that must see its output (all but `HeadHook`s), and in float16 (whose small
+    gradients live by a scaled loss, and the scale is not known in forward), PyTorch's own functions do it, from whole logits.
     weight: what `tied_embedding` returned, through which dW then flows. Raises ValueError if the shapes do not fit.
     """
     if input.shape[:-1] != targets.shape:
         raise ValueError(
             f"linear_cross_entropy: targets {tuple(targets.shape)} do not fit the rows of input {tuple(input.shape)}"
         )
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    hooks = [hook for hook in layer._forward_hooks.values() if isinstance(hook, HeadHook)]
+    others = len(layer._forward_hooks) > len(hooks)
+    hooked = others or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     fusible = type(layer) in (nn.Linear, SketchedLinear) and layer.bias is None and not hooked
     needs_grad = torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
     x = cast_for_autocast(input)
@@ -191,14 +218,19 @@ def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor, *, we
         state = layer.learn(input, key) if wanted else layer.state
     else:
         estimator, key = Exact(), torch.zeros((), dtype=torch.int64, device=input.device)
+    x = x.flatten(0, -2)
+    watched = [hook.fused(x.detach()) for hook in hooks]
     loss, _, _ = _LinearCrossEntropyFunction.apply(
-        x.flatten(0, -2),
+        x,
         layer.weight if weight is None else weight,
         targets.flatten(),
         key,
         estimator,
         wanted,
+        tuple(look for look, _ in watched),
         tuple(state),
         *state.values(),
     )
+    for _, on_gradient in watched:
+        loss.register_hook(on_gradient)
     return loss

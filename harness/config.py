@@ -95,10 +95,14 @@ class LogOptions:
 
 @dataclass
 class DiagnosticsOptions:
-    """Every `every` steps (0: never) exact dW beside the estimate, per sketched layer, and over `masks` further noises."""
+    """Every `every` steps (0: never) exact dW beside the estimate, per sketched layer, and over `masks` further noises.
+
+    monitor: with every row of metrics, of each dense layer the gradient's norm and the activations' energy, from sketches.
+    """
 
     every: int = 0
     masks: int = 0
+    monitor: bool = False
 
     def __post_init__(self) -> None:
         _at_least(0, "diagnostics", every=self.every, masks=self.masks)
@@ -150,6 +154,8 @@ class Config:
             raise ValueError(
                 f"method.allocation={self.method.allocation}: divides a budget; give method.budget, such as 1/8"
             )
+        if self.diagnostics.monitor and self.method.name == ZEROTH_ORDER:
+            raise ValueError("diagnostics.monitor=true: zeroth_order has no backward, and so no gradients to watch")
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
         if self.precision not in PRECISIONS:

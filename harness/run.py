@@ -2,8 +2,8 @@
 
 `set_up` first checks what needs no data (device, method scope, the run directory's old configuration), then prepares the data,
 builds model and optimiser, and only then writes into the run directory. It continues from the newest sound checkpoint if
-there is one: weights, optimiser, random state, the losses not yet logged and the best validation loss; batches and sketch
-noise need no state, they are functions of the step.
+there is one: weights, optimiser, random state, the losses not yet logged, the best validation loss, what the monitor last
+saw; batches and sketch noise need no state, they are functions of the step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Run:
     id: str
     zeroth_order: ZerothOrder | None = None  # takes the place of backward
     shares: dict[str, float] = field(default_factory=dict)  # of each layer's input, where they were measured
+    monitor: basis.Monitor | None = None
     step: int = 0
     saved_step: int | None = None
     val_step: int | None = None
@@ -110,6 +112,22 @@ class Run:
         layers = basis.sketched_layers(self.model)
         return {name: getattr(layer.estimator, layer.estimator.knob) for name, layer in layers if layer.estimator.knob}
 
+    def watching(self, now: bool) -> AbstractContextManager[object]:
+        """Around the micro-batches of a step: the monitor, if there is one and the step is to be watched.
+
+        Its random matrices are a function of seed and step, so that a resumed run reads the same, and errors of readings average
+        out over steps.
+        """
+        if self.monitor is None or not now:
+            return nullcontext()
+        self.monitor.seed = fold("monitor", self.config.seed, self.step)
+        return self.monitor
+
+    def readings(self) -> dict[str, float]:
+        """What the monitor saw in the step that it was last put around, as metrics `monitor/<layer>/...`."""
+        found = {} if self.monitor is None else self.monitor.read()
+        return {f"monitor/{layer}/{name}": value for layer, seen in found.items() for name, value in seen.metrics().items()}
+
     def pending_losses(self) -> list[float]:
         """Losses of the steps since the last logged row. Raises NonFiniteError naming the first step that has none."""
         losses: list[float] = torch.stack(self.pending).tolist() if self.pending else []
@@ -149,6 +167,7 @@ class Run:
                 "rng": torch.get_rng_state(),
                 "rng_cuda": torch.cuda.get_rng_state() if self.runtime.device.type == "cuda" else None,
                 "pending_losses": losses,
+                "monitor": None if self.monitor is None else self.monitor.state_dict(),
                 "val_step": self.val_step,
                 "val_loss": self.val_loss,
                 "best_val_loss": self.best_val_loss,
@@ -173,6 +192,8 @@ class Run:
         if self.runtime.device.type == "cuda" and state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"])
         self.pending = [torch.tensor(loss, device=self.runtime.device) for loss in state["pending_losses"]]
+        if self.monitor is not None and state.get("monitor"):  # a run may have been without until now
+            self.monitor.load_state_dict(state["monitor"])
         self.best_val_loss, self.val_step, self.val_loss = state["best_val_loss"], state["val_step"], state["val_loss"]
         self.seconds = state["seconds"]
         self.step = self.saved_step = loaded.step
@@ -245,6 +266,8 @@ def set_up(config: Config, folder: Path) -> Run:
     runtime = resolve(config.device, config.precision, config.compile, deterministic=config.deterministic)
     if config.activations.name == "budget" and not runtime.compile:
         raise ValueError("activations=budget: a budget is kept by torch.compile; give compile=true")
+    if config.diagnostics.monitor and runtime.compile:
+        raise ValueError("diagnostics.monitor=true: hooks on layers are not seen by a compiled model; give compile=false")
     require_wandb(config.tracker.mode)
     check_method(config)
     rundir.check_same_run(folder, config)
@@ -345,6 +368,7 @@ def set_up(config: Config, folder: Path) -> Run:
         id=identity,
         zeroth_order=method if isinstance(method, ZerothOrder) else None,
         shares=shares,
+        monitor=basis.Monitor(model) if config.diagnostics.monitor else None,
     )
     if loaded:
         run.restore(loaded)

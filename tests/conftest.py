@@ -1,6 +1,7 @@
 """What all tests share: two threads, as in the commands that are tested, and no network for libraries that would try."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,14 @@ os.environ["MKL_NUM_THREADS"] = "2"
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for the text of tiny runs (tiny.py) and its prepared tokens, shared by the tests of a module."""
     return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules whose matrices are so small that more threads are slower."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

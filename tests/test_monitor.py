@@ -70,6 +70,61 @@ def test_many_probes_are_near_the_true_values() -> None:
         assert reading.drift is None
 
 
+@pytest.mark.parametrize("block_bytes", [64 * 2**20, 1], ids=["one block", "row by row"])
+def test_a_fused_head_stays_fused_and_is_seen(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("basis.loss_head.BLOCK_BYTES", block_bytes)
+    torch.manual_seed(0)
+    body, head = nn.Linear(6, 10), nn.Linear(10, 30, bias=False)
+    model, x, targets = nn.ModuleDict({"body": body, "head": head}), batch(0), torch.arange(24) % 30
+
+    def gradients(factor: float) -> list[Tensor]:
+        loss = basis.linear_cross_entropy(head, torch.tanh(body(x)), targets)
+        return list(torch.autograd.grad(factor * loss, [head.weight, body.weight]))
+
+    plain = gradients(0.25)
+    with Monitor(model, probes=4000) as monitor:
+        assert all(torch.equal(a, b) for a, b in zip(plain, gradients(0.25), strict=True))
+        with torch.no_grad():
+            basis.linear_cross_entropy(head, torch.tanh(body(x)), targets)
+    fused = monitor.read()
+    for name, gradient in zip(("head", "body"), plain, strict=True):
+        assert fused[name].gradient_norm == pytest.approx(float(gradient.norm()), rel=0.06)
+    head.register_forward_hook(lambda *_: None)  # must see the logits
+    with monitor:
+        gradients(0.25)
+    assert monitor.read()["head"].metrics() == pytest.approx({**fused["head"].metrics(), "drift": 0}, rel=1e-4, abs=1e-4)
+
+
+def test_what_is_not_finite_is_said_and_not_refused() -> None:
+    model = mlp()
+    with Monitor(model) as monitor:
+        (model(batch(0)).square().sum() * math.inf).backward()
+    assert not math.isfinite(monitor.read()["0"].gradient_norm)
+    with monitor:
+        model(batch(0) * math.inf).square().sum().backward()
+    reading = monitor.read()["0"]
+    assert math.isnan(reading.stable_rank)
+    assert not math.isfinite(reading.activation_energy)
+
+
+def test_the_last_ranges_can_be_saved() -> None:
+    model = mlp()
+    first = Monitor(model, probes=3)
+    with first:
+        model(batch(0)).sum().backward()
+    first.read()
+    second, other = Monitor(model, probes=3), Monitor(model, probes=4)
+    second.load_state_dict(first.state_dict() | {"unknown": torch.zeros(6, 3)})
+    other.load_state_dict(first.state_dict())
+    readings = []
+    for monitor in (first, second, other):
+        with monitor:
+            model(batch(1)).sum().backward()
+        readings.append(monitor.read()["0"])
+    assert readings[0] == readings[1]
+    assert readings[2].drift is None
+
+
 @pytest.mark.parametrize("sketched", [False, True])
 def test_training_is_the_same_to_the_last_bit(sketched: bool) -> None:
     results = []

@@ -335,6 +335,52 @@ def test_diagnostics_change_nothing_and_see_the_gradients(data: Path, tmp_path: 
     assert 0 < last["sketch/all/cosine"] < 1
 
 
+MONITORED = {
+    "exact": ["method=exact"],
+    "basis, accumulation, dropout": ["method.rank=3", "tokens_per_step=32", "model.dropout=0.1"],
+    "checkpointed, tied": ["method.rank=3", "activations=checkpoint", "model.tie_head=true", "optim.grad_clip=0.5"],
+    "bfloat16": ["method.rank=3", "precision=bfloat16"],
+    "lean, learning": ["method=subspace", "method.rank=4", "method.include=['*']", "activations=lean"],
+}
+
+
+@pytest.mark.parametrize("more", MONITORED.values(), ids=MONITORED)
+def test_the_monitor_changes_nothing_and_sees_every_dense_layer(data: Path, tmp_path: Path, more: list[str]) -> None:
+    train_here(data, tmp_path / "without", *more)
+    train_here(data, tmp_path / "with", *more, "diagnostics.monitor=true")
+    rows = losses(tmp_path / "with")
+    seen = [{k: row.pop(k) for k in list(row) if k.startswith("monitor/")} for row in rows]
+    assert rows == losses(tmp_path / "without")
+    assert [row["step"] for row, looked in zip(rows, seen, strict=True) if looked] == [4, 8, 12, 16, 20]
+    weights = [Checkpoints(tmp_path / name / "checkpoints").load_latest().state["model"] for name in ("with", "without")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    layers = [*(f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")), "head"]
+    metrics = ["activation_energy", "gradient_norm", "stable_rank", "drift"]
+    assert set(seen[-1]) == {f"monitor/{layer}/{metric}" for layer in layers for metric in metrics}
+    assert all(math.isfinite(value) and value >= 0 for looked in seen for value in looked.values())
+    if "method=exact" in more:  # of all gradients, embeddings' and vectors' too
+        for row, looked in zip(rows, seen, strict=True):
+            if looked:
+                total = math.sqrt(sum(looked[f"monitor/{layer}/gradient_norm"] ** 2 for layer in layers))
+                assert total == pytest.approx(row["grad_norm"], rel=0.5)
+
+
+def test_the_monitor_goes_on_where_a_run_stopped_and_holds_no_more_after_more_steps(data: Path, tmp_path: Path) -> None:
+    options = ["diagnostics.monitor=true", "checkpoint.every=6", "checkpoint.keep=9", "log.every=3"]
+    train_here(data, tmp_path / "straight", *options, "steps=30")
+    train_here(data, tmp_path / "resumed", *options, "steps=12")
+    train_here(data, tmp_path / "resumed", *options, "steps=30")
+    resumed, straight = (losses(tmp_path / name) for name in ("resumed", "straight"))
+    watched = [[{k: v for k, v in row.items() if k.startswith("monitor/")} for row in rows] for rows in (resumed, straight)]
+    assert [w for w in watched[0] if w] == [w for w in watched[1] if w]
+    states = [torch.load(p / "state.pt")["monitor"] for p in sorted((tmp_path / "straight" / "checkpoints").glob("step_*"))]
+    assert len(states) >= 5
+    assert all({k: v.shape for k, v in state.items()} == {k: v.shape for k, v in states[0].items()} for state in states)
+    train_here(data, tmp_path / "late", "steps=12")  # put on in the middle of a run
+    train_here(data, tmp_path / "late", "steps=20", "diagnostics.monitor=true")
+    assert any("monitor/head/gradient_norm" in row for row in losses(tmp_path / "late"))
+
+
 def test_bfloat16_trains_and_keeps_less(data: Path, tmp_path: Path) -> None:
     for precision in ("float32", "bfloat16"):
         train_here(data, tmp_path / precision, f"precision={precision}", "method.rank=4")

@@ -20,7 +20,7 @@ SUFFIXES = ("png", "svg")
 
 
 @contextmanager
-def figure_of(stem: Path, panels: int, legend_rows: int, lines: int = 1) -> Iterator[tuple[Any, Sequence[Axes]]]:
+def canvas(stem: Path, panels: int, legend_rows: int, lines: int = 1) -> Iterator[tuple[Any, Sequence[Axes]]]:
     """A figure of `lines` times `panels` axes, line by line, saved as stem.png and stem.svg at the end."""
     import matplotlib
 
@@ -90,7 +90,7 @@ def validation_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
 
     The loss of the untrained model is cut off, since all that is to be seen lies below. Returns the paths written.
     """
-    with figure_of(stem, 1, len(groups)) as (figure, (axes,)):
+    with canvas(stem, 1, len(groups)) as (figure, (axes,)):
         top, bottom = 0.0, math.inf
         for group, style in zip(groups, _styles(groups), strict=True):
             means = _draw(axes, group, "val/loss", style)
@@ -110,7 +110,7 @@ def stability_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
     for group in groups:
         columns.setdefault(setting(group.runs[0]), []).append(group)
     titles = differing_options([members[0].runs[0] for members in columns.values()])
-    with figure_of(stem, len(columns), len(groups), lines=2) as (_, axes):
+    with canvas(stem, len(columns), len(groups), lines=2) as (_, axes):
         for column, (members, title) in enumerate(zip(columns.values(), titles, strict=True)):
             losses, norms = axes[column], axes[len(columns) + column]
             highest, lowest = 0.0, math.inf
@@ -134,7 +134,7 @@ def quality_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
     shown = [group for group in groups if mean_curve(group, "sketch/all/cosine")[0]]
     if not shown:
         return []
-    with figure_of(stem, 2, len(shown)) as (figure, axes):
+    with canvas(stem, 2, len(shown)) as (figure, axes):
         for group, style in zip(shown, _styles(shown), strict=True):
             _draw(axes[0], group, "sketch/all/cosine", style)
             _draw(axes[1], group, "sketch/all/norm_ratio", style)
@@ -190,7 +190,7 @@ def _scatter(
     methods = sorted({s.group.method for s in ended if s.group.method != "exact"})
     means = sorted(s.loss.mean for s in ended if s.loss is not None)
     top = means[0] + 3.0 * (means[(3 * len(means)) // 4] - means[0]) if means else 0.0
-    with figure_of(stem, len(costs) // lines, len(ended) // 2, lines=lines) as (figure, axes):
+    with canvas(stem, len(costs) // lines, len(ended) // 2, lines=lines) as (figure, axes):
         for panel, (title, cost) in zip(axes, costs, strict=True):
             points = [(cost(s), s) for s in ended]
             positive = [c for c, _ in points if c]
@@ -239,7 +239,7 @@ def sus_variance(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
 
     Solid: independent masks, dashed: systematic ones. Bars: 95% intervals.
     """
-    with figure_of(stem, 2, 2) as (_, (by_length, by_c)):
+    with canvas(stem, 2, 2) as (_, (by_length, by_c)):
         _rho(by_length, rows, "n", "c")
         _rho(by_c, rows, "c", "n")
         by_length.set_xlabel("n (tokens)")
@@ -286,7 +286,7 @@ def _rho(axes: Axes, rows: Sequence[dict[str, Any]], along: str, by: str) -> Non
 def sus_times(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
     """Rows of scripts/bench_sus.py: time of forward and backward, and of backward alone, against the length; bars: quartiles."""
     styles = {"exact": ("black", "--"), "sus dense": ("tab:orange", "-"), "sus sparse": ("tab:blue", "-")}
-    with figure_of(stem, 2, 1) as (figure, panels):
+    with canvas(stem, 2, 1) as (figure, panels):
         for axes, what in zip(panels, ("whole", "backward"), strict=True):
             for name, (colour, style) in styles.items():
                 line = [row for row in rows if row["attention"] == name]

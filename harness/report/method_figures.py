@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from harness.report.figures import SUFFIXES, figure_of
+from harness.report.figures import SUFFIXES, canvas
 
 
 class Distortion(Protocol):
@@ -31,7 +31,7 @@ def rate_distortion(points: Sequence[Distortion], stem: Path) -> list[Path]:
     for point in points:
         kinds.setdefault(".".join(point.layer.split(".")[-2:]), []).append(point)
     methods = list(dict.fromkeys(point.method for point in points))
-    with figure_of(stem, max(len(kinds), 1), len(methods)) as (figure, panels):
+    with canvas(stem, max(len(kinds), 1), len(methods)) as (figure, panels):
         for axes, (kind, here) in zip(panels, kinds.items(), strict=True):
             limit = _medians((p.bits, p.bound) for p in here)
             axes.plot(*zip(*limit, strict=True), color="black", linewidth=1.2, label="Gaussian bound")
