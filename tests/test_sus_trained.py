@@ -86,7 +86,7 @@ def test_without_a_limit_it_is_the_exact_gradient(trained: Trained, mode: str) -
 @pytest.mark.parametrize("mode", MODES)
 def test_the_mean_over_masks_of_two_layers_is_the_exact_gradient(trained: Trained, mode: str) -> None:
     (batch,) = windows(trained, 1)
-    z = z_scores(draws(trained.model, batch, mode, 600), gradient(trained.model, batch).double())
+    z = z_scores(draws(trained.model, batch, mode, 400), gradient(trained.model, batch).double())
     assert float(z.abs().max()) < 4.5  # of some 5,000
     assert 0.75 < float(z.square().mean().sqrt()) < 1.25  # many share their masks
 
@@ -95,7 +95,7 @@ def test_delta_from_the_sample_is_biased_and_the_test_sees_it(trained: Trained, 
     (batch,) = windows(trained, 1)
     exact = gradient(trained.model, batch).double()
     monkeypatch.setitem(MODES, "dense", delta_from_sample)
-    z = z_scores(draws(trained.model, batch, "dense", 600), exact)
+    z = z_scores(draws(trained.model, batch, "dense", 400), exact)
     assert float(z.abs().max()) > 9
     assert float(z.square().mean().sqrt()) > 2
 
