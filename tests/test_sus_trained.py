@@ -171,7 +171,7 @@ def test_the_program_writes_what_falls_with_c(run: Path, tmp_path: Path, capsys:
         assert few > more > every
         assert every < 1e-6
         assert float(rows[start + 2]["share"]) == pytest.approx(100, rel=1e-4)
-    assert "after 200 steps" in capsys.readouterr().out
+    assert "after 200 steps, validation loss" in capsys.readouterr().out
 
 
 def test_mistakes_are_said(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
