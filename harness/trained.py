@@ -41,4 +41,5 @@ def load_trained(run: Path, *, best: bool = False) -> Trained:
     prepared = prepare(DataOptions(**config["data"]))
     if prepared.train.sha256 != loaded.state["data"]["train"]:
         raise ValueError(f"the text behind {run} has changed since; its tokens would be read with another vocabulary")
-    return Trained(model, prepared, loaded.step, loaded.val_loss)
+    evaluated = loaded.state.get("val_step") == loaded.step
+    return Trained(model, prepared, loaded.step, loaded.state["val_loss"] if evaluated else loaded.val_loss)

@@ -208,6 +208,15 @@ def table(rows: list[dict[str, Any]], notes: list[str]) -> Table:
     return Table("variance", "What SUS adds to the gradient's variance", columns, rows, notes)
 
 
+def write(out: Path, rows: list[dict[str, Any]], notes: list[str]) -> None:
+    """The table and its figure."""
+    out.mkdir(parents=True, exist_ok=True)
+    result = table(rows, notes)
+    write_atomic(out / "variance.md", result.markdown())
+    write_atomic(out / "variance.csv", result.csv())
+    sus_variance(rows, out / "variance")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
@@ -225,9 +234,17 @@ def main(argv: list[str] | None = None) -> int:
     if min(options.windows, options.formula_draws) < 3 or min(*options.lengths, options.draws) < 1 or min(options.c) <= 0:
         parser.error("--windows and --formula-draws must be at least 3, --lengths and --draws at least 1, --c positive")
     settings = [(c, mode) for mode in options.modes for c in options.c]
-    rows = []
+    counts = {"draws": options.draws, "formula_draws": options.formula_draws, "seed": options.seed}
+    rows: list[dict[str, Any]] = []
     try:
         trained = load_trained(options.run)
+        config = trained.model.config
+        notes = [
+            f"{config.n_layer} blocks, {config.n_head} heads, width {config.n_embd}, after {trained.step:,} steps"
+            + ("" if trained.val_loss is None else f", validation loss {trained.val_loss:.3f} nats per token")
+            + ". Intervals: 95%.",
+            made_by(f"python scripts/{provenance()['command']}"),
+        ]
         samplers = [
             Sampler(trained.prepared.train, block_size=n, batch_size=1, order="random", seed=options.seed)
             for n in options.lengths
@@ -235,26 +252,15 @@ def main(argv: list[str] | None = None) -> int:
         with tqdm(total=len(samplers) * len(settings), unit="setting", leave=False, disable=None) as bar:
             for sampler in samplers:
                 batches = [sampler.batch(number) for number in range(options.windows)]
-                counts = {"draws": options.draws, "formula_draws": options.formula_draws, "seed": options.seed}
                 for row in measure(trained.model, batches, settings, **counts):
                     rows.append(row)
                     bar.update()
+                if options.out:  # after each length: the longest ones take most of the time
+                    write(options.out, rows, notes)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"sus_variance: {error}", file=sys.stderr)
         return 1
-    loss = "" if trained.val_loss is None else f", validation loss {trained.val_loss:.3f} nats per token"
-    model = (
-        f"{trained.model.config.n_layer} blocks, {trained.model.config.n_head} heads, width {trained.model.config.n_embd}"
-    )
-    notes = [f"{model}, after {trained.step:,} steps{loss}. Intervals: 95%."]
-    notes.append(made_by(f"python scripts/{provenance()['command']}"))
-    result = table(rows, notes)
-    print(result.markdown())
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.out / "variance.md", result.markdown())
-        write_atomic(options.out / "variance.csv", result.csv())
-        sus_variance(rows, options.out / "variance")
+    print(table(rows, notes).markdown())
     return 0
 
 

@@ -6,6 +6,7 @@ second attention is part of what the first one is given.
 
 import csv
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ from scripts.sus_variance import attention_calls, formula_ratios, gradient, meas
 
 C = 3.0
 LENGTH = 48
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of steps of a tiny model, on which a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +96,7 @@ def test_without_a_limit_it_is_the_exact_gradient(trained: Trained, mode: str) -
 @pytest.mark.parametrize("mode", MODES)
 def test_the_mean_over_masks_of_two_layers_is_the_exact_gradient(trained: Trained, mode: str) -> None:
     (batch,) = windows(trained, 1)
-    z = z_scores(draws(trained.model, batch, mode, 600), gradient(trained.model, batch).double())
+    z = z_scores(draws(trained.model, batch, mode, 400), gradient(trained.model, batch).double())
     assert float(z.abs().max()) < 4.5  # of some 5,000
     assert 0.75 < float(z.square().mean().sqrt()) < 1.25  # many share their masks
 
@@ -95,7 +105,7 @@ def test_delta_from_the_sample_is_biased_and_the_test_sees_it(trained: Trained, 
     (batch,) = windows(trained, 1)
     exact = gradient(trained.model, batch).double()
     monkeypatch.setitem(MODES, "dense", delta_from_sample)
-    z = z_scores(draws(trained.model, batch, "dense", 600), exact)
+    z = z_scores(draws(trained.model, batch, "dense", 400), exact)
     assert float(z.abs().max()) > 9
     assert float(z.square().mean().sqrt()) > 2
 
@@ -171,7 +181,7 @@ def test_the_program_writes_what_falls_with_c(run: Path, tmp_path: Path, capsys:
         assert few > more > every
         assert every < 1e-6
         assert float(rows[start + 2]["share"]) == pytest.approx(100, rel=1e-4)
-    assert "after 200 steps" in capsys.readouterr().out
+    assert "after 200 steps, validation loss" in capsys.readouterr().out
 
 
 def test_mistakes_are_said(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
