@@ -1,7 +1,7 @@
 """The EMA activation sketch on small problems of its own kind, beside exact backpropagation, BASIS and a tracked subspace.
 
 What scripts/mlp_digits.py and scripts/pinn.py share: who competes, the loop, tables and figure. They bring a `Task`: a model,
-its loss as a function of the step, its score.
+its loss as a function of the step, its score. Tables and figure: report/small.py.
 
 *Contenders.* exact; ema_sketch with beta 0 (a batch sketch), 0.9 and 0.99; the same at 0.9 with adaptive rank; BASIS; subspace.
 Except for the adaptive one, each keeps at most the same share of every layer's input (basis/budget.py): of the EMA sketch that is
@@ -21,13 +21,10 @@ Bytes are those of the sketched layers alone: pointwise functions keep their own
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +32,6 @@ from torch import Tensor, nn
 import basis
 from basis.adaptive_rank import AdaptiveRank, reconstruction_error, set_rank
 from basis.budget import fit, kept_bytes, parse_share, state_bytes, within_budget
-from harness.benchmark import machine
-from harness.files import write_atomic
-from harness.report.figures import SUFFIXES, canvas
-from harness.report.statistics import Estimate, estimate
-from harness.report.tables import Column, Table
 
 BETAS = (0.0, 0.9, 0.99)
 ADAPTIVE_BETA = 0.9
@@ -235,131 +227,6 @@ class Setting:
         return list(dict.fromkeys(outcome.contender for outcome in self.outcomes))
 
 
-def _estimate(values: Sequence[float]) -> Estimate | None:
-    finite = [value for value in values if math.isfinite(value)]
-    return estimate(finite) if finite else None
-
-
-def table(settings: Sequence[Setting], name: str, title: str, score: str, digits: int) -> Table:
-    """A line per setting and method: means over seeds with 95% intervals; differences to exact are of pairs of equal seeds."""
-    rows: list[dict[str, Any]] = []
-    for setting in settings:
-        exact = {outcome.seed: outcome.score for outcome in setting.of("exact")}
-        for label in setting.labels():
-            runs = setting.of(label)
-            differences = [run.score - exact[run.seed] for run in runs] if label != "exact" else []
-            most = max(runs, key=lambda run: run.bytes_kept + run.bytes_state)
-            rows.append(
-                {
-                    "setting": setting.name,
-                    "method": label,
-                    "score": _estimate([run.score for run in runs]),
-                    "difference": _estimate(differences),
-                    "cosine": _estimate([run.mean("cosine") for run in runs]),
-                    "share_kept": _estimate([run.mean("share_kept") for run in runs]),
-                    "rank": _ranks(runs),
-                    "kept": most.bytes_kept,
-                    "state": most.bytes_state,
-                    "of_exact": (most.bytes_kept + most.bytes_state) / most.bytes_exact,
-                    "seeds": len(runs),
-                    "diverged": sum(run.diverged is not None for run in runs) or None,
-                }
-                | machine()
-            )
-    columns = {
-        "setting": Column("setting"),
-        "method": Column("method"),
-        "score": Column(score, digits=digits),
-        "difference": Column("minus exact", digits=digits, sign=True),
-        "cosine": Column("cosine of dW", digits=2),
-        "share_kept": Column("kept of the gradient", digits=2),
-        "rank": Column("rank, first to last"),
-        "kept": Column("kept for backward, bytes"),
-        "state": Column("state, bytes"),
-        "of_exact": Column("both, of exact", digits=2),
-        "seeds": Column("seeds"),
-        "diverged": Column("diverged"),
-    }
-    columns |= {key: Column(key) for key in ("machine", "torch", "commit")}
-    notes = [
-        "Means over seeds with 95% intervals. Cosine and kept of the gradient: means over the looks after step 0. Bytes: of the "
-        "sketched layers, the most at any step. Rank: where layers have different ones, the largest."
-    ]
-    return Table(name, title, columns, rows, notes)
-
-
-def _ranks(runs: Sequence[Outcome]) -> str | None:
-    ends = [[look["rank"] for look in run.looks if "rank" in look] for run in runs]
-    ends = [ranks for ranks in ends if ranks]
-    if not ends:
-        return None
-    first, last = ends[0][0], sorted({ranks[-1] for ranks in ends})
-    if last == [first]:
-        return f"{first}"
-    return f"{first} to {last[0]}" + (f"-{last[-1]}" if len(last) > 1 else "")
-
-
-def looks_csv(settings: Sequence[Setting]) -> str:
-    """Every look of every training, to six digits."""
-    names = ["setting", "method", "seed", "step", "score", "rank", "cosine", "share_kept"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for setting in settings:
-        for run in setting.outcomes:
-            for seen in run.looks:
-                numbers = {key: f"{value:.6g}" for key, value in seen.items()}
-                writer.writerow({"setting": setting.name, "method": run.contender, "seed": run.seed} | numbers)
-    return text.getvalue()
-
-
-def draw(settings: Sequence[Setting], stem: Path, score: str, *, log: bool) -> list[Path]:
-    """A line of panels per setting, against the step: score, kept of the gradient, rank; means over seeds, bands of 95%.
-
-    log: of the score; a band that would reach far below its mean, or 0, is cut off at 0.3 of it.
-    """
-    labels = settings[0].labels()
-    panels = (("score", score), ("share_kept", "kept of the gradient"), ("rank", "rank (the largest of the layers)"))
-    with canvas(stem, len(panels), len(labels), lines=len(settings)) as (figure, axes):
-        for line, setting in enumerate(settings):
-            for column, (name, words) in enumerate(panels):
-                panel = axes[line * len(panels) + column]
-                for number, label in enumerate(labels):
-                    colour = "black" if label == "exact" else f"C{number - 1}"
-                    steps, means = _curve(setting.of(label), name)
-                    if not steps:
-                        continue
-                    style = "--" if label == "exact" else "-"
-                    panel.plot(steps, [m.mean for m in means], style, color=colour, linewidth=1.4, label=label)
-                    if name == "score" and means[0].half_width is not None:
-                        low, high = [m.low for m in means], [m.high for m in means]
-                        if log:  # an interval may reach below 0, which has no place on the axis
-                            low = [max(value, 0.3 * m.mean) for value, m in zip(low, means, strict=True)]
-                        panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-                if name == "score" and log:
-                    panel.set_yscale("log")
-                if name == "rank":
-                    panel.set_yscale("log")
-                    panel.yaxis.set_major_formatter("{x:g}")
-                if name == "share_kept":
-                    panel.axhline(1, color="grey", linewidth=0.8)
-                panel.set_xlabel("step")
-                panel.set_ylabel(words)
-                panel.grid(alpha=0.3)
-                if column == 0:
-                    panel.set_title(setting.name, fontsize="small", loc="left")
-        handles, found = axes[0].get_legend_handles_labels()
-        figure.legend(handles, found, loc="outside lower center", ncols=4, frameon=False)
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
-
-
-def _curve(runs: Sequence[Outcome], name: str) -> tuple[list[int], list[Estimate]]:
-    """Steps that all runs have a finite number at, and its mean and interval there."""
-    curves = [{int(s["step"]): s[name] for s in run.looks if math.isfinite(s.get(name, math.nan))} for run in runs]
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return steps, [estimate([curve[step] for curve in curves]) for step in steps]
-
-
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int, look: int, adaptive: Adaptive) -> None:
     """The options that both commands have."""
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ... so many (default: 5)")
@@ -392,15 +259,3 @@ def adaptive_of(options: argparse.Namespace) -> Adaptive:
     if not 0.0 <= options.low < options.high:
         raise ValueError(f"--low {options.low}, --high {options.high}: must be 0 <= low < high")
     return Adaptive(options.adapt_every, options.low, options.high)
-
-
-def write(settings: Sequence[Setting], out: Path, name: str, title: str, score: str, *, digits: int, log: bool) -> None:
-    """Table (printed too), looks and figure into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    found = table(settings, name, title, score, digits)
-    print(found.markdown())  # noqa: T201
-    write_atomic(out / f"{name}.md", found.markdown())
-    write_atomic(out / f"{name}.csv", found.csv())
-    write_atomic(out / f"{name}_looks.csv", looks_csv(settings))
-    for path in draw(settings, out / name, score, log=log):
-        print(path)  # noqa: T201

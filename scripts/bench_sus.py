@@ -38,10 +38,9 @@ from basis.sus.sparse import entry_gradients, sample
 from basis.sus.statistics import kept_per_row
 from harness.benchmark import interleaved, made_by
 from harness.device import resolve
-from harness.files import write_atomic
 from harness.memory import format_bytes, saved_bytes
 from harness.provenance import provenance
-from harness.report.figures import sus_times
+from harness.report.method_figures import sus_times
 from harness.report.tables import Column, Table
 from models.gpt import CausalAttention
 
@@ -214,9 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     result = table(rows, notes)
     print(result.markdown())
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.out / "attention.md", result.markdown())
-        write_atomic(options.out / "attention.csv", result.csv())
+        result.write(options.out / "attention.csv")
         sus_times(rows, options.out / "attention")
     return 0
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harness import small_experiments as small
+from harness.report.small import write
 from harness.small_experiments import Adaptive, Options, Setting, Task
 
 SETTINGS = ("relu", "tanh")
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ConnectionError) as error:
         print(f"mlp_digits: {error}", file=sys.stderr)
         return 1
-    small.write(results, options.out, "mlp", "An MLP on images", "accuracy on images held out", digits=3, log=False)
+    write(results, options.out, "mlp", "An MLP on images", "accuracy on images held out", digits=3, log=False)
     return 0
 
 

@@ -298,8 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     write_atomic(options.out / "readings.csv", readings_csv(rows))
     for table in tables(rows, held, options.probes):
         print(f"{table.title}\n\n{table.markdown()}")
-        write_atomic(options.out / f"{table.name}.md", table.markdown())
-        write_atomic(options.out / f"{table.name}.csv", table.csv())
+        table.write(options.out / f"{table.name}.csv")
     for path in draw(rows, options.probes, options.out / "monitor"):
         print(path)
     return 0

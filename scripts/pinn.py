@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harness import small_experiments as small
+from harness.report.small import write
 from harness.small_experiments import Adaptive, Options, Setting, Task
 
 NU = 0.05
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"pinn: {error}", file=sys.stderr)
         return 1
-    small.write(results, options.out, "pinn", "A physics-informed network", "relative L2 error", digits=4, log=True)
+    write(results, options.out, "pinn", "A physics-informed network", "relative L2 error", digits=4, log=True)
     return 0
 
 

@@ -37,9 +37,8 @@ from basis.noise import fold
 from data import Sampler
 from harness.benchmark import made_by
 from harness.checkpoint import CheckpointError
-from harness.files import write_atomic
 from harness.provenance import provenance
-from harness.report.figures import sus_variance
+from harness.report.method_figures import sus_variance
 from harness.report.statistics import Estimate, estimate
 from harness.report.tables import Column, Table
 from harness.trained import load_trained
@@ -210,10 +209,8 @@ def table(rows: list[dict[str, Any]], notes: list[str]) -> Table:
 
 def write(out: Path, rows: list[dict[str, Any]], notes: list[str]) -> None:
     """The table and its figure."""
-    out.mkdir(parents=True, exist_ok=True)
     result = table(rows, notes)
-    write_atomic(out / "variance.md", result.markdown())
-    write_atomic(out / "variance.csv", result.csv())
+    result.write(out / "variance.csv")
     sus_variance(rows, out / "variance")
 
 

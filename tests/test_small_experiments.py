@@ -11,6 +11,7 @@ from torch import nn
 
 import basis
 from harness import small_experiments as small
+from harness.report import small as report
 from harness.small_experiments import Adaptive, Options, Task
 from scripts import mlp_digits
 
@@ -83,7 +84,7 @@ def test_a_diverging_training_is_a_result() -> None:
     assert outcome.diverged is not None
     assert math.isnan(outcome.score)
     good = small.train(make(), small.Contender("exact"), Options(steps=4, lr=0.1, optimizer="sgd"), 1)
-    found = small.table([small.Setting("s", [outcome, good])], "t", "T", "score", 3)
+    found = report.table([small.Setting("s", [outcome, good])], "t", "T", "score", 3)
     assert found.rows[0]["diverged"] == 1
     assert found.rows[0]["score"].count == 1
 

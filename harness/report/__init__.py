@@ -6,4 +6,5 @@ stability.py   evaluations that got worse, momentum, quality of dW       complex
 tables.py      one table as Markdown, CSV and JSON                       statistics.py   means, intervals, p-values
 figures.py     curves as PNG and SVG                                     standings.py    methods at equal bytes, compared
 write.py       all of it into a folder                                   arena.py        their tables and sentences
+method_figures.py, small.py   of scripts that look at methods apart from runs
 """
