@@ -2,7 +2,7 @@
 
     python scripts/bench_step.py                                   # 4 blocks, 768 wide, 4 x 1,024 tokens, vocabulary 50,257, R 64
     python scripts/bench_step.py model=gpt2 micro_batch_size=8 precision=bfloat16 compile=true --turns 20 --csv step.csv
-    python scripts/bench_step.py --methods exact basis --activations plain lean checkpoint --turns 5
+    python scripts/bench_step.py --methods exact "basis rank=32" "transform budget=1/8" --activations plain lean checkpoint
 
 Overrides are those of train.py, on top of the size above; the methods besides exact sketch all dense layers and the head. A step
 is forward, the same loss head for all, backward and the optimiser. Alternatives take turns in one process, a ratio is of medians.
@@ -38,7 +38,9 @@ def make_step(config: Config, runtime: Runtime, *, plain_loss: bool) -> Step:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for train.py")
-    parser.add_argument("--methods", nargs="+", default=["exact", "basis"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["exact", "basis"], help='"name option=value ..." each; default: exact basis'
+    )
     parser.add_argument("--activations", nargs="+", default=["plain", "lean"])
     parser.add_argument("--rank", type=int, default=64, help="R of the methods that have one (default: 64)")
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each alternative (default: 5)")
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         configs: dict[str, Config] = {}
         for method in options.methods:
-            rank = [f"method.rank={options.rank}"] if method == "basis" else []
+            rank = [f"method.rank={options.rank}"] if method.split()[0] == "basis" and "rank=" not in method else []
             found = configurations([*SIZE, *rank, *options.overrides], [method], options.activations)
             configs |= {f"{name}, {kind}": config for (name, kind), config in found.items()}
         if options.nanogpt:

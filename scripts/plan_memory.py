@@ -32,13 +32,18 @@ FIGURE_CONTEXTS = tuple(1024 << i for i in range(8))
 
 
 def configurations(overrides: list[str], methods: list[str], kinds: list[str]) -> dict[tuple[str, str], Config]:
-    """The typed configuration of each method with each activations; a vocabulary that the data would decide is GPT-2's."""
+    """The typed configuration of each method with each activations; a vocabulary that the data would decide is GPT-2's.
+
+    methods: a name and, behind blanks, options of it, as in "transform budget=1/24".
+    """
     found = {}
     with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
         for method in methods:
+            name, *options = method.split()
+            words = [f"method={name}", *(f"method.{option}" for option in options)]
+            scope = [] if name == "exact" else ["method.include=['*']"]
             for kind in kinds:
-                scope = [] if method == "exact" else ["method.include=['*']"]
-                config = load(compose("config", overrides=[f"method={method}", f"activations={kind}", *scope, *overrides]))
+                config = load(compose("config", overrides=[*words, f"activations={kind}", *scope, *overrides]))
                 config.model.vocab_size = config.model.vocab_size or 50257
                 found[method, kind] = config
     return found
@@ -152,7 +157,12 @@ def draw(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for train.py")
-    parser.add_argument("--methods", nargs="+", default=["exact", "basis"], help="default: exact basis (all dense layers)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["exact", "basis"],
+        help='"name option=value ..." each; default: exact basis (all dense layers)',
+    )
     parser.add_argument(
         "--activations", nargs="+", default=["plain", "lean", "checkpoint"], help="default: plain lean checkpoint"
     )

@@ -69,6 +69,10 @@ def test_step_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kept["basis, lean"] != kept["exact, plain"]
     assert "tokens/s" in capsys.readouterr().out
     assert bench_step.main(["model.n_head=7"]) == 1
+    options = ["--methods", "exact", "quantized bits=2", "--activations", "plain", "--turns", "2"]
+    assert bench_step.main([*small, *options, "--csv", str(tmp_path / "bits.csv")]) == 0
+    with (tmp_path / "bits.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["exact, plain", "quantized bits=2, plain"]
 
 
 def test_gpu_benchmark_runs_with_torch_and_numpy_alone(tmp_path) -> None:
