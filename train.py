@@ -179,14 +179,11 @@ def describe(run: Run, table: dict[str, int]) -> None:
         sketch,
         config.step_tokens,
     )
-    if run.shares:
-        knobs, knob = run.knobs(), make_estimator(config.method).knob
-        lines = [f"  {name:<24}{share:>8.4f}  {knobs[name]:g}" for name, share in run.shares.items()]
+    if run.knobs:
+        lines = [f"  {name:<24}{value:>10g}" for name, value in run.knobs.items()]
+        knob = make_estimator(config.method).knob
         log.info(
-            "%s",
-            "\n".join(
-                [f"shares of X, by the error of dW ({config.method.budget} in all), and the {knob} that keeps it:", *lines]
-            ),
+            "%s of the budget divides by the error of dW into these %s:\n%s", config.method.budget, knob, "\n".join(lines)
         )
     prefix = "mem/saved_bytes/"
     saved = {name.removeprefix(prefix): size for name, size in table.items() if name.startswith(prefix)}
@@ -219,8 +216,8 @@ def execute(values: DictConfig, folder: Path) -> None:
 
     summary = {"status": "running", "run_id": run.id, "method": config.method.name, "runtime": run.runtime.describe()}
     summary |= {"data": run.data_hashes, "parameters": run.model.parameter_count(), "sketched_layers": run.sketched}
-    if run.shares:
-        summary["knobs"] = run.knobs()
+    if run.knobs:
+        summary["knobs"] = run.knobs
     summary |= provenance()
     rundir.write_summary(folder, summary)  # a run that is killed from here on is not taken for finished
     summary["status"] = "failed"

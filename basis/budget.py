@@ -13,6 +13,7 @@ Except where the state itself stands in for X (an average of sketches): then it 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -111,32 +112,58 @@ def split_by_error(
     share: float,
     rows: int,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, float]:
-    """Shares of X, layer by layer, that keep `share` of all inputs together and make the summed error of dW least.
+) -> dict[str, Any]:
+    """Settings of the knob, layer by layer, that keep `share` of all inputs together and make the summed error of dW least.
 
     errors: by layer, its in_features and E |dW^ - dW|^2 / |dW|^2 with what `within_budget` gives it (`gradient_quality`). The
     error of a sketch falls as one over its bytes, e_l b_l / b'_l; under sum b'_l = sum b_l the sum of errors is least for
-    b'_l in proportion to sqrt(e_l b_l). For a method whose error falls otherwise that is a heuristic. No layer gets less than
-    its smallest setting keeps, or more than X. Raises ValueError as `fit`.
+    b'_l in proportion to sqrt(e_l b_l). For a method whose error falls otherwise that is a heuristic. Where that is less than a
+    layer's smallest setting keeps, or more than its largest one, the others share what is left; what settings round off is
+    spent where it lowers the sum most. Raises ValueError as `fit`.
     """
-    whole = {name: float(rows * width * dtype.itemsize) for name, (width, _) in errors.items()}
-    least, wish = {}, {}
-    for name, (width, error) in errors.items():
-        least[name] = _bytes(with_knob(estimator, estimator.knob_values(rows, width)[0]), rows, width, dtype)
-        wish[name] = math.sqrt(max(error, 0.0) * _bytes(fit(estimator, share, rows, width, dtype), rows, width, dtype))
-    left, open_ = share * sum(whole.values()), set(errors)
+    values = {name: estimator.knob_values(rows, width) for name, (width, _) in errors.items()}
+
+    @functools.cache
+    def size(name: str, index: int) -> int:
+        return _bytes(with_knob(estimator, values[name][index]), rows, errors[name][0], dtype)
+
+    limits = {name: (size(name, 0), size(name, len(values[name]) - 1)) for name in errors}
+    weights = {  # e_l b_l
+        name: max(error, 0.0) * _bytes(fit(estimator, share, rows, width, dtype), rows, width, dtype)
+        for name, (width, error) in errors.items()
+    }
+    budget = share * sum(rows * width * dtype.itemsize for width, _ in errors.values())
+    wished = _divide(budget, {name: math.sqrt(weight) for name, weight in weights.items()}, limits)
+    chosen = {
+        name: _last(range(len(values[name])), lambda i, name=name: size(name, i) <= wished[name])  # type: ignore[misc]
+        for name in errors
+    }
+    while True:
+        left = budget - sum(size(name, i) for name, i in chosen.items())
+        steps = {}
+        for name, i in chosen.items():
+            if i + 1 < len(values[name]) and (cost := size(name, i + 1) - size(name, i)) <= left:
+                steps[name] = weights[name] * (1.0 / size(name, i) - 1.0 / size(name, i + 1)) / max(cost, 1)
+        if not steps:
+            return {name: values[name][i] for name, i in chosen.items()}
+        chosen[max(steps, key=lambda name: steps[name])] += 1
+
+
+def _divide(budget: float, wishes: Mapping[str, float], limits: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """`budget` in proportion to `wishes`, each part within its limits; all of it, if the limits let it be spent."""
+    left, open_ = budget, set(wishes)
     given: dict[str, float] = {}
     while open_:
-        total = sum(wish[name] for name in open_)
-        part = {name: left * (wish[name] / total if total else whole[name] / sum(whole[n] for n in open_)) for name in open_}
-        out = {name: min(max(size, least[name]), whole[name]) for name, size in part.items()}
+        total = sum(wishes[name] for name in open_)
+        part = {name: left * (wishes[name] / total if total else 1.0 / len(open_)) for name in open_}
+        out = {name: min(max(size, limits[name][0]), limits[name][1]) for name, size in part.items()}
         # Those above or below a limit get the limit, whichever of the two sides is off by more; the others share what is left.
         off = sum(out[name] - part[name] for name in open_)
         fixed = {name for name in open_ if (out[name] > part[name] if off > 0 else out[name] < part[name])} or set(open_)
         given |= {name: out[name] for name in fixed}
         left -= sum(out[name] for name in fixed)
         open_ -= fixed
-    return {name: given[name] / whole[name] for name in errors}
+    return given
 
 
 def parse_share(text: str) -> float:

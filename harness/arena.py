@@ -31,18 +31,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
 from basis import ESTIMATORS, Estimator
 from basis.budget import parse_share
 from harness import rundir
 from harness.build import check_method
-from harness.config import Config, load, make_estimator
+from harness.compose import CONF, configuration
+from harness.config import Config, make_estimator
 from harness.files import write_atomic
 from harness.metrics import read_metrics
 from harness.results import TUNING
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 LEDGER = "arena.json"
 BUDGETS = ("1/4", "1/8", "1/24")
 RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3), "sgd": (0.01, 0.03, 0.1)}
@@ -116,9 +114,9 @@ def estimator_of(method: str) -> Estimator:
     Raises ValueError for one that can't be.
     """
     name, *options = method.split()
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        config = load(compose("config", overrides=[f"method={name}", *(f"method.{option}" for option in options)]))
-    return make_estimator(config.method)
+    if name not in ESTIMATORS:
+        raise ValueError(f"method={name}: must be one of {', '.join(ESTIMATORS)}")
+    return make_estimator(configuration([f"method={name}", *(f"method.{option}" for option in options)]).method)
 
 
 def contenders(
@@ -133,30 +131,40 @@ def contenders(
     overrides: as for train.py, `experiment=arena` among them. methods: a method's name and, behind blanks, options of it, as in
     "basis center=true". Raises ValueError for options that can't be; what merely can't keep to a budget is `refused`.
     """
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        exact = _contender(overrides, "exact", None, ("method=exact",), rates)
-        assert exact.config is not None
-        found = [exact]
-        for method in methods:
-            name, *options = method.split()
-            for budget in budgets:
-                words = (f"method={name}", *(f"method.{o}" for o in options), f"method.budget={budget}", SCOPE)
-                found.append(_contender(overrides, method, budget, words, rates))
-        if baselines:
-            for name, share, what in _baselines(exact.config, budgets):
-                if isinstance(what, str):
-                    found.append(Contender(name, share, (), (), refused=what))
-                else:
-                    contender = _contender(overrides, name, None, what, rates)
-                    same = contender.config is not None and _same_gradient(contender.config, exact.config)
-                    found.append(dataclasses.replace(contender, rates=()) if same else contender)
+    exact = _contender(overrides, "exact", None, ("method=exact",), rates)
+    assert exact.config is not None
+    _check(exact.config)
+    found = [exact]
+    for method in methods:
+        name, *options = method.split()
+        for budget in budgets:
+            words = (f"method={name}", *(f"method.{o}" for o in options), f"method.budget={budget}", SCOPE)
+            found.append(_contender(overrides, method, budget, words, rates))
+    if baselines:
+        for name, share, what in _baselines(exact.config, budgets):
+            if isinstance(what, str):
+                found.append(Contender(name, share, (), (), refused=what))
+            else:
+                contender = _contender(overrides, name, None, what, rates)
+                same = contender.config is not None and _same_gradient(contender.config, exact.config)
+                found.append(dataclasses.replace(contender, rates=()) if same else contender)
     return found
+
+
+def _check(exact: Config) -> None:
+    """Raise ValueError for overrides that leave nothing to compare with: exact is the plain one, its batch in one piece."""
+    if exact.activations.name != "plain":
+        raise ValueError(f"activations.name={exact.activations.name}: all are compared with plain activations; leave it out")
+    if exact.tokens_per_step not in (None, exact.micro_batch_size * exact.model.block_size):
+        raise ValueError(
+            f"tokens_per_step={exact.tokens_per_step}: all are compared with the batch in one piece; set micro_batch_size"
+        )
 
 
 def _contender(
     overrides: Sequence[str], method: str, budget: str | None, words: tuple[str, ...], rates: Sequence[float] | None
 ) -> Contender:
-    config = load(compose("config", overrides=[*overrides, *words]))
+    config = configuration([*overrides, *words])
     own = (ZEROTH_ORDER_RATES if config.method.name == "zeroth_order" else RATES)[config.optim.name]
     grid = tuple(rates) if rates and config.method.name != "zeroth_order" else own
     try:
@@ -201,7 +209,7 @@ def _baselines(exact: Config, budgets: Sequence[str]) -> list[tuple[str, str | N
         "exact, checkpoint": (None, ("method=exact", "activations=checkpoint")),
         "exact, checkpoint selective": (None, ("method=exact", "activations=checkpoint", "activations.selective=true")),
         "exact, lean": (None, ("method=exact", "activations=lean")),
-        "exact, bfloat16": (None, ("method=exact", "precision=bfloat16")),
+        **({} if exact.precision == "bfloat16" else {"exact, bfloat16": (None, ("method=exact", "precision=bfloat16"))}),
         "zeroth_order": (None, ("method=zeroth_order",)),
     }
     return [(method.removesuffix(f" {budget}"), budget, words) for method, (budget, words) in found.items()]
@@ -230,12 +238,12 @@ def best_rate(cells: Sequence[Cell]) -> float | None:
     return best if math.isfinite(losses[best]) else None
 
 
-def write_ledger(out: Path, refused: Sequence[Contender], **facts: Any) -> None:
-    """What the report can't read from the runs, into out/arena.json; refusals that were noted there before stay."""
+def write_ledger(out: Path, everyone: Sequence[Contender], **facts: Any) -> None:
+    """What the report can't read from the runs, into out/arena.json; refusals noted there before stay, of contenders not here."""
     out.mkdir(parents=True, exist_ok=True)
     before = {(line["method"], line["budget"]): line for line in read_ledger(out).get("refused", [])}
-    now = {(c.method, c.budget): {"method": c.method, "budget": c.budget, "reason": c.refused} for c in refused}
-    ledger = {**facts, "refused": list((before | now).values())}
+    now = {(c.method, c.budget): {"method": c.method, "budget": c.budget, "reason": c.refused} for c in everyone}
+    ledger = {**facts, "refused": [line for line in (before | now).values() if line["reason"]]}
     write_atomic(out / LEDGER, json.dumps(ledger, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import basis
-from basis.budget import split_by_error
+from basis.budget import split_by_error, with_knob
 from data.tokens import TokenFile
 from harness import activations, attention
 from harness.config import WHOLE_MODEL, Config, make_estimator, share_of
@@ -74,11 +74,12 @@ def _inputs(config: Config) -> dict[str, Any]:
     return {"rows": rows, "dtype": torch.bfloat16 if config.precision == "bfloat16" else torch.float32}
 
 
-def measure_shares(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[str, float]:
+def measure_knobs(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[str, Any]:
     """The budget divided by the error that dW has in each layer of the untrained `model`, see basis.budget.split_by_error.
 
-    loss: of the training batch of a step, with graph and under the step's noise. Methods that learn see LOOKS batches first;
-    what they have learned is in `model` afterwards, which `apply_shares` undoes.
+    A fused head keeps no input and has no part in it. loss: of the training batch of a step, with graph and under the step's
+    noise. Methods that learn see LOOKS batches first; what they have learned is in `model` afterwards, which `apply_knobs`
+    undoes.
     """
     for step in range(LOOKS):
         loss(step)
@@ -86,16 +87,16 @@ def measure_shares(model: GPT, config: Config, loss: Callable[[int], Tensor]) ->
     for step in range(MEASURED):
         for name, quality in basis.gradient_quality(model, functools.partial(loss, step)).items():
             squares.setdefault(name, []).append(quality.relative_error**2)
-    layers = dict(basis.sketched_layers(model))
+    layers = {name: layer for name, layer in basis.sketched_layers(model) if layer is not model.head}
     errors = {name: (layer.in_features, statistics.fmean(squares[name])) for name, layer in layers.items()}
     return split_by_error(make_estimator(config.method), errors, share=share_of(config.method), **_inputs(config))
 
 
-def apply_shares(model: GPT, config: Config, shares: Mapping[str, float]) -> None:
-    """Give each sketched layer the setting that keeps its share; whatever it had learned is forgotten."""
-    estimator = make_estimator(config.method)
+def apply_knobs(model: GPT, config: Config, knobs: Mapping[str, Any]) -> None:
+    """Give each layer of `knobs` its own setting; whatever sketched layers had learned is forgotten."""
 
     def choose(name: str, layer: nn.Linear) -> basis.Estimator:
-        return basis.fit(estimator, shares[name], width=layer.in_features, **_inputs(config))
+        assert isinstance(layer, basis.SketchedLinear)  # `apply_method` was there before
+        return with_knob(layer.estimator, knobs[name]) if name in knobs else layer.estimator
 
     basis.convert(model, choose, include=config.method.include, exclude=config.method.exclude)

@@ -28,7 +28,7 @@ from basis.noise import fold
 from data import Sampler, ValidationWindows, validation_windows
 from data.prepare import prepare
 from harness import activations, memory, rundir
-from harness.build import apply_shares, build_model, check_method, fill_vocabulary, measure_shares
+from harness.build import apply_knobs, build_model, check_method, fill_vocabulary, measure_knobs
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config, make_method
 from harness.device import Runtime, resolve
@@ -66,7 +66,7 @@ class Run:
     lock: FileLock
     id: str
     zeroth_order: ZerothOrder | None = None  # takes the place of backward
-    shares: dict[str, float] = field(default_factory=dict)  # of each layer's input, where they were measured
+    knobs: dict[str, Any] = field(default_factory=dict)  # each layer's own, where a budget was divided by measured errors
     monitor: basis.Monitor | None = None
     step: int = 0
     saved_step: int | None = None
@@ -106,11 +106,6 @@ class Run:
         finally:
             self.forward = compiled
         return {f"sketch/{layer}/{name}": v for layer, quality in panel.items() for name, v in quality.metrics().items()}
-
-    def knobs(self) -> dict[str, float]:
-        """Each sketched layer's rank, rows or bits, of a method that has such an option."""
-        layers = basis.sketched_layers(self.model)
-        return {name: getattr(layer.estimator, layer.estimator.knob) for name, layer in layers if layer.estimator.knob}
 
     def watching(self, now: bool) -> AbstractContextManager[object]:
         """Around the micro-batches of a step: the monitor, if there is one and the step is to be watched.
@@ -176,7 +171,7 @@ class Run:
                 "data": self.data_hashes,
                 "runtime": self.runtime.describe(),
                 "seconds": self.wall_seconds(),
-                "shares": self.shares,
+                "knobs": self.knobs,
             },
             # What the best is kept by: the loss of these very weights.
             val_loss=self.val_loss if self.config.checkpoint.best and self.val_step == self.step else None,
@@ -247,8 +242,8 @@ def telling_settings(config: Config) -> dict[str, object]:
     return telling | config.attention.telling()
 
 
-def _measured_shares(model: GPT, config: Config, sampler: Sampler, runtime: Runtime) -> dict[str, float]:
-    """method.allocation=variance in a new run: see `measure_shares`. PyTorch's random state stays as it was."""
+def _measured_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runtime) -> dict[str, Any]:
+    """method.allocation=variance in a new run: see `measure_knobs`. PyTorch's random state stays as it was."""
 
     def loss(step: int) -> Tensor:
         basis.set_noise_key(model, seed=config.seed, step=step, micro_batch=0)
@@ -258,7 +253,7 @@ def _measured_shares(model: GPT, config: Config, sampler: Sampler, runtime: Runt
         return result
 
     with torch.random.fork_rng():
-        return measure_shares(model, config, loss)
+        return measure_knobs(model, config, loss)
 
 
 def set_up(config: Config, folder: Path) -> Run:
@@ -304,10 +299,10 @@ def set_up(config: Config, folder: Path) -> Run:
         )
         raise ValueError(f"{folder} holds a run that computes elsewhere ({changes}); losses would not continue bit for bit")
 
-    shares: dict[str, float] = {}
+    knobs: dict[str, Any] = {}
     if config.method.allocation == "variance":
-        shares = loaded.state["shares"] if loaded else _measured_shares(model, config, sampler, runtime)
-        apply_shares(model, config, shares)
+        knobs = loaded.state["knobs"] if loaded else _measured_knobs(model, config, sampler, runtime)
+        apply_knobs(model, config, knobs)
 
     folder.mkdir(parents=True, exist_ok=True)
     fresh = not any(folder.iterdir())
@@ -367,7 +362,7 @@ def set_up(config: Config, folder: Path) -> Run:
         lock=lock,
         id=identity,
         zeroth_order=method if isinstance(method, ZerothOrder) else None,
-        shares=shares,
+        knobs=knobs,
         monitor=basis.Monitor(model) if config.diagnostics.monitor else None,
     )
     if loaded:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.options import DataOptions
 from data.prepare import Prepared, prepare
 from harness.checkpoint import Checkpoints
 from harness.rundir import CHECKPOINT_FOLDER
 from models import GPT, GPTConfig
+
+
+def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict without what a method has learned in its layers, for a model with plain ones."""
+    return {name: tensor for name, tensor in state.items() if not name.rpartition(".")[2].startswith("estimator_")}
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ def load_trained(run: Path, *, best: bool = False) -> Trained:
     config = loaded.state["config"]
     with torch.random.fork_rng():
         model = GPT(GPTConfig(**config["model"]))
-    model.load_state_dict(loaded.state["model"])
+    model.load_state_dict(plain_weights(loaded.state["model"]))
     prepared = prepare(DataOptions(**config["data"]))
     if prepared.train.sha256 != loaded.state["data"]["train"]:
         raise ValueError(f"the text behind {run} has changed since; its tokens would be read with another vocabulary")

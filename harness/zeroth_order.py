@@ -16,8 +16,8 @@ The estimate goes through the same clipping and the same optimiser as a gradient
 its own, so accumulation averages them. Noise is a function of (seed, step, micro-batch, parameter name); both losses see the
 same dropout masks.
 
-Kept for backward: nothing. Held during a step: one copy of the parameters, to put back what was there to the last bit, beside
-the gradients that the optimiser wants. Cost: two forwards instead of a forward and a backward.
+Kept for backward: nothing. Held during a step: the parameters' values, to put back what was there to the last bit, and their
+direction, which a parameter's gradient then takes the place of. Cost: two forwards instead of a forward and a backward.
 """
 
 from __future__ import annotations
@@ -86,6 +86,6 @@ class ZerothOrder:
         slope = share * (above - below) / (2.0 * self.sigma)  # of the loss along D
         for name, p in parameters.items():
             p.copy_(before[name])
-            estimate = slope * directions[name]
+            estimate = directions.pop(name).mul_(slope)
             p.grad = estimate if p.grad is None else p.grad.add_(estimate)
         return (above + below) / 2.0

@@ -17,6 +17,8 @@ Exit codes: 0 all runs ended, 1 some failed (named at the end, output in logs/),
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -142,12 +144,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
+    if min([options.tuning_seed, *options.seeds]) < 0 or not all(0 < rate < math.inf for rate in options.rates or []):
+        parser.error("--seeds and --tuning-seed must be at least 0, --rates positive")
+    options.seeds = list(dict.fromkeys(options.seeds))
+    options.budgets = list(dict.fromkeys(options.budgets))
+    options.rates = options.rates and list(dict.fromkeys(options.rates))
     if options.tuning_seed in options.seeds:
         parser.error(f"--tuning-seed {options.tuning_seed} is one of --seeds: a rate tuned on it would favour that run")
     overrides = [str(word) for word in options.overrides]
     if not any(word.startswith("experiment=") for word in overrides):
         overrides.insert(0, "experiment=arena")
-    methods = default_methods() if options.methods is None else options.methods
+    methods = default_methods() if options.methods is None else list(dict.fromkeys(options.methods))
     try:
         everyone = contenders(overrides, methods, options.budgets, options.rates, baselines=not options.no_baselines)
         base = everyone[0].config
@@ -160,6 +167,11 @@ def main(argv: list[str] | None = None) -> int:
             if len(c.rates) > 1
             for rate in c.rates
         ]
+        for contender, seed in itertools.product(
+            able, options.seeds
+        ):  # a folder of other options is found before anything runs
+            for each in contender.rates or everyone[0].rates:
+                cell(contender, each, seed, tuning=False, out=out, overrides=overrides).state()
         print(listing(tuning, everyone, options.seeds), flush=True)
         if options.dry_run:
             return 0
@@ -170,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
 
     threads = max(len(os.sched_getaffinity(0)) // options.jobs, 1) if hasattr(os, "sched_getaffinity") else 1
     facts = {"jobs": options.jobs, "threads": threads, "tuning_seed": options.tuning_seed, "seeds": options.seeds}
-    write_ledger(out, [c for c in everyone if c.refused], **facts)
+    write_ledger(out, everyone, **facts)
     with StopRequest() as stop:
         pool = Pool(options.jobs, threads, out / "logs", stop)
         pool.run(tuning)

@@ -74,16 +74,14 @@ def bare_run(overrides: list[str], steps: int) -> float:
 def bare_loop(overrides: list[str], steps: int) -> list[float]:
     """Seconds of each step of a hand-written loop."""
     import torch
-    from hydra import compose, initialize_config_dir
 
     import basis
     from data.prepare import prepare
     from harness.build import build_model, fill_vocabulary
-    from harness.config import load
+    from harness.compose import configuration
     from harness.optim import make_optimizer
 
-    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
-        config = load(compose("config", overrides=overrides))
+    config = configuration(overrides)
     plain = (config.micro_batches == 1, config.precision == "float32", not config.compile, config.device != "cuda")
     if not all(plain) or config.optim.grad_clip is not None or config.optim.schedule != "constant":
         raise ValueError(

@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if min(*options.lengths, options.heads, options.width) < 1 or options.turns < 2 or not options.c > 0:
         parser.error("sizes must be at least 1, --turns at least 2, --c positive")
-    lengths = sorted(options.lengths)
+    lengths = sorted(set(options.lengths))
     rows: list[dict[str, Any]] = []
     try:
         for length in lengths:

@@ -140,8 +140,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(out=Path("runs/mlp"))
     options = parser.parse_args(argv)
     try:
+        rates = RATES if options.lr is None else dict.fromkeys(RATES, options.lr)
         loops = {
-            name: Options(options.steps, options.lr or RATES[name], name, look=options.look, share=options.share)
+            name: Options(
+                options.steps,
+                rates[name],
+                name,
+                look=options.look,
+                share=options.share,
+            )
             for name in options.optimizers
         }
         adaptive = small.adaptive_of(options)

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,9 +36,10 @@ import basis
 from basis.noise import fold
 from data import Sampler
 from data.prepare import prepare
+from harness import compose
 from harness.benchmark import machine
 from harness.build import build_model, check_method, fill_vocabulary
-from harness.config import Config, load
+from harness.config import Config
 from harness.device import resolve
 from harness.files import write_atomic
 from harness.memory import format_bytes, tensor_bytes
@@ -57,8 +57,7 @@ def configuration(overrides: list[str]) -> Config:
     if not any(word.startswith("data=") for word in overrides):
         chosen += ["data=shakespeare", "data.tokenizer=char", "data.order=random"]
     chosen = [word for word in chosen if word.split("=")[0] not in {other.split("=")[0] for other in overrides}]
-    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
-        config = load(compose("config", overrides=[*chosen, *overrides]))
+    config = compose.configuration([*chosen, *overrides])
     if config.method.name != "exact":
         raise ValueError(f"method={config.method.name}: true gradients are those of method=exact")
     if config.micro_batches > 1:

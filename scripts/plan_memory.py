@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
 from harness import planning
-from harness.config import Config, load
+from harness.compose import configuration
+from harness.config import Config
 from harness.memory import CATEGORIES, format_bytes
 from harness.report.figures import SUFFIXES
 from harness.report.tables import Column, Table
@@ -37,15 +37,14 @@ def configurations(overrides: list[str], methods: list[str], kinds: list[str]) -
     methods: a name and, behind blanks, options of it, as in "transform budget=1/24".
     """
     found = {}
-    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
-        for method in methods:
-            name, *options = method.split()
-            words = [f"method={name}", *(f"method.{option}" for option in options)]
-            scope = [] if name == "exact" else ["method.include=['*']"]
-            for kind in kinds:
-                config = load(compose("config", overrides=[*words, f"activations={kind}", *scope, *overrides]))
-                config.model.vocab_size = config.model.vocab_size or 50257
-                found[method, kind] = config
+    for method in methods:
+        name, *options = method.split()
+        words = [f"method={name}", *(f"method.{option}" for option in options)]
+        scope = [] if name == "exact" else ["method.include=['*']"]
+        for kind in kinds:
+            config = configuration([*words, f"activations={kind}", *scope, *overrides])
+            config.model.vocab_size = config.model.vocab_size or 50257
+            found[method, kind] = config
     return found
 
 

@@ -189,12 +189,18 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         looks, others = ([batch[name] for batch in part] for part in (seen[: options.looks], seen[options.looks :]))
         points += measure_layer(name, looks, others, estimators)
+    if not points:
+        print("rate_distortion: no method keeps to any of the budgets; give larger --budgets or --windows", file=sys.stderr)
+        return 1
     rows = options.windows * block
     note = (
         f"{len(names)} layers of a model of {trained.step:,} steps, {rows} rows a micro-batch, {options.batches} micro-batches. "
         "Bits: all that is kept for backward. State: bytes between steps, on top. Bound: Gaussian rows of the same spectrum at "
         "the same bits."
     )
+    found = {(point.method, point.budget) for point in points}
+    if beyond := [f"{method} {budget}" for method, budget in estimators if (method, budget) not in found]:
+        note += f" Out of reach: {', '.join(beyond)}."
     summary, every = tables(points, note)
     print(summary.markdown())
     if options.out:

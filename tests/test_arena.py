@@ -144,7 +144,9 @@ def test_sentences_follow_the_intervals(above: Estimate, said: str) -> None:
     lost = standing("d 1/8", {}, 12, None)
     out_of_reach = arena.refused([])
     first, second = arena.conclusions([exact, best, close], out_of_reach)
-    assert first == f"At 1/8 of the bytes, a 1/8 ends {said} at 1.00 times its step time."
+    assert (
+        first == f"At 1/8 of the bytes, a 1/8, the best of 2 on these very seeds, ends {said} at 1.00 times its step time."
+    )
     assert second.endswith("undecided, the interval covers zero.")
     *_, last = arena.conclusions([exact, best, far, lost], out_of_reach)
     assert last.endswith("nats, a 1/8 is better.")
@@ -189,6 +191,28 @@ def test_methods_take_options_and_a_wrong_one_is_named() -> None:
     assert (uniform.name, uniform.config.method.hashing, uniform.rates) == ("basis hashing=uniform 1/8", "uniform", (1e-3,))
     with pytest.raises(ValueError, match=r"method\.hashing='other'"):
         plan.contenders(["experiment=arena"], ["basis hashing=other"], ["1/8"])
+    for word, said in {
+        "activations=lean": r"activations\.name=lean: all are compared with plain",
+        "tokens_per_step=1536": r"tokens_per_step=1536: all are compared with the batch in one piece",
+        "stepz=10": r"Could not override 'stepz'",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            plan.contenders(["experiment=arena", word], ["basis"], ["1/8"])
+    with pytest.raises(ValueError, match=r"method=foo: must be one of exact, basis"):
+        plan.estimator_of("foo")
+
+
+def test_in_bfloat16_all_are_compared_with_exact_in_bfloat16(data: Path, tmp_path: Path) -> None:
+    low = plan.contenders(["experiment=arena", "precision=bfloat16"], ["basis"], ["1/4"])
+    assert "exact, bfloat16" not in [c.name for c in low]
+    options = ["precision=bfloat16", "micro_batch_size=4"]
+    train_here(data, tmp_path / "exact", *QUICK, "method=exact", *options)
+    train_here(data, tmp_path / "float32", *QUICK, "method=exact", "micro_batch_size=4")
+    train_here(data, tmp_path / "basis", *QUICK, "method.budget=1/4", BLOCKS, *options)
+    ranks = next(table for table in write.gather([tmp_path]).tables if table.name == "arena")
+    above = {row["method"]: row["above"] for row in ranks.rows}
+    assert above["exact"] is None
+    assert above["basis 1/4"].count == above["exact, float32"].count == 1
 
 
 def launch(data: Path, cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -219,6 +243,11 @@ def test_one_command_lists_runs_skips_and_reports(data: Path, tmp_path: Path) ->
     assert "2 runs, 2 of them ended before" in again.stdout
     (ledger,) = plan.read_ledger(tmp_path / "out")["refused"]
     assert (ledger["method"], ledger["budget"]) == ("basis", "1/64")
+    stale = launch(data, tmp_path, *rates, "--jobs", "1", "optim.beta1=0.5")
+    assert stale.returncode == 1
+    assert "arena: " in stale.stdout
+    assert "optim.beta1" in stale.stdout
+    assert "Traceback" not in stale.stdout
     clash = launch(data, tmp_path, *rates, "--tuning-seed", "0")
     assert clash.returncode == 2
     assert "is one of --seeds" in clash.stdout

@@ -62,7 +62,7 @@ def test_reconstruction_is_what_weight_grad_uses() -> None:
 
 def test_the_program_writes_tables_and_a_figure(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    train_here(data, run, "method=exact")
+    train_here(data, run, "method=subspace", "method.rank=3")  # whose layers have buffers
     options = ["--methods", "transform", "quantized", "--budgets", "1/8", "1/6", "--looks", "2", "--batches", "1"]
     assert rate_distortion.main([str(run), *options, "--windows", "8", "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -72,5 +72,7 @@ def test_the_program_writes_tables_and_a_figure(data: Path, tmp_path: Path, caps
         layers = {row["layer"] for row in csv.DictReader(file)}
     assert "blocks.0.mlp.fc" in layers
     assert "ratio" in capsys.readouterr().out
+    assert rate_distortion.main([str(run), "--methods", "low_rank", "--budgets", "1/48", "--windows", "1"]) == 1
+    assert "no method keeps to any of the budgets" in capsys.readouterr().err
     assert rate_distortion.main([str(run), "--layers", "nothing"]) == 1
     assert "--layers nothing" in capsys.readouterr().err

@@ -167,7 +167,8 @@ def _at_budget(budget: str, here: Sequence[Standing], found: Sequence[Standing],
     best = alive[0]  # in order of loss
     assert best.above is not None
     time = f" at {best.step / exact.step:.2f} times its step time" if best.step and exact.step else ""
-    sentences.append(f"At {budget} of the bytes, {best.label} ends {_nats(best.above)}{time}.")
+    chosen = f", the best of {len(alive)} on these very seeds," if len(alive) > 1 else ""  # which flatters it
+    sentences.append(f"At {budget} of the bytes, {best.label}{chosen} ends {_nats(best.above)}{time}.")
     sentences += [f"At {budget}, next is {other.label}: {_against(best, other)}." for other in alive[1:2]]
     if exact.dense:
         limit = parse_share(budget) * (1 + TOLERANCE) * exact.dense

@@ -27,6 +27,7 @@ from harness.evaluate import validation_loss
 from harness.report.paper import EVALUATION_EVERY, EVALUATION_WINDOWS
 from harness.results import RunResult
 from harness.rundir import CHECKPOINT_FOLDER
+from harness.trained import plain_weights
 from models import GPT, GPTConfig
 
 TOLERANCE = 1e-6
@@ -77,7 +78,7 @@ def _recompute(run: RunResult) -> Losses:
         raise ValueError("the text that its data options name now is not the text it was trained on")
     with torch.random.fork_rng():
         model = GPT(model_config)
-    model.load_state_dict(loaded.state["model"])
+    model.load_state_dict(plain_weights(loaded.state["model"]))
     # As the run itself computed, where this machine can: TF32 and compilation move a loss by more than 1e-6.
     there = loaded.state["runtime"]
     device = there["device"] if there["device"] == "cpu" or torch.cuda.is_available() else "auto"

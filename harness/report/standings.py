@@ -2,8 +2,8 @@
 
 A *contender* is all that is the same in a set of runs but seed and learning rate. Of several rates the one counts that was run on
 the most seeds, of those the one with the lowest mean loss; runs made for tuning alone (results.py) only show what was tried. All
-are compared with *exact*: float32, everything kept, the largest batch. Differences are over pairs of equal seed, which start from
-the same weights; of equal batches they also read the same text.
+are compared with *exact*: the methods' precision, everything kept, the largest batch. Differences are over pairs of equal seed,
+which start from the same weights; of equal batches they also read the same text.
 
 - *share of X*: bytes that the sketched layers keep, over the bytes of their inputs X: what method.budget promises layer by layer.
 - *dense bytes*: what dense layers keep, inputs and sketches together, and as a ratio to exact's. That ratio is larger than the
@@ -65,12 +65,17 @@ def is_arena(groups: Sequence[Group]) -> bool:
 
 
 def reference(groups: Sequence[Group]) -> Group | None:
-    """The runs of plain exact backpropagation with the largest batch, of several lengths the shortest; their best rate."""
+    """The runs of plain exact backpropagation with the largest batch, of several lengths the shortest; their best rate.
+
+    In the precision of the methods that have a budget, which all share; without any in float32.
+    """
+    budgeted = [group.runs[0].options["precision"] for group in groups if group.runs[0].options.get("method.budget")]
+    precision = budgeted[0] if budgeted else "float32"
 
     def plain(group: Group) -> bool:
         o = group.runs[0].options
         whole = o["tokens_per_step"] in (None, o["micro_batch_size"] * o["model.block_size"])
-        return group.method == "exact" and o["activations.name"] == "plain" and o["precision"] == "float32" and whole
+        return group.method == "exact" and o["activations.name"] == "plain" and o["precision"] == precision and whole
 
     found = [group for group in groups if plain(group)]
     if not found:
