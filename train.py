@@ -6,7 +6,7 @@
     python train.py --help                                  # every option and its default
 
 The same command continues an interrupted run and skips a finished one. A run leaves config.yaml, metrics.jsonl,
-summary.json and checkpoints in its directory, runs/<overrides>. What a run is made of stands in harness/run.py; here is the loop.
+summary.json and checkpoints in its directory, runs/<overrides>. Of what it is made: harness/set_up.py; here is the loop.
 
 Exit codes: 0 finished, 1 refused or failed (the message says why), 128 + signal when stopped by Ctrl-C or SIGTERM after saving.
 """
@@ -35,7 +35,8 @@ from harness.evaluate import validation_loss
 from harness.metrics import read_metrics
 from harness.optim import learning_rate, momentum_norm
 from harness.provenance import provenance
-from harness.run import NonFiniteError, Run, set_up
+from harness.run import NonFiniteError, Run
+from harness.set_up import set_up
 from harness.signals import StopRequest
 
 log = logging.getLogger("train")
