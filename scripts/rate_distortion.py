@@ -9,8 +9,9 @@ measured.
 
     bits a number      8 x all bytes kept / (B N): codes, scales, mean, key
     distortion         |X - X^|^2 / |X - mean|^2, X^ being what the method would use in X's place; its mean over micro-batches
-    bound              the least that any code reaches at as many bits if rows are Gaussian with the spectrum of this very X, by
-                       reverse water-filling (Cover and Thomas, 10.3.3), in blocks of rows as long as one likes
+    bound              the least that any code reaches at as many bits if rows are Gaussian with the spectrum of this layer's
+                       inputs (all micro-batches together), by reverse water-filling (Cover and Thomas, 10.3.3), in blocks of
+                       rows as long as one likes
     ratio              distortion / bound
 
 Rows of X aren't Gaussian; of all with this spectrum Gaussian ones are the hardest to code, so that less than the bound isn't
@@ -85,6 +86,15 @@ def inputs(model: GPT, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor
     return found
 
 
+def pooled_spectrum(batches: Sequence[Tensor]) -> Tensor:
+    """Eigenvalues of the covariance of the rows of all `batches`, float64.
+
+    Of one micro-batch alone, whose rows are not many more than its columns, the small ones would be too small by chance.
+    """
+    centered = torch.cat([x - x.mean(0) for x in batches]).double()
+    return torch.linalg.eigvalsh(centered.t() @ centered / len(centered)).clamp_min(0.0)
+
+
 def reconstruction(estimator: Estimator, x: Tensor, key: Tensor, state: dict[str, Tensor]) -> Tensor:
     """X^ (B, N): what the method uses in X's place, L Z + 1 mean^T (scales that depend on dY aside)."""
     kept = estimator.compress_with(x, key, state)
@@ -100,10 +110,8 @@ def measure_layer(
 ) -> Iterator[Point]:
     """A point for each (method, budget) that can keep to it."""
     rows, width = others[0].shape
-    spectra = []
-    for x in others:
-        centered = (x - x.mean(0)).double()
-        spectra.append(torch.linalg.eigvalsh(centered.t() @ centered / rows).clamp_min(0.0))
+    spectrum = pooled_spectrum([*looks, *others])
+    total = float(spectrum.sum())
     for (method, budget), plain in estimators.items():
         try:
             estimator = fit(plain, parse_share(budget), rows, width)
@@ -113,14 +121,12 @@ def measure_layer(
         for step, x in enumerate(looks):
             state = {**state, **estimator.learn(state, x, torch.tensor(step))} if estimator.learns_at(step) else state
         bits = 8.0 * kept_bytes(estimator, rows, width) / rows
-        distortions, bounds = [], []
-        for step, (x, spectrum) in enumerate(zip(others, spectra, strict=True)):
+        distortions = []
+        for step, x in enumerate(others):
             error = x - reconstruction(estimator, x, torch.tensor(1000 + step), state)
-            total = float(spectrum.sum())
-            distortions.append(float(error.double().square().sum()) / rows / total)
-            bounds.append(float(rate_distortion_bound(spectrum, bits)) / total)
-        mean, bound = statistics.fmean(distortions), statistics.fmean(bounds)
-        yield Point(name, method, budget, bits / width, mean, bound, state_bytes(estimator, width))
+            distortions.append(float(error.double().square().sum()) / float((x - x.mean(0)).double().square().sum()))
+        bound = float(rate_distortion_bound(spectrum, bits)) / total
+        yield Point(name, method, budget, bits / width, statistics.fmean(distortions), bound, state_bytes(estimator, width))
 
 
 def tables(points: Sequence[Point], note: str) -> tuple[Table, Table]:
@@ -195,8 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = options.windows * block
     note = (
         f"{len(names)} layers of a model of {trained.step:,} steps, {rows} rows a micro-batch, {options.batches} micro-batches. "
-        "Bits: all that is kept for backward. State: bytes between steps, on top. Bound: Gaussian rows of the same spectrum at "
-        "the same bits."
+        "Bits: all that is kept for backward. State: bytes between steps, on top. Bound: Gaussian rows of the layer's spectrum "
+        "at the same bits."
     )
     found = {(point.method, point.budget) for point in points}
     if beyond := [f"{method} {budget}" for method, budget in estimators if (method, budget) not in found]:
