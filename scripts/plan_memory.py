@@ -39,10 +39,10 @@ def configurations(overrides: list[str], methods: list[str], kinds: list[str]) -
     found = {}
     for method in methods:
         name, *options = method.split()
-        words = [f"method={name}", *(f"method.{option}" for option in options)]
         scope = [] if name == "exact" else ["method.include=['*']"]
+        words = [f"method={name}", *scope, *(f"method.{option}" for option in options)]
         for kind in kinds:
-            config = configuration([*words, f"activations={kind}", *scope, *overrides])
+            config = configuration([*words, f"activations={kind}", *overrides])
             config.model.vocab_size = config.model.vocab_size or 50257
             found[method, kind] = config
     return found
