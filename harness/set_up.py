@@ -1,0 +1,189 @@
+"""Everything a run consists of, put together in the order in which it can be refused.
+
+`set_up` first checks what needs no data (device, method scope, the run directory's old configuration), then prepares the data,
+builds model and optimiser, and only then writes into the run directory. It continues from the newest sound checkpoint if
+there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+import basis
+from data import Sampler, validation_windows
+from data.prepare import prepare
+from harness import activations, rundir
+from harness.build import apply_knobs, build_model, check_method, fill_vocabulary, measure_knobs
+from harness.checkpoint import Checkpoints
+from harness.config import Config, make_method
+from harness.device import Runtime, resolve
+from harness.identity import run_id, run_labels
+from harness.metrics import MetricsLog
+from harness.optim import make_optimizer
+from harness.run import Run
+from harness.tracker import make_tracker, require_wandb
+from harness.zeroth_order import ZerothOrder
+from models import GPT
+
+log = logging.getLogger(__name__)
+
+
+def telling_settings(config: Config) -> dict[str, object]:
+    """What tells runs of one method apart in a sweep: the estimator's options that have no default, R first among them, the
+    budget that takes the place of its knob, and attention.
+
+    Switches and choices that are not at their default are told too; numbers with a default (shrinkage, eps) are not, nor what
+    follows from other options (rows).
+    """
+    estimator: Any = make_method(config.method)
+    telling: dict[str, object] = {}
+    for option in dataclasses.fields(estimator):
+        if "follows" in option.metadata:
+            continue
+        value = getattr(config.method, option.name)
+        if config.method.budget is not None and option.name == estimator.knob:
+            telling["budget"] = config.method.budget
+            continue
+        if option.default is dataclasses.MISSING or (value != option.default and not isinstance(value, float)):
+            telling["R" if option.name == "rank" else option.name] = value
+    if config.method.allocation != "uniform":
+        telling["allocation"] = config.method.allocation
+    return telling | config.attention.telling()
+
+
+def _measured_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runtime) -> dict[str, Any]:
+    """method.allocation=variance in a new run: see `measure_knobs`. PyTorch's random state stays as it was."""
+
+    def loss(step: int) -> Tensor:
+        basis.set_noise_key(model, seed=config.seed, step=step, micro_batch=0)
+        inputs, targets = sampler.batch(step, 0)
+        with runtime.autocast():
+            result: Tensor = model(inputs.to(runtime.device), targets.to(runtime.device))
+        return result
+
+    with torch.random.fork_rng():
+        return measure_knobs(model, config, loss)
+
+
+def set_up(config: Config, folder: Path) -> Run:
+    """The run of `config` in `folder`, new or continued. Raises ValueError for what the user can mend, before writing."""
+    runtime = resolve(config.device, config.precision, config.compile, deterministic=config.deterministic)
+    if config.activations.name == "budget" and not runtime.compile:
+        raise ValueError("activations=budget: a budget is kept by torch.compile; give compile=true")
+    if config.diagnostics.monitor and runtime.compile:
+        raise ValueError("diagnostics.monitor=true: hooks on layers are not seen by a compiled model; give compile=false")
+    require_wandb(config.tracker.mode)
+    check_method(config)
+    rundir.check_same_run(folder, config)
+    given = config.to_dict()
+
+    prepared = prepare(config.data, progress=config.log.progress)
+    config.model = fill_vocabulary(config.model, prepared.train)
+    sampler = Sampler(
+        prepared.train,
+        block_size=config.model.block_size,
+        batch_size=config.micro_batch_size,
+        order=config.data.order,
+        seed=config.seed,
+        micro_batches=config.micro_batches,
+    )
+    validation = validation_windows(
+        prepared.val, block_size=config.model.block_size, batch_size=config.eval.batch_size, batches=config.eval.batches
+    )
+    model, sketched = build_model(config)
+    model.to(runtime.device)
+    optimizer = make_optimizer(model, config.optim)
+    checkpoints = Checkpoints(folder / rundir.CHECKPOINT_FOLDER, keep=config.checkpoint.keep)
+    loaded = checkpoints.load_latest()
+    data_hashes = {"train": prepared.train.sha256, "validation": validation.hash}
+    if loaded and loaded.state["data"] != data_hashes:
+        raise ValueError(
+            f"data.path={config.data.path}: the prepared tokens are not those that the run in {folder} was started with; "
+            "bring the same text back, give another hydra.run.dir, or delete the folder"
+        )
+    if loaded and loaded.state["runtime"] != runtime.describe():
+        before, now = loaded.state["runtime"], runtime.describe()
+        changes = "; ".join(
+            f"{option}: {before[option]} -> {now[option]}" for option in now if before[option] != now[option]
+        )
+        raise ValueError(f"{folder} holds a run that computes elsewhere ({changes}); losses would not continue bit for bit")
+
+    knobs: dict[str, Any] = {}
+    if config.method.allocation == "variance":
+        knobs = loaded.state["knobs"] if loaded else _measured_knobs(model, config, sampler, runtime)
+        apply_knobs(model, config, knobs)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = not any(folder.iterdir())
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however it ends
+    except Timeout:
+        raise ValueError(f"{folder}: another process is working on this run") from None
+    rundir.write_config(folder, given)
+    identity = run_id(folder)
+    metrics = MetricsLog(folder / rundir.METRICS_FILE)
+    metrics.truncate_after(loaded.step if loaded else -1)
+    labels = run_labels(
+        method=config.method.name,
+        settings=telling_settings(config),
+        seed=config.seed,
+        experiment=config.experiment_name,
+    )
+    try:
+        tracker = make_tracker(
+            config.tracker,
+            run_dir=folder,
+            run_id=identity,
+            config=config.to_dict(),
+            group=labels.group,
+            job_type=labels.job_type,
+            tags=labels.tags,
+            name=labels.name,
+        )
+    except ValueError:  # no key, no entry: known only when asked, and then nothing should stay of a run that did not begin
+        metrics.close()
+        lock.release()
+        if fresh:  # the contents alone: the folder may be the user's, or the working directory
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+    if runtime.compile:
+        torch.compiler.reset()  # graphs of a sweep's earlier runs count against the limit of recompilations
+    forward: Callable[[Tensor, Tensor], Tensor] = (
+        activations.compiled(model, config.activations) if runtime.compile else model
+    )
+    method = make_method(config.method)
+    run = Run(
+        config=config,
+        folder=folder,
+        runtime=runtime,
+        sampler=sampler,
+        validation=validation,
+        model=model,
+        forward=forward,
+        sketched=sketched,
+        data_hashes=data_hashes,
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        tracker=tracker,
+        lock=lock,
+        id=identity,
+        zeroth_order=method if isinstance(method, ZerothOrder) else None,
+        knobs=knobs,
+        monitor=basis.Monitor(model) if config.diagnostics.monitor else None,
+    )
+    if loaded:
+        run.restore(loaded)
+        log.info("continuing from step %d (%s)", run.step, loaded.path)
+    return run
