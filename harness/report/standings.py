@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from basis import ESTIMATORS
 from basis.budget import parse_share
 from harness.report.losses import Recomputed, paired
 from harness.report.statistics import Estimate, estimate
@@ -156,6 +157,7 @@ def _standing(group: Group, exact: Group, everyone: Sequence[Group], recomputed:
 def share_of_inputs(run: RunResult) -> float | None:
     """Bytes kept by the sketched layers over the bytes of their inputs; None if no layer is sketched.
 
+    State is not among them, unless it stands in for the input (EMA sketches), as in basis/budget.py.
     Inputs are counted layer by layer, in the precision of the run.
     """
     names = run.summary["sketched_layers"]
@@ -167,7 +169,10 @@ def share_of_inputs(run: RunResult) -> float | None:
     rows = run.options["micro_batch_size"] * run.options["model.block_size"]
     size = 2 if run.options["precision"] == "bfloat16" else 4
     inputs = sum(rows * int(getattr(layers[name], "in_features")) * size for name in names if name != "head")  # noqa: B009
-    return run.last("mem/saved_bytes/sketches") / inputs if inputs else None
+    kept = run.last("mem/saved_bytes/sketches")
+    if ESTIMATORS[run.options["method.name"]].state_replaces_input:
+        kept += run.last("mem/estimator_bytes")
+    return kept / inputs if inputs else None
 
 
 def training_seconds(run: RunResult) -> float:
