@@ -102,6 +102,15 @@ def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
     assert not any("settings" in complaint for complaint in report.complaints)
 
 
+def test_a_share_counts_state_that_stands_in_for_the_input() -> None:
+    options = {"micro_batch_size": 4, "model.block_size": 16, "model.n_layer": 1, "model.n_embd": 16, "model.n_head": 2}
+    row = {"step": 0, "mem/saved_bytes/sketches": 100.0, "mem/estimator_bytes": 924.0}
+    summary = {"sketched_layers": ["blocks.0.mlp.fc"]}  # its input: 64 x 16 numbers, 4,096 bytes
+    for method, expected in {"ema_sketch": 1024 / 4096, "subspace": 100 / 4096}.items():
+        run = RunResult(Path(), options | {"method.name": method, "precision": "float32"}, summary, [row])
+        assert standings.share_of_inputs(run) == pytest.approx(expected)
+
+
 def test_training_seconds_weigh_rows_by_their_steps() -> None:
     rows = [{"step": 4, "step_seconds": 0.5}, {"step": 5}, {"step": 10, "step_seconds": 0.25}]
     assert standings.training_seconds(RunResult(Path(), {}, {}, rows)) == pytest.approx(4 * 0.5 + 6 * 0.25)
