@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 from basis.estimator import Estimator, State
 from basis.estimators.exact import Exact
 from basis.linear import SketchedLinear, cast_for_autocast, refuse_nested_transforms, wants_weight_grad
-from basis.matrix import frobenius_norm
+from basis.matrix import frobenius_norm, reduce_columns, tall_product
 from basis.tied import graph_is_released
 
 BLOCK_BYTES = 64 * 2**20
@@ -59,8 +59,8 @@ def _loss_and_gradient(x: Tensor, w: Tensor, targets: Tensor, rows: int) -> tupl
     y = y.to(torch.promote_types(y.dtype, torch.float32))  # softmax of low-precision logits is taken in float32
     index = targets[None]
     at_target = y.gather(0, index)[0]
-    largest = y.amax(0)
-    sums = y.sub_(largest).exp_().sum(0)
+    largest = reduce_columns(torch.amax, y)
+    sums = reduce_columns(torch.sum, y.sub_(largest).exp_())
     loss = (sums.log() + largest - at_target).sum() / rows
     y.mul_(1.0 / (sums * rows)).scatter_add_(0, index, y.new_full(index.shape, -1.0 / rows))
     return loss, y.to(x.dtype)
@@ -157,7 +157,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         for block in _blocks(rows, weight.shape[0]):
             loss, grad_y = _loss_and_gradient(x[block], w, targets[block], rows)
             losses.append(loss)
-            grad_x[block] = grad_y.t() @ w
+            grad_x[block] = tall_product(grad_y, w)
             if gradient is not None:
                 gradient.add(block, grad_y)
             for look in looks:
