@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from basis.noise import random_bits
@@ -47,9 +48,11 @@ def groups(count: int) -> tuple[int, int]:
 
 def _hadamard(like: Tensor) -> Tensor:
     """Orthogonal and symmetric, (BLOCK, BLOCK), entries +-1/8."""
-    matrix = like.new_ones(1, 1)
+    two = like.new_ones(2, 2)
+    two[1, 1] = -1.0
+    matrix = two
     while matrix.shape[0] < BLOCK:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        matrix = torch.kron(matrix, two)
     return matrix / math.sqrt(BLOCK)
 
 
@@ -69,8 +72,8 @@ def rotate(z: Tensor, key: Tensor) -> Tensor:
     """Rows of z (K, B), filled up with zeros and rotated group by group: (K, G, L)."""
     rows, count = z.shape
     number, blocks = groups(count)
-    z = torch.nn.functional.pad(z * _signs(key, count), (0, number * blocks * BLOCK - count))
-    z = z.view(-1, BLOCK) @ _hadamard(z)
+    z = F.pad(z * _signs(key, count), (0, number * blocks * BLOCK - count))
+    z = z.reshape(-1, BLOCK) @ _hadamard(z)
     if blocks > 1:
         z = _cosine(blocks, z) @ z.view(-1, blocks, BLOCK)  # (m, m) (K G, m, 64)
     return z.view(rows, number, -1)
@@ -87,7 +90,7 @@ def rotate_back(z: Tensor, key: Tensor, count: int) -> Tensor:
 
 
 def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
-    """Which bit planes to keep: indices 8 i + j of bit j of row i, (planes,), by reverse water-filling.
+    """Which bit planes to keep: indices 8 i + j of bit j of row i, (planes,), rising, by reverse water-filling.
 
     Each plane goes where it lowers the error most, sum_i variances_i * error(b_i), error(0) = left_out; error falls and is convex
     in b, so the best planes are the largest of all gains. Raises no error for more planes than 8 K: asserted.
@@ -95,7 +98,7 @@ def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
     errors = torch.tensor([left_out, *(d / (1.0 - d) for d in DISTORTIONS[1:])], device=variances.device)
     gains = variances[:, None] * (errors[:-1] - errors[1:])  # (K, 8)
     assert planes <= gains.numel()
-    return gains.flatten().topk(planes).indices
+    return gains.flatten().topk(planes).indices.sort().values
 
 
 def bits_by_row(planes: Tensor, rows: int) -> Tensor:
@@ -106,7 +109,10 @@ def bits_by_row(planes: Tensor, rows: int) -> Tensor:
 
 
 def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
-    """z (K, G, L) as packed bit planes (planes, G, L / 8) uint8 and the scales (K, G) float32 of `decode`."""
+    """z (K, G, L) as packed bit planes (planes, G, L / 8) uint8 and the scales (K, G) float32 of `decode`.
+
+    planes: as `allocate` gives them, rising.
+    """
     bits = bits_by_row(planes, z.shape[0])
     square = z.square().sum(2)
     step = (square / z.shape[2]).sqrt() * torch.tensor(STEPS, device=z.device)[bits][:, None]
@@ -120,17 +126,24 @@ def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
-    """z^ (K, G, L) in float32."""
-    rows = scale.shape[0]
-    plane = unpack(packed)
-    plane = torch.cat([plane, plane.new_zeros(1, *plane.shape[1:])])  # the last one stands for planes that are not kept
-    place = torch.full((rows * MOST_BITS,), len(planes), dtype=torch.int64, device=planes.device)
-    place = place.scatter(0, planes, torch.arange(len(planes), device=planes.device)).view(rows, MOST_BITS)
-    code = plane.index_select(0, place[:, 0])
-    for bit in range(1, MOST_BITS):
-        code |= plane.index_select(0, place[:, bit]) << bit
+    """z^ (K, G, L) in float32: planes weighted by the power of two and the scale that they stand for, and summed by row.
+
+    The planes of a row follow each other, so PyTorch's embedding_bag does it in one pass, a bag for each row of each group.
+    """
+    rows, number = scale.shape
+    owner, place = planes // MOST_BITS, planes % MOST_BITS
+    bits = unpack(packed.transpose(0, 1)).to(torch.float32)  # (G, planes, L)
+    starts = torch.arange(0, number * len(planes), len(planes), device=planes.device)
+    first = torch.searchsorted(planes, torch.arange(0, rows * MOST_BITS, MOST_BITS, device=planes.device))
+    z = F.embedding_bag(
+        torch.arange(number * len(planes), device=planes.device),
+        bits.flatten(0, 1),
+        (starts[:, None] + first).flatten(),
+        mode="sum",
+        per_sample_weights=(torch.pow(2.0, place) * scale.t()[:, owner]).flatten(),
+    )
     offset = 0.5 * (torch.pow(2.0, bits_by_row(planes, rows)) - 1.0)
-    return torch.addcmul((-offset[:, None] * scale)[..., None], code.to(torch.float32), scale[..., None])
+    return z.view(number, rows, -1).transpose(0, 1).sub_((offset[:, None] * scale)[..., None])
 
 
 def pack(plane: Tensor) -> Tensor:

@@ -3,6 +3,10 @@
 One set-up for time and memory, for every method and activations, and for configurations (scripts/bench_step.py) as well as for
 a machine that has torch alone (scripts/bench_gpu.py). The peak is counted tensor by tensor on a CPU (not under compile, which
 makes no operators that could be counted), measured on CUDA.
+
+Some estimators look every so many steps at where their inputs lie, and at each of the first ones. A step's time here is the mean
+of a long run: ordinary steps and those that look are timed apart, and weighted by how often each comes. The peak is that of a
+step that looks.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from harness.memory import format_bytes
 from harness.optim import OptimOptions, make_optimizer
 from harness.report.tables import Column, Table
 from models import GPT
+
+_LATE = range(1000, 2000)
+"""Steps of a run that is long under way."""
 
 
 class Step:
@@ -51,6 +58,18 @@ class Step:
         if runtime.compile:
             self.compiled = torch.compile(loss) if plain_loss else activations.compiled(self.model, kept)
         self.count = 0
+        self.share = sum(map(self.looks, _LATE)) / len(_LATE)
+        self.looking = self.share == 1.0
+
+    def looks(self, step: int) -> bool:
+        """Whether a layer's estimator learns at this step."""
+        layers = (module for module in self.model.modules() if isinstance(module, basis.SketchedLinear))
+        return any(layer.estimator.learns_at(step) for layer in layers)
+
+    def seek(self, *, looking: bool) -> None:
+        """From here on all steps are like this, as far as there are any."""
+        self.looking = looking if 0.0 < self.share < 1.0 else self.share == 1.0
+        self.count = max(self.count, _LATE.start)
 
     def forward(self, run: Callable[..., Tensor] | None = None) -> Tensor:
         """The loss, with graph."""
@@ -59,6 +78,8 @@ class Step:
             return (run or self.compiled)(self.inputs, self.targets)
 
     def __call__(self) -> None:
+        while self.count >= _LATE.start and self.looks(self.count) != self.looking:
+            self.count += 1
         self.forward().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -91,11 +112,20 @@ def _unfused(model: GPT) -> Callable[..., Tensor]:
 def measure(steps: Mapping[str, Step], *, turns: int, progress: bool = True) -> list[dict[str, Any]]:
     """A row per step; the first one is what the others are compared with."""
     runtime = next(iter(steps.values())).runtime
+    for step in steps.values():
+        step()  # the first look
+        step.seek(looking=False)
     timings = interleaved(steps, turns=turns, synchronize=runtime.synchronize, progress=progress)
+    sometimes = {name: step for name, step in steps.items() if 0.0 < step.share < 1.0}
+    for step in sometimes.values():
+        step.seek(looking=True)
+    few = max(turns // 3, 2)
+    looks = interleaved(sometimes, turns=few, warm_up=1, synchronize=runtime.synchronize, progress=progress)
     rows = []
     baseline = next(iter(timings.values())).median
     for name, timing in timings.items():
         step = steps[name]
+        mean = timing.median + (step.share * (looks[name].median - timing.median) if name in looks else 0.0)
         kept = memory.saved_bytes_total(step.model, step.forward)
         step.optimizer.zero_grad(set_to_none=True)
         peak = step.peak()
@@ -104,10 +134,12 @@ def measure(steps: Mapping[str, Step], *, turns: int, progress: bool = True) -> 
             {
                 "step": name,
                 "tokens": tokens,
-                "milliseconds": 1e3 * timing.median,
+                "milliseconds": 1e3 * mean,
                 "quartiles": f"{1e3 * timing.low:.0f} to {1e3 * timing.high:.0f}",
-                "ratio": timing.median / baseline,
-                "rate": round(tokens / timing.median),
+                "look": 1e3 * looks[name].median if name in looks else None,
+                "share": step.share,
+                "ratio": mean / baseline,
+                "rate": round(tokens / mean),
                 "kept": format_bytes(kept),
                 "peak": None if peak is None else format_bytes(peak),
                 "precision": runtime.precision,
@@ -124,7 +156,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "step": Column("method, activations"),
         "tokens": Column("tokens a step"),
         "milliseconds": Column("step, ms", digits=0),
-        "quartiles": Column("quartiles, ms"),
+        "quartiles": Column("quartiles without looks, ms"),
+        "look": Column("a step that looks, ms", digits=0),
+        "share": Column("share of steps that look", digits=2),
         "ratio": Column("of the first row", digits=2),
         "rate": Column("tokens/s"),
         "kept": Column("kept for backward"),

@@ -79,7 +79,7 @@ def test_without_rotation_a_bias_is_seen_by_the_same_measure() -> None:
 
 def test_rows_have_bits_of_their_own_and_rows_without_are_zero() -> None:
     z = (normal(4, 1 << 14) * torch.tensor([4.0, 2.0, 1.0, 0.1])[:, None])[:, None]
-    chosen = planes(4, 2, 1, 0)[torch.randperm(7, generator=torch.Generator().manual_seed(1))]  # in any order
+    chosen = planes(4, 2, 1, 0)
     packed, scale = gaussian_code.encode(z, chosen)
     assert packed.shape == (7, 1, z.shape[2] // 8)
     back = gaussian_code.decode(packed, scale, chosen)

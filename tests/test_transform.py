@@ -85,7 +85,22 @@ def test_factors_are_the_same_estimate() -> None:
     estimator = Transform(1.5)
     kept = estimator.compress_with(x, key(3), learned(estimator, x))
     factors = estimator.factors(kept, len(x))
-    torch.testing.assert_close((factors.left.t() @ grad_y).t() @ factors.right, estimator.weight_grad(kept, grad_y))
+    by_factors = (factors.left.t() @ grad_y).t() @ factors.right
+    torch.testing.assert_close(by_factors, estimator.weight_grad(kept, grad_y), rtol=1e-4, atol=1e-4)
+
+
+def test_rotating_the_gradient_is_rotating_the_kept_back() -> None:
+    """Fewer columns than directions: dY is rotated. With columns of zeros beside it Z^ is, and dW must be the same."""
+    x, grad_y = data()
+    estimator = Transform(1.5)
+    kept = estimator.compress_with(x, key(3), learned(estimator, x))
+    few = grad_y[:, :2]
+    assert few.shape[1] < kept[4].shape[1] <= grad_y.shape[1] + x.shape[1]
+    many = torch.cat((few, torch.zeros(len(x), x.shape[1])), 1)
+    torch.testing.assert_close(estimator.weight_grad(kept, few), estimator.weight_grad(kept, many)[:2], rtol=1e-4, atol=1e-4)
+    low = estimator.weight_grad(kept, few.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert float((low.float() - estimator.weight_grad(kept, few)).norm() / low.float().norm()) < 0.02
 
 
 @pytest.mark.parametrize(("rows", "groups", "filled"), [(256, 1, 256), (100, 1, 128), (4200, 2, 2 * 33 * 64)])

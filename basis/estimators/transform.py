@@ -19,8 +19,8 @@ Bits beyond 8 a direction are not used: a budget of more than 8 K bits a row is 
 Kept: bits N bit planes of B bits (B filled up to a multiple of 64, above 4,096 a little more), a float32 scale per direction and
 4,096 tokens, the mean (N), an 8-byte key.
 State: N K + K + 1 numbers (tracking.py) and the allocation, 8 bytes a plane, between steps.
-FLOPs: 2 B N K + 256 B K forward, 2 M K (B + N) + 256 B K backward and about twenty elementwise passes over B K numbers, instead
-of 2 B N M. A look every `every` steps costs 6 B N K and a QR decomposition.
+FLOPs: 2 B N K + 256 B K forward, 2 M K (B + N) + 256 B min(K, M) backward and about twenty elementwise passes over B K numbers,
+instead of 2 B N M. A look every `every` steps costs 6 B N K and a QR decomposition.
 
 Source: transform coding is textbook (Cover and Thomas, 10.3; Goyal, IEEE SPM 2001); its use for dW, with tracked directions and
 unbiased coding, is this project's.
@@ -54,7 +54,7 @@ class Transform(LearningEstimator):
 
     bits: float
     directions: float = 0.5
-    every: int = 10
+    every: int = 25
     left_out: float = 2.0
 
     def __post_init__(self) -> None:
@@ -107,10 +107,16 @@ class Transform(LearningEstimator):
         return gaussian_code.rotate_back(gaussian_code.decode(packed, scale, planes), key, rows)
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
-        mean, directions = kept[2], kept[4]
+        packed, scale, mean, key, directions, planes = kept
         dtype = grad_y.dtype
-        along = self.coordinates(kept, len(grad_y)).to(dtype) @ grad_y  # (K, B) (B, M)
-        return along.t() @ directions.t().to(dtype) + torch.outer(grad_y.sum(0), mean.to(dtype))
+        if (
+            grad_y.shape[1] < directions.shape[1]
+        ):  # <Z, dY> of rotated tokens is the same: the narrower of the two is rotated
+            coded = gaussian_code.decode(packed, scale, planes).flatten(1)
+            along = coded.to(dtype) @ gaussian_code.rotate(grad_y.t(), key).flatten(1).t().to(dtype)
+        else:
+            along = self.coordinates(kept, len(grad_y)).to(dtype) @ grad_y  # (K, B) (B, M)
+        return torch.addr(along.t() @ directions.t().to(dtype), grad_y.sum(0), mean.to(dtype))
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
         mean, directions = kept[2], kept[4]
