@@ -64,7 +64,8 @@ class Step:
     def looks(self, step: int) -> bool:
         """Whether a layer's estimator learns at this step."""
         layers = (module for module in self.model.modules() if isinstance(module, basis.SketchedLinear))
-        return any(layer.estimator.learns_at(step) for layer in layers)
+        learners = (layer.estimator for layer in layers if layer.state)
+        return any(estimator.learns_at(step) for estimator in learners)
 
     def seek(self, *, looking: bool) -> None:
         """From here on all steps are like this, as far as there are any."""
