@@ -63,7 +63,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def known_options(config: dict[str, Any]) -> dict[str, Any]:
     """A run's options by dotted name. What an older version had no option for is at its default."""
     defaults = flatten(Config().to_dict())
-    return {k: v for k, v in defaults.items() if not k.startswith("method.")} | flatten(config)
+    return defaults | flatten(config)
 
 
 def changed_options(old: dict[str, Any], config: Config) -> list[str]:
