@@ -91,11 +91,9 @@ def test_a_budget_of_an_eighth(estimator: Estimator, width: int) -> None:
     rows = 768
     chosen = basis.fit(estimator, 1 / 8, rows, width)
     used = kept_bytes(chosen, rows, width) / (rows * width * 4 / 8)
-    if isinstance(estimator, Quantized):  # a whole number of bits, and a quarter: 3.25 of 4
-        assert chosen == Quantized(3)
-        assert used == pytest.approx(3.25 / 4, rel=1e-3)
-    else:
-        assert 0.9 < used <= 1
+    assert 0.9 < used <= 1
+    if isinstance(estimator, Quantized):
+        assert chosen == Quantized(3.6875), "a sixteenth below 3.75, which with ranges and key is 8 bytes too much"
 
 
 @every_method

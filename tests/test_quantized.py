@@ -30,9 +30,9 @@ def ranges(estimator: Quantized, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return low, step
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 2, 4, 1.75])
 @pytest.mark.parametrize("dither", ["subtractive", "none"])
-def test_unbiased_and_variance_as_derived(dither: str, bits: int) -> None:
+def test_unbiased_and_variance_as_derived(dither: str, bits: float) -> None:
     x, dy = data(24, 9)
     estimator = Quantized(bits, group=4, dither=dither)  # groups of 4, 4 and 1
     estimates = draws(estimator, x, dy, 1500)
@@ -73,8 +73,8 @@ def test_numbers_that_are_all_alike_come_back() -> None:
     assert torch.equal(Quantized(1).factors(Quantized(1).compress(0 * x, key(1)), 8).left, 0 * x)
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_blocks_of_rows_change_nothing(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [3, 4, 2.5, 7.75])
+def test_blocks_of_rows_change_nothing(bits: float, monkeypatch: pytest.MonkeyPatch) -> None:
     x, dy = data(45, 9)
     whole = estimate(Quantized(bits), x, dy, key(1))
     monkeypatch.setattr("basis.matrix._CACHED", 1)
@@ -86,3 +86,15 @@ def test_each_bit_halves_the_error() -> None:
     errors = [relative(estimate(Quantized(bits), x, dy, key(1)), dy.t() @ x) for bits in (4, 6, 8)]
     assert errors[0] / errors[1] == pytest.approx(63 / 15, rel=0.25)
     assert errors[1] / errors[2] == pytest.approx(255 / 63, rel=0.25)
+
+
+def test_a_share_of_the_rows_has_a_bit_more() -> None:
+    """At 2.5 bits the first half of the rows is what 3 bits make of it, the rest what 2 bits do; bytes are the mean."""
+    x, _ = data(64, 33)
+    halves = {bits: Quantized(bits, group=8).compress(x, key(1)) for bits in (2, 2.5, 3)}
+    left = {bits: Quantized(bits, group=8).factors(kept, 64).left for bits, kept in halves.items()}
+    assert torch.equal(left[2.5][:32], left[3][:32])
+    assert torch.equal(left[2.5][32:], left[2][32:])
+    size = {bits: kept[0].nbytes for bits, kept in halves.items()}
+    assert size[2.5] == (size[2] + size[3]) / 2
+    assert len(Quantized(1.5).compress(x[:3], key(1))[0]) == 1, "too few rows for a finer part of 8"

@@ -17,6 +17,9 @@ different numbers are independent, and
 
     E |dW^ - T|^2 = sum_b |dy_b|^2 sum_n (error variance of x_bn)
 
+`bits` need not be whole: at 3.75 the first three quarters of the rows have 4 bits a number and the others 3, so that any number
+of bytes is spent, and as well as can be: error falls convexly with bytes.
+
 u is one of 2^16 values, which leaves a bias of 2^-17 of a step. Noise that rows and columns share, u = frac(r_b + s_n), would
 be cheaper and have the same variance; but where x is nearly constant, as GELU makes it, it is a matrix of low rank, that is, an
 error in few directions.
@@ -26,13 +29,15 @@ reach far on one side only. Its error's variance is 0.35 of the other's for GELU
 deviation is 0.3, 0.32 if it is 2), and 0.99 for standard normal numbers, which are what LayerNorm puts out.
 
 What is exact: Y, dX, the bias gradient; a number that is all its group has, up to 16 bits. What is estimated: dW, without bias,
-through X alone: dY is used whole. Kept: `bits` / 8 bytes a number (B rounded up to a multiple of 8 / gcd(bits, 8)), 4 bytes a
-group and the 8-byte key; in groups of 128 that is 4.25 bits a number at 4 bits. FLOPs: the exact product, 2 B N M, and about 40
-operations a number in forward and in backward, where X comes back some rows at a time. State between steps: none.
+through X alone: dY is used whole. Kept: `bits` / 8 bytes a number (B rounded up to a multiple of 8 / gcd(bits, 8); rows of one
+more bit are a multiple of 8), 4 bytes a group and the 8-byte key; in groups of 128 that is 4.25 bits a number at 4 bits. FLOPs:
+the exact product, 2 B N M, and about 40 operations a number in forward and in backward, where X comes back some rows at a time.
+State between steps: none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -57,16 +62,25 @@ def _up_to_bfloat16(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Some rows of X that are worked on together."""
+
+    rows: slice
+    bits: int
+    bytes: slice  # of the packed codes
+
+
+@dataclass(frozen=True)
 class Quantized(Estimator):
     """X in `bits` bits a number.
 
-    bits: 1 to 8. group: numbers of a row that share their range; at least 1. dither: "subtractive" or "none", see above.
-    Raises ValueError that begins with the name of the wrong option.
+    bits: 1 to 8, on average over the rows. group: numbers of a row that share their range; at least 1. dither: "subtractive" or
+    "none", see above. Raises ValueError that begins with the name of the wrong option.
     """
 
     knob: ClassVar[str] = "bits"
 
-    bits: int = 4
+    bits: float = 4
     group: int = 128
     dither: str = "subtractive"
 
@@ -78,11 +92,14 @@ class Quantized(Estimator):
         if self.dither not in ("subtractive", "none"):
             raise ValueError(f"dither={self.dither!r}: must be subtractive or none")
 
-    def knob_values(self, rows: int, width: int) -> Sequence[int]:
-        return range(1, 9)
+    def knob_values(self, rows: int, width: int) -> Sequence[float]:
+        return [sixteenths / 16 for sixteenths in range(16, 129)]
 
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        parts = [self._round(x[part], uniform_rows(key, part, x.shape[1])) for part in row_blocks(x, x.shape[1])]
+        parts = [
+            self._round(x[part.rows], uniform_rows(key, part.rows, x.shape[1]), part.bits)
+            for part in self._parts(x, x.shape[1])
+        ]
         codes, ranges = zip(*parts, strict=True)
         return torch.cat(codes), torch.cat(ranges), key, x.new_empty(0)  # no number, only the dtype
 
@@ -90,46 +107,53 @@ class Quantized(Estimator):
         codes, ranges, _, _ = kept
         wide = torch.promote_types(grad_y.dtype, torch.float32)
         total = torch.zeros(grad_y.shape[1], codes.shape[1], dtype=wide, device=grad_y.device)
-        for part in row_blocks(ranges, codes.shape[1]):
-            total += grad_y[part].t() @ self._restore(kept, part).to(grad_y.dtype)
+        for part in self._parts(ranges, codes.shape[1]):
+            total += grad_y[part.rows].t() @ self._restore(kept, part).to(grad_y.dtype)
         return total
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
-        return Factors(self._restore(kept, slice(0, rows)))
+        return Factors(torch.cat([self._restore(kept, part) for part in self._parts(kept[1], kept[0].shape[1])]))
 
-    def _round(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, like: Tensor, width: int) -> list[_Part]:
+        """The rows of `like`, which has as many as X (., width): those of one more bit, then the others, each in blocks."""
+        rows, least = like.shape[0], math.floor(self.bits)
+        finer = min(round((self.bits - least) * rows / 8) * 8, rows)
+        parts, offset = [], 0
+        for first, last, bits in ((0, finer, least + 1), (finer, rows, least)):
+            codes, size = unit(bits)
+            blocks = row_blocks(like[first:last], width) if last > first else []
+            for block in blocks:  # which begin at whole units
+                start, stop = offset + block.start // codes * size, offset + -(-block.stop // codes) * size
+                parts.append(_Part(slice(first + block.start, first + block.stop), bits, slice(start, stop)))
+            offset += -(-(last - first) // codes) * size
+        return parts
+
+    def _round(self, x: Tensor, u: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """Packed codes and ranges (n, groups, 2) of `x` (n, N)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        width = x.shape[1]
+        width, largest = x.shape[1], (1 << bits) - 1
         group = min(self.group, width)
         whole = wide
         if missing := -width % group:  # the last group is a shorter one: any of its numbers may stand in for those it lacks
             whole = torch.cat((wide, wide[:, -1:].expand(-1, missing)), 1)
         least, most = torch.aminmax(whole.unflatten(1, (-1, group)), dim=-1)
         low = -_up_to_bfloat16(-least)
-        step = _up_to_bfloat16((most - low) / self._last)
+        step = _up_to_bfloat16((most - low) / largest)
         inverse = 1.0 / step.to(wide.dtype).clamp_min(torch.finfo(torch.float32).tiny)
         t = (wide - self._spread(low.to(wide.dtype), width)) * self._spread(inverse, width)
-        codes = (t + u).floor_().clamp_(0, self._last).to(torch.uint8)
-        return pack(codes, self.bits), torch.stack((low, step), -1).to(torch.bfloat16)
+        codes = (t + u).floor_().clamp_(0, largest).to(torch.uint8)
+        return pack(codes, bits), torch.stack((low, step), -1).to(torch.bfloat16)
 
-    def _restore(self, kept: tuple[Tensor, ...], part: slice) -> Tensor:
-        """x^ (n, N) of these rows, in the dtype of X; the first is a multiple of 8."""
+    def _restore(self, kept: tuple[Tensor, ...], part: _Part) -> Tensor:
+        """x^ (n, N) of these rows, in the dtype of X."""
         codes, ranges, key, like = kept
         width = codes.shape[1]
         wide = torch.promote_types(like.dtype, torch.float32)
-        per_unit, size = unit(self.bits)
-        bytes_ = codes[part.start // per_unit * size : -(-part.stop // per_unit) * size]
-        q = unpack(bytes_, self.bits, part.stop - part.start).to(wide)
+        q = unpack(codes[part.bytes], part.bits, part.rows.stop - part.rows.start).to(wide)
         if self.dither == "subtractive":
-            q = q.add_(0.5) - uniform_rows(key, part, width)
-        low, step = ranges[part].to(wide).unbind(-1)
+            q = q.add_(0.5) - uniform_rows(key, part.rows, width)
+        low, step = ranges[part.rows].to(wide).unbind(-1)
         return torch.addcmul(self._spread(low, width), q, self._spread(step, width)).to(like.dtype)
-
-    @property
-    def _last(self) -> int:
-        """The largest code."""
-        return (1 << self.bits) - 1
 
     def _spread(self, of_groups: Tensor, width: int) -> Tensor:
         """A value for each number (n, N) from one for each group (n, groups)."""
