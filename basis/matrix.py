@@ -5,8 +5,8 @@ there is told apart by the strides.
 
 A tall matrix on the CPU, a vocabulary's logits (V, B): element-wise work and W X^T give each core a run of its rows, but a
 sum down the columns and Y^T W give each core some columns of all rows. Every cache line then passes from one core to the
-other and back, and what was 14 ms of the paper's step is 16 ms where the cores share a cache, 23 where they do not (two
-virtual cores are moved between the two every few minutes). So a tall matrix is reduced piece by piece, then over the pieces.
+other and back: what is 14 ms of the paper's step without that was 16 ms at some times and 23 at others, for minutes each, on two
+virtual cores that seem to share a cache at some times only. So a tall matrix is reduced piece by piece, then over the pieces.
 """
 
 from __future__ import annotations
