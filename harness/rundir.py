@@ -62,8 +62,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def known_options(config: dict[str, Any]) -> dict[str, Any]:
     """A run's options by dotted name. What an older version had no option for is at its default."""
-    defaults = flatten(Config().to_dict())
-    return defaults | flatten(config)
+    return flatten(Config().to_dict()) | flatten(config)
 
 
 def changed_options(old: dict[str, Any], config: Config) -> list[str]:

@@ -68,19 +68,19 @@ class Step:
         return any(estimator.learns_at(step) for estimator in learners)
 
     def seek(self, *, looking: bool) -> None:
-        """From here on all steps are like this, as far as there are any."""
+        """From here on all steps are like this, as far as there are any; past the first ones, which look more often."""
         self.looking = looking if 0.0 < self.share < 1.0 else self.share == 1.0
         self.count = max(self.count, _LATE.start)
 
     def forward(self, run: Callable[..., Tensor] | None = None) -> Tensor:
         """The loss, with graph."""
+        while self.count >= _LATE.start and self.looks(self.count) != self.looking:
+            self.count += 1
         basis.set_noise_key(self.model, seed=0, step=self.count)
         with self.runtime.autocast():
             return (run or self.compiled)(self.inputs, self.targets)
 
     def __call__(self) -> None:
-        while self.count >= _LATE.start and self.looks(self.count) != self.looking:
-            self.count += 1
         self.forward().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -109,9 +109,7 @@ class Transform(LearningEstimator):
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         packed, scale, mean, key, directions, planes = kept
         dtype = grad_y.dtype
-        if (
-            grad_y.shape[1] < directions.shape[1]
-        ):  # <Z, dY> of rotated tokens is the same: the narrower of the two is rotated
+        if grad_y.shape[1] < directions.shape[1]:  # products over tokens survive a rotation of both: dY is the narrower one
             coded = gaussian_code.decode(packed, scale, planes).flatten(1)
             along = coded.to(dtype) @ gaussian_code.rotate(grad_y.t(), key).flatten(1).t().to(dtype)
         else:
