@@ -19,6 +19,11 @@ def unit(bits: int) -> tuple[int, int]:
     return 8 // common, bits // common
 
 
+def to_bytes(codes: Tensor) -> Tensor:
+    """Whole floating-point numbers from 0 to 255 as uint8. By way of int16: PyTorch's CPU kernel is then four times as fast."""
+    return codes.to(torch.int16).to(torch.uint8)
+
+
 def _parts(bits: int) -> list[tuple[int, int]]:
     """The powers of two that add up to `bits`, each with the bits that come before it."""
     sizes = [size for size in (8, 4, 2, 1) if bits & size]

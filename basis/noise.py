@@ -16,10 +16,18 @@ Cost: about ten integer operations a row and, for a permutation, one sort of B i
 
 Matrices of noise, B x R numbers that nobody would want to keep, are made of the same bits and can be made some rows at a time:
 row b takes the counters b * w to (b + 1) * w, where w is the number of integers that a row needs. Signs take 1/32 of an integer
-each, uniform numbers a half, normal numbers a whole one (Box-Muller: two integers give two of them). Bits and signs are the same
-everywhere; logarithm and cosine differ in the last digit between devices. A method that needs several independent matrices
-gives each a key of its own, `derive(key, 0)`, `derive(key, 1)`: keys that differ in their last bits only, as key ^ 1, have
-the same integers in another order.
+each, normal numbers a whole one (Box-Muller: two integers give two of them). Bits and signs are the same everywhere; logarithm
+and cosine differ in the last digit between devices. A method that needs several independent matrices gives each a key of its
+own, `derive(key, 0)`, `derive(key, 1)`: keys that differ in their last bits only, as key ^ 1, have the same integers in another
+order.
+
+Noise to round with (Dither) has to be cheaper than that: a number is hardly worth a hash when two bits of it are kept. Row b and
+column n get 16 bits each, r_b and an odd s_n, and their number is r_b s_n mod 2^16, one multiplication of short integers.
+For an odd s, r s runs through all residues as r does: in each column every value is as likely, and rows are independent, so that
+sums over rows have the variance of independent noise. Two columns share r; where s_n / s_m is p / q with small odd p and q,
+which is chance, they have correlation 1 / (p q), as often positive as negative, zero on average, 3 / 2^15 in the mean of
+squares. A sum r_b + s_n would serve too, but as a matrix it has low rank: what is nearly constant, rounded with it, would be
+wrong in few directions. The product has the spectrum of independent noise.
 
 A key is an int64 tensor. With no dimension it is such a seed. With one dimension it *is* the hashing, one code per row, as
 `encode_hashing` packs it (8 bytes a row): the way in for explicit bins and signs.
@@ -74,6 +82,20 @@ def crossed_bits(rows: Tensor, columns: Tensor) -> Tensor:
     return _mix(rows[..., None] ^ columns)
 
 
+class Dither:
+    """A matrix of uniform noise, (rows, width), any part of which is made when it is needed; see above."""
+
+    def __init__(self, key: Tensor, rows: int, width: int) -> None:
+        bits = random_bits(key, rows + width) >> 16
+        self._rows = (bits[:rows, None] - (1 << 15)).to(torch.int16)
+        self._columns = ((bits[rows:] | 1) - (1 << 15)).to(torch.int16)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Some rows of the matrix: numbers in (0, 1), float32, odd multiples of 2^-17."""
+        product = self._rows[rows] * self._columns  # short integers wrap
+        return product.to(torch.float32).add_((1 << 15) + 0.5).mul_(2.0**-16)
+
+
 def derive(key: Tensor, index: int) -> Tensor:
     """A key for the use number `index` of a 0-dimensional `key`, independent of the others and of `key` itself."""
     low, high = random_bits(key, 2, start=(1 << 32) - 2 - 2 * index)  # counters that no row has
@@ -93,13 +115,6 @@ def _integers(key: Tensor, rows: slice, width: int) -> Tensor:
     count = rows.stop - rows.start
     assert rows.stop * width < _MASK
     return random_bits(key, count * width, start=rows.start * width).view(count, width)
-
-
-def uniform_rows(key: Tensor, rows: slice, width: int) -> Tensor:
-    """Rows of a matrix of `width` columns of numbers in (0, 1), float32, odd multiples of 2^-17."""
-    bits = _integers(key, rows, (width + 1) // 2)
-    halves = torch.cat((bits >> 16, bits & 0xFFFF), 1)[:, :width]
-    return halves.to(torch.float32).add_(0.5).mul_(2.0**-16)
 
 
 def sign_rows(key: Tensor, rows: slice, width: int) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from basis.noise import (
+    Dither,
     derive,
     draw_hashing,
     encode_hashing,
@@ -18,7 +19,6 @@ from basis.noise import (
     random_bits,
     sign_rows,
     uniform,
-    uniform_rows,
 )
 
 
@@ -98,6 +98,10 @@ def test_explicit_hashing_passes_through() -> None:
     assert torch.equal(got_signs, signs.long())
 
 
+def uniform_rows(key: torch.Tensor, rows: slice, width: int) -> torch.Tensor:
+    return Dither(key, 2000, width)[rows]
+
+
 @pytest.mark.parametrize("make", [normal_rows, sign_rows, uniform_rows])
 @pytest.mark.parametrize("width", [1, 6, 33])
 def test_rows_of_a_matrix_are_those_of_the_whole(make, width: int) -> None:
@@ -116,12 +120,30 @@ def test_matrices_have_their_distributions() -> None:
     assert stats.kstest(uniform_.flatten().numpy(), "uniform").pvalue > 1e-3
     assert 0 < uniform_.min() < uniform_.max() < 1
     assert set(sign_rows(key(1), rows, 51).unique().tolist()) == {-1, 1}
-    for matrix in (normal, (uniform_ - 0.5) * 12**0.5, sign_rows(key(1), rows, 51).double()):
+    for matrix in (normal, sign_rows(key(1), rows, 51).double()):
         for other in (matrix, matrix.square() - matrix.square().mean()):  # columns, and their squares, are uncorrelated
             if other.std() > 0:
                 correlation = torch.corrcoef(other.t()) - torch.eye(51)
                 assert correlation.abs().max() < 5 / 2000**0.5
         assert abs(float(matrix.mean())) < 4.5 / matrix.numel() ** 0.5
+
+
+def test_noise_to_round_with_is_independent_down_a_column_and_has_full_rank() -> None:
+    """Each residue as often in every column; no direction of the matrix holds more than independent numbers would put there."""
+    rows, width = 4096, 96
+    u = Dither(key(3), rows, width)[0:rows].double()
+    for column in u.t():
+        counts = np.bincount((column.numpy() * 64).astype(int), minlength=64)
+        assert stats.chisquare(counts).pvalue > 1e-4
+        lagged = torch.corrcoef(torch.stack((column[1:], column[:-1])))[0, 1]
+        assert abs(lagged) < 4.5 / rows**0.5
+    pairs = torch.corrcoef(u.t())[torch.triu(torch.ones(width, width, dtype=torch.bool), 1)]
+    assert (pairs.abs() > 5 / rows**0.5).double().mean() < 0.005  # where p q < 13: 40 of 2^15 ratios
+    sums = (u - 0.5).sum(0) / (rows / 12) ** 0.5  # of 96 columns: as scattered as 96 normal numbers
+    assert stats.kstest(sums.numpy(), "norm").pvalue > 1e-3
+    for wave in (1, 2, 3):  # an error is a periodic function of t + u: its waves, then, for t nearly constant
+        largest = torch.linalg.svdvals(torch.exp(2j * math.pi * wave * u))[0] / (rows**0.5 + width**0.5)
+        assert largest < 1.05  # a sum of a row's and a column's number, modulo 1, would make it 8
 
 
 def test_uniform_in_double_has_fifty_two_bits() -> None:

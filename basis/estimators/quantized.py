@@ -13,16 +13,14 @@ and each number x, with t = (x - lo) / step, the integer q = floor(t + u), u uni
 first is a coin with probability f. Averaged over f it is step^2 / 6. Dither: Roberts 1962.) Subtracting the noise that was
 added costs no byte; the variance is 0.50 of the other for normal numbers at 2 bits and more (0.39 at 1), for GELU of normal
 numbers, most of which lie just above the least, 0.56 at 4 bits, 0.71 at 2 and 0.92 at 1. So it is the default. In both, errors of
-different numbers are independent, and
+different rows are independent, and
 
     E |dW^ - T|^2 = sum_b |dy_b|^2 sum_n (error variance of x_bn)
 
 `bits` need not be whole: at 3.75 the first three quarters of the rows have 4 bits a number and the others 3, so that any number
 of bytes is spent, and as well as can be: error falls convexly with bytes.
 
-u is one of 2^16 values, which leaves a bias of 2^-17 of a step. Noise that rows and columns share, u = frac(r_b + s_n), would
-be cheaper and have the same variance; but where x is nearly constant, as GELU makes it, it is a matrix of low rank, that is, an
-error in few directions.
+u is one of 2^16 values, which leaves a bias of 2^-17 of a step. It is a Dither of noise.py, which costs a tenth of hashed noise.
 
 Least and largest number in groups of 128, and not the largest magnitude in groups of 64, which costs as much: GELU's outputs
 reach far on one side only. Its error's variance is 0.35 of the other's for GELU of standard normal numbers (0.51 if their
@@ -38,17 +36,17 @@ State between steps: none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from basis.bits import pack, unit, unpack
+from basis.bits import pack, to_bytes, unit, unpack
 from basis.estimator import Estimator, Factors
 from basis.matrix import row_blocks
-from basis.noise import uniform_rows
+from basis.noise import Dither
 
 
 def _up_to_bfloat16(x: Tensor) -> Tensor:
@@ -96,23 +94,20 @@ class Quantized(Estimator):
         return [sixteenths / 16 for sixteenths in range(16, 129)]
 
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        parts = [
-            self._round(x[part.rows], uniform_rows(key, part.rows, x.shape[1]), part.bits)
-            for part in self._parts(x, x.shape[1])
-        ]
+        noise = Dither(key, *x.shape)
+        parts = [self._round(x[part.rows], noise[part.rows], part.bits) for part in self._parts(x, x.shape[1])]
         codes, ranges = zip(*parts, strict=True)
         return torch.cat(codes), torch.cat(ranges), key, x.new_empty(0)  # no number, only the dtype
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
-        codes, ranges, _, _ = kept
         wide = torch.promote_types(grad_y.dtype, torch.float32)
-        total = torch.zeros(grad_y.shape[1], codes.shape[1], dtype=wide, device=grad_y.device)
-        for part in self._parts(ranges, codes.shape[1]):
-            total += grad_y[part.rows].t() @ self._restore(kept, part).to(grad_y.dtype)
+        total = torch.zeros(grad_y.shape[1], kept[0].shape[1], dtype=wide, device=grad_y.device)
+        for rows, x in self._restored(kept):
+            total += grad_y[rows].t() @ x.to(grad_y.dtype)
         return total
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
-        return Factors(torch.cat([self._restore(kept, part) for part in self._parts(kept[1], kept[0].shape[1])]))
+        return Factors(torch.cat([x for _, x in self._restored(kept)]))
 
     def _parts(self, like: Tensor, width: int) -> list[_Part]:
         """The rows of `like`, which has as many as X (., width): those of one more bit, then the others, each in blocks."""
@@ -131,30 +126,33 @@ class Quantized(Estimator):
     def _round(self, x: Tensor, u: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         """Packed codes and ranges (n, groups, 2) of `x` (n, N)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        width, largest = x.shape[1], (1 << bits) - 1
-        group = min(self.group, width)
-        whole = wide
-        if missing := -width % group:  # the last group is a shorter one: any of its numbers may stand in for those it lacks
-            whole = torch.cat((wide, wide[:, -1:].expand(-1, missing)), 1)
-        least, most = torch.aminmax(whole.unflatten(1, (-1, group)), dim=-1)
+        largest = (1 << bits) - 1
+        grouped = self._grouped(wide)
+        least, most = grouped.amin(-1), grouped.amax(-1)  # faster than aminmax
         low = -_up_to_bfloat16(-least)
         step = _up_to_bfloat16((most - low) / largest)
         inverse = 1.0 / step.to(wide.dtype).clamp_min(torch.finfo(torch.float32).tiny)
-        t = (wide - self._spread(low.to(wide.dtype), width)) * self._spread(inverse, width)
-        codes = (t + u).floor_().clamp_(0, largest).to(torch.uint8)
-        return pack(codes, bits), torch.stack((low, step), -1).to(torch.bfloat16)
+        t = (grouped - low.to(wide.dtype)[..., None]).mul_(inverse[..., None]).flatten(1)[:, : x.shape[1]]
+        codes = t.add_(u).floor_().clamp_(0, largest)
+        return pack(to_bytes(codes), bits), torch.stack((low, step), -1).to(torch.bfloat16)
 
-    def _restore(self, kept: tuple[Tensor, ...], part: _Part) -> Tensor:
-        """x^ (n, N) of these rows, in the dtype of X."""
+    def _restored(self, kept: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """x^ in the dtype of X, block of rows by block of rows."""
         codes, ranges, key, like = kept
         width = codes.shape[1]
         wide = torch.promote_types(like.dtype, torch.float32)
-        q = unpack(codes[part.bytes], part.bits, part.rows.stop - part.rows.start).to(wide)
-        if self.dither == "subtractive":
-            q = q.add_(0.5) - uniform_rows(key, part.rows, width)
-        low, step = ranges[part.rows].to(wide).unbind(-1)
-        return torch.addcmul(self._spread(low, width), q, self._spread(step, width)).to(like.dtype)
+        noise = Dither(key, len(ranges), width) if self.dither == "subtractive" else None
+        for part in self._parts(ranges, width):
+            q = unpack(codes[part.bytes], part.bits, part.rows.stop - part.rows.start).to(wide)
+            if noise is not None:
+                q = q.add_(0.5).sub_(noise[part.rows])
+            low, step = ranges[part.rows].to(wide)[:, :, None].unbind(-1)
+            x = self._grouped(q).mul(step).add_(low).flatten(1)[:, :width]
+            yield part.rows, x.to(like.dtype)
 
-    def _spread(self, of_groups: Tensor, width: int) -> Tensor:
-        """A value for each number (n, N) from one for each group (n, groups)."""
-        return of_groups[..., None].expand(-1, -1, min(self.group, width)).flatten(1)[:, :width]
+    def _grouped(self, x: Tensor) -> Tensor:
+        """`x` (n, N) group by group, (n, groups, group)."""
+        group = min(self.group, x.shape[1])
+        if missing := -x.shape[1] % group:  # the last one is shorter: any of its numbers may stand in for those it lacks
+            x = torch.cat((x, x[:, -1:].expand(-1, missing)), 1)
+        return x.unflatten(1, (-1, group))
