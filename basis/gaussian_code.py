@@ -17,22 +17,27 @@ length for single numbers comes nearer than pi sqrt(3) / 2 = 2.72 at many bits (
 equal steps loses slowly more.
 
 Rows here are directions, their numbers are tokens: (K, G, L), G groups of L numbers that are rotated together. Cost: at most
-256 K B FLOPs for the rotation, about twelve passes over K B numbers.
+256 K B FLOPs for the rotation, about twelve passes over K B numbers, some at a time so that they lie in the cache.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from basis.bits import to_bytes
+from basis.matrix import in_eager_mode, row_blocks
 from basis.noise import random_bits
 
 BLOCK = 64
 MOST_BLOCKS = 64
 MOST_BITS = 8
+_CACHED = 1 << 18  # numbers
 TINY = torch.finfo(torch.float32).tiny
 # By bits, 0 first: the best equal step for a normal variable of deviation 1, and the mean-square error with it.
 STEPS = (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -64,6 +69,20 @@ def _cosine(size: int, like: Tensor) -> Tensor:
     return matrix
 
 
+@functools.cache
+def _remembered(blocks: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # or what is made there could not be used elsewhere
+        like = torch.empty(0, dtype=dtype, device=device)
+        return _hadamard(like), _cosine(blocks, like)
+
+
+def _mixers(blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The Hadamard matrix and the cosine transform, of the dtype and device of `like`. To make them takes longer than to use them."""
+    if in_eager_mode(like):
+        return _remembered(blocks, like.dtype, like.device)
+    return _hadamard(like), _cosine(blocks, like)
+
+
 def _signs(key: Tensor, count: int) -> Tensor:
     return (1 - 2 * (random_bits(key, count) & 1)).to(torch.float32)
 
@@ -72,10 +91,13 @@ def rotate(z: Tensor, key: Tensor) -> Tensor:
     """Rows of z (K, B), filled up with zeros and rotated group by group: (K, G, L)."""
     rows, count = z.shape
     number, blocks = groups(count)
-    z = F.pad(z * _signs(key, count), (0, number * blocks * BLOCK - count))
-    z = z.reshape(-1, BLOCK) @ _hadamard(z)
+    hadamard, cosine = _mixers(blocks, z)
+    z = z * _signs(key, count).to(z.dtype)
+    if missing := number * blocks * BLOCK - count:
+        z = F.pad(z, (0, missing))
+    z = z.reshape(-1, BLOCK) @ hadamard
     if blocks > 1:
-        z = _cosine(blocks, z) @ z.view(-1, blocks, BLOCK)  # (m, m) (K G, m, 64)
+        z = cosine @ z.view(-1, blocks, BLOCK)  # (m, m) (K G, m, 64)
     return z.view(rows, number, -1)
 
 
@@ -83,9 +105,10 @@ def rotate_back(z: Tensor, key: Tensor, count: int) -> Tensor:
     """The first `count` numbers of each row, (K, B), as they were before `rotate`."""
     rows = z.shape[0]
     blocks = z.shape[-1] // BLOCK
+    hadamard, cosine = _mixers(blocks, z)
     if blocks > 1:
-        z = _cosine(blocks, z).t() @ z.reshape(-1, blocks, BLOCK)
-    z = z.reshape(-1, BLOCK) @ _hadamard(z)
+        z = cosine.t() @ z.reshape(-1, blocks, BLOCK)
+    z = z.reshape(-1, BLOCK) @ hadamard
     return z.view(rows, -1)[:, :count] * _signs(key, count)
 
 
@@ -113,16 +136,42 @@ def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
 
     planes: as `allocate` gives them, rising.
     """
-    bits = bits_by_row(planes, z.shape[0])
-    square = z.square().sum(2)
-    step = (square / z.shape[2]).sqrt() * torch.tensor(STEPS, device=z.device)[bits][:, None]
-    levels = torch.pow(2.0, bits)[:, None, None]
-    code = (z / step.clamp_min(TINY)[..., None] + 0.5 * levels).floor_()
-    code = torch.minimum(code.clamp_(min=0.0), levels - 1.0)
-    scale = square / (z * (code - 0.5 * (levels - 1.0))).sum(2).clamp_min(TINY)
-    scale = torch.where((bits[:, None] > 0) & (square > 0), scale, 0.0)
-    chosen = code.to(torch.uint8).index_select(0, planes // MOST_BITS)  # (planes, G, L)
-    return pack((chosen >> (planes % MOST_BITS).to(torch.uint8)[:, None, None]) & 1), scale
+    rows, number, length = z.shape
+    owner, place = planes // MOST_BITS, (planes % MOST_BITS).to(torch.uint8)[:, None, None]
+    bits = bits_by_row(planes, rows)
+    steps = torch.tensor(STEPS, device=z.device)[bits][:, None]
+    levels = torch.pow(2.0, bits)[:, None]
+    packed = torch.empty(len(planes), number, length // 8, dtype=torch.uint8, device=z.device)
+    scale = torch.empty(rows, number, device=z.device)
+    for part, of_part in _blocks(bits, number * length):
+        codes, scale[part] = _quantise(z[part], steps[part], levels[part])
+        chosen = codes.index_select(0, owner[of_part] - part.start)  # (planes, G, L)
+        packed[of_part] = pack((chosen >> place[of_part]) & 1)
+    return packed, scale
+
+
+def _blocks(bits: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
+    """Rows, with the planes that are theirs, in blocks that lie in the cache; all together where that is in vain.
+
+    A block may have no planes.
+    """
+    if bits.device.type == "cpu" and in_eager_mode(bits):
+        first = [0, *bits.cumsum(0).tolist()]
+        for part in row_blocks(bits, width, _CACHED):
+            yield part, slice(first[part.start], first[part.stop])
+    else:
+        yield slice(0, len(bits)), slice(None)
+
+
+def _quantise(z: Tensor, best: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes 0 to levels - 1 of z (k, G, L), and scales (k, G). best: the step for deviation 1; levels: 2^bits; both (k, 1)."""
+    norm = torch.linalg.vector_norm(z, dim=2)
+    step = norm * best / math.sqrt(z.shape[2])
+    code = (z * (1.0 / step.clamp_min(TINY))[..., None]).add_((0.5 * levels)[..., None]).floor_().clamp_(min=0.0)
+    code = torch.minimum(code, (levels - 1.0)[..., None], out=code)
+    along = torch.linalg.vecdot(z, code - (0.5 * (levels - 1.0))[..., None])
+    scale = norm.square() / along.clamp_min(TINY)
+    return to_bytes(code), torch.where((levels > 1.0) & (norm > 0.0), scale, 0.0)
 
 
 def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
@@ -131,28 +180,28 @@ def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
     The planes of a row follow each other, so PyTorch's embedding_bag does it in one pass, a bag for each row of each group.
     """
     rows, number = scale.shape
-    owner, place = planes // MOST_BITS, planes % MOST_BITS
-    bits = unpack(packed.transpose(0, 1)).to(torch.float32)  # (G, planes, L)
-    starts = torch.arange(0, number * len(planes), len(planes), device=planes.device)
-    first = torch.searchsorted(planes, torch.arange(0, rows * MOST_BITS, MOST_BITS, device=planes.device))
-    z = F.embedding_bag(
-        torch.arange(number * len(planes), device=planes.device),
-        bits.flatten(0, 1),
-        (starts[:, None] + first).flatten(),
-        mode="sum",
-        per_sample_weights=(torch.pow(2.0, place) * scale.t()[:, owner]).flatten(),
-    )
-    offset = 0.5 * (torch.pow(2.0, bits_by_row(planes, rows)) - 1.0)
-    return z.view(number, rows, -1).transpose(0, 1).sub_((offset[:, None] * scale)[..., None])
+    bits = bits_by_row(planes, rows)
+    weights = torch.pow(2.0, planes % MOST_BITS)[:, None] * scale[planes // MOST_BITS]  # (planes, G)
+    offset = ((0.5 * (torch.pow(2.0, bits) - 1.0))[:, None] * scale)[..., None]
+    first = bits.cumsum(0) - bits
+    z = torch.empty(rows, number, 8 * packed.shape[-1], device=packed.device)
+    for part, of_part in _blocks(bits, number * z.shape[2]):
+        ones = unpack(packed[of_part].transpose(0, 1)).to(torch.float32)  # (G, planes, L)
+        index = torch.arange(ones.shape[0] * ones.shape[1], device=planes.device)
+        starts = torch.arange(number, device=planes.device)[:, None] * ones.shape[1]
+        bags = starts + (first[part] - first[part.start])
+        by_plane = weights[of_part].t().flatten()
+        sums = F.embedding_bag(index, ones.flatten(0, 1), bags.flatten(), mode="sum", per_sample_weights=by_plane)
+        z[part] = sums.view(number, -1, z.shape[2]).transpose(0, 1).sub_(offset[part])
+    return z
 
 
 def pack(plane: Tensor) -> Tensor:
     """Bits (..., B) of 0 and 1 in uint8, 8 to a byte: (..., B / 8). Byte c holds the bits c, c + B/8, c + 2 B/8, ..."""
     parts = plane.unflatten(-1, (8, -1))
-    packed = parts[..., 0, :].clone()
-    for place in range(1, 8):
-        packed |= parts[..., place, :] << place
-    return packed
+    for place in (4, 2, 1):  # halves joined, and halves of those
+        parts = parts[..., :place, :] | (parts[..., place:, :] << place)
+    return parts[..., 0, :]
 
 
 def unpack(packed: Tensor) -> Tensor:

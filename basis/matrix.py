@@ -66,14 +66,19 @@ def frobenius_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms.to(torch.promote_types(x.dtype, torch.float32)))
 
 
-def row_blocks(x: Tensor, width: int) -> list[slice]:
+def in_eager_mode(x: Tensor) -> bool:
+    """Whether operations on `x` are carried out one by one, and now: it is not fake, and no compiler looks on."""
+    return type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def row_blocks(x: Tensor, width: int, cached: int | None = None) -> list[slice]:
     """The rows of `x` in blocks such that `width` numbers for each row of a block are few enough to be held beside x.
 
-    Blocks begin at multiples of 8. In eager mode on the CPU they fit into the cache; a compiler joins operations anyway, and
+    Blocks begin at multiples of 8. In eager mode on the CPU they fit into the cache (`cached` numbers); a compiler joins operations anyway, and
     among fake tensors, where each operation costs the same whatever its size, blocks are large too.
     """
-    in_cache = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    size = max((_CACHED if in_cache else _HELD) // width // 8, 1) * 8
+    in_cache = x.device.type == "cpu" and in_eager_mode(x)
+    size = max(((cached or _CACHED) if in_cache else _HELD) // width // 8, 1) * 8
     return [slice(start, min(start + size, x.shape[0])) for start in range(0, x.shape[0], size)]
 
 

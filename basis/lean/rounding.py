@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from basis.matrix import row_blocks
 from basis.noise import Dither
 
 BLOCK = 64
 _LEVELS = 127
-_CHUNK = 1 << 16  # numbers at a time: a quarter of a megabyte of float32
 
 
 class Rounded(NamedTuple):
@@ -48,10 +48,7 @@ def round_to_int8(x: Tensor, key: Tensor) -> Rounded:
     codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, width // block, dtype=torch.float32, device=x.device)
     noise = Dither(key, rows, width)
-    in_cache = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()  # not fake, say
-    step = max(_CHUNK // width, 1) if in_cache else rows
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    for part in row_blocks(flat, width):
         values = flat[part].float().view(-1, width // block, block)
         scale = values.abs().amax(-1) * (1.0 / _LEVELS)
         q = values * (1.0 / scale.clamp_min(torch.finfo(torch.float32).tiny))[..., None]
