@@ -77,7 +77,7 @@ def _remembered(blocks: int, dtype: torch.dtype, device: torch.device) -> tuple[
 
 
 def _mixers(blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The Hadamard matrix and the cosine transform, of the dtype and device of `like`. To make them takes longer than to use them."""
+    """The Hadamard matrix and the cosine transform, as `like`. To make them takes longer than to use them: so once only."""
     if in_eager_mode(like):
         return _remembered(blocks, like.dtype, like.device)
     return _hadamard(like), _cosine(blocks, like)
@@ -116,10 +116,14 @@ def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
     """Which bit planes to keep: indices 8 i + j of bit j of row i, (planes,), rising, by reverse water-filling.
 
     Each plane goes where it lowers the error most, sum_i variances_i * error(b_i), error(0) = left_out; error falls and is convex
-    in b, so the best planes are the largest of all gains. Raises no error for more planes than 8 K: asserted.
+    in b, so the best planes are the largest of all gains. (With left_out = 1 the second bit gains 1% more than the first: the
+    first has to come first all the same.) Raises no error for more planes than 8 K: asserted.
     """
     errors = torch.tensor([left_out, *(d / (1.0 - d) for d in DISTORTIONS[1:])], device=variances.device)
-    gains = variances[:, None] * (errors[:-1] - errors[1:])  # (K, 8)
+    by_bit = torch.cummin(errors[:-1] - errors[1:], 0).values * torch.linspace(
+        1.0, 0.999, MOST_BITS, device=variances.device
+    )
+    gains = variances[:, None] * by_bit  # (K, 8)
     assert planes <= gains.numel()
     return gains.flatten().topk(planes).indices.sort().values
 

@@ -74,8 +74,8 @@ def in_eager_mode(x: Tensor) -> bool:
 def row_blocks(x: Tensor, width: int, cached: int | None = None) -> list[slice]:
     """The rows of `x` in blocks such that `width` numbers for each row of a block are few enough to be held beside x.
 
-    Blocks begin at multiples of 8. In eager mode on the CPU they fit into the cache (`cached` numbers); a compiler joins operations anyway, and
-    among fake tensors, where each operation costs the same whatever its size, blocks are large too.
+    Blocks begin at multiples of 8. In eager mode on the CPU they fit into the cache (`cached` numbers); a compiler joins
+    operations anyway, and among fake tensors, where each operation costs the same whatever its size, blocks are large too.
     """
     in_cache = x.device.type == "cpu" and in_eager_mode(x)
     size = max(((cached or _CACHED) if in_cache else _HELD) // width // 8, 1) * 8

@@ -11,11 +11,16 @@ with r = 1 / (looks + 1) at first, then never below 1 - memory. Q diag(v) stands
 size N x N is kept or formed. Source: Oja, J. Math. Biol. 15 (1982) for the idea; simultaneous iteration as in Golub and Van Loan.
 
 State of a layer: N K + K + 1 numbers in float32. Cost of a look: products of 6 B N K FLOPs and a QR decomposition of N x K.
+
+The features may be cut into G groups with K / G directions each, found among the group's own features: state and cost are then
+1 / G of that, and what features of different groups share is not seen. Directions of the groups stand below each other,
+(N, K / G) together, and a few rows more if G doesn't divide N.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from basis.estimator import State
@@ -26,27 +31,39 @@ EAGER_STEPS = 10
 """So many first steps are all looked at, since Q starts as the first coordinates."""
 
 
-def initial_directions(width: int, count: int, device: torch.device) -> dict[str, Tensor]:
-    """State before the first look: the first `count` coordinates, equal variances."""
+def initial_directions(width: int, count: int, device: torch.device, groups: int = 1) -> dict[str, Tensor]:
+    """State before the first look: of each group the first `count` coordinates, equal variances."""
     return {
-        "directions": torch.eye(width, count, device=device),
-        "variances": torch.ones(count, device=device),
+        "directions": torch.eye(-(-width // groups), count, device=device).repeat(groups, 1),
+        "variances": torch.ones(groups * count, device=device),
         "looks": torch.zeros((), device=device),
     }
 
 
-def follow(state: State, x: Tensor) -> dict[str, Tensor]:
-    """The state after a look at `x` (B, N): directions (N, K) orthonormal, variances (K,) along them, largest first."""
+def grouped(x: Tensor, groups: int) -> Tensor:
+    """`x` (B, N), filled up with zeros, group by group: (G, B, N / G)."""
+    if missing := -x.shape[1] % groups:
+        x = F.pad(x, (0, missing))
+    return x.unflatten(1, (groups, -1)).transpose(0, 1)
+
+
+def follow(state: State, x: Tensor, groups: int = 1) -> dict[str, Tensor]:
+    """The state after a look at `x` (B, N).
+
+    directions (N, K / G): orthonormal in each group. variances (K,): along them, largest first in each group.
+    """
     x = x.float()
-    centered = x - x.mean(0)
-    directions, variances, looks = state["directions"], state["variances"], state["looks"]
+    centered = grouped(x - x.mean(0), groups)  # (G, B, n)
+    directions, looks = state["directions"].unflatten(0, (groups, -1)), state["looks"]
+    variances = state["variances"].unflatten(0, (groups, -1))
     rate = (1.0 / (looks + 1.0)).clamp_min(1.0 - MEMORY)
-    seen = centered.t() @ (centered @ directions) / x.shape[0]  # (N, B) (B, K)
-    mixed = torch.lerp(directions * variances, seen, rate)
+    seen = centered.mT @ (centered @ directions) / x.shape[0]  # (G, n, B) (G, B, k)
+    mixed = torch.lerp(directions * variances[:, None], seen, rate)
     new, _ = torch.linalg.qr(mixed)
-    variances = torch.lerp(variances, (centered @ new).square().mean(0), rate)
+    variances = torch.lerp(variances, (centered @ new).square().mean(1), rate)
     variances, order = variances.sort(descending=True, stable=True)
-    return {"directions": new[:, order].contiguous(), "variances": variances, "looks": looks + 1.0}
+    new = new.gather(2, order[:, None].expand_as(new))
+    return {"directions": new.flatten(0, 1), "variances": variances.flatten(), "looks": looks + 1.0}
 
 
 def due(step: int, every: int) -> bool:

@@ -48,3 +48,16 @@ def test_turns_when_the_data_turn() -> None:
 def test_looks_at_the_first_steps_and_then_now_and_then() -> None:
     looks = [step for step in range(41) if tracking.due(step, 10)]
     assert looks == [*range(tracking.EAGER_STEPS), 10, 20, 30, 40]
+
+
+def test_groups_are_followed_as_if_each_were_alone() -> None:
+    """7 features in 2 groups: the first 4, and the other 3 with a feature of zeros."""
+    whole = tracking.initial_directions(7, 2, DEVICE, groups=2)
+    parts = [tracking.initial_directions(4, 2, DEVICE) for _ in range(2)]
+    for x in batches(5, 64, torch.rand(7, generator=torch.Generator().manual_seed(3)) + 0.1):
+        whole = tracking.follow(whole, x, groups=2)
+        filled = torch.cat((x, torch.zeros(len(x), 1)), 1)
+        parts = [tracking.follow(part, filled[:, 4 * i : 4 * i + 4]) for i, part in enumerate(parts)]
+    for name in ("directions", "variances"):
+        torch.testing.assert_close(whole[name], torch.cat([part[name] for part in parts]))
+    assert whole["looks"] == 5

@@ -8,6 +8,7 @@ from torch import nn
 
 import basis
 from basis import Transform, gaussian_code
+from basis.budget import state_bytes
 from basis.estimators.transform import rate_distortion_bound
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -80,13 +81,37 @@ def test_bound_is_water_filling() -> None:
     assert float(rate_distortion_bound(torch.full((4,), 3.0), 8.0)) == pytest.approx(4 * 3.0 / 16)
 
 
-def test_factors_are_the_same_estimate() -> None:
+@pytest.mark.parametrize("group", [768, 8, 5])
+def test_factors_are_the_same_estimate(group: int) -> None:
     x, grad_y = data()
-    estimator = Transform(1.5)
+    estimator = Transform(1.5, group=group)
     kept = estimator.compress_with(x, key(3), learned(estimator, x))
     factors = estimator.factors(kept, len(x))
     by_factors = (factors.left.t() @ grad_y).t() @ factors.right
     torch.testing.assert_close(by_factors, estimator.weight_grad(kept, grad_y), rtol=1e-4, atol=1e-4)
+
+
+def test_groups_of_features_are_coded_with_directions_of_their_own() -> None:
+    """16 features in groups of 8, 8: at 8 bits exact; what one group holds is not lost to what another one does."""
+    x, grad_y = data()
+    fine = Transform(8.0, directions=1.0, group=8)
+    state = learned(fine, x)
+    assert state["directions"].shape == (16, 8)
+    exact = grad_y.t() @ x
+    estimate = fine.weight_grad(fine.compress_with(x, key(1), state), grad_y)
+    assert float((estimate - exact).norm() / exact.norm()) < 0.02
+    # The error of few bits: that of the variances within the groups, which are less concentrated.
+    errors = {}
+    for group in (16, 8, 1):
+        estimator = Transform(1.0, directions=1.0, group=group, left_out=1.0)
+        state = learned(estimator, x)
+        bits = gaussian_code.bits_by_row(state["planes"], 16)
+        table = torch.tensor([1.0, *(d / (1 - d) for d in gaussian_code.DISTORTIONS[1:])])
+        factors = estimator.factors(estimator.compress_with(x, key(1), state), len(x))
+        errors[group] = float((factors.left @ factors.right - x).square().sum() / len(x))
+        assert errors[group] == pytest.approx(float((state["variances"] * table[bits]).sum()), rel=0.15)
+    assert errors[16] < errors[8] < errors[1]
+    assert state_bytes(Transform(8.0, directions=1.0), 16) - state_bytes(fine, 16) == 4 * (16 * 16 - 16 * 8)
 
 
 def test_rotating_the_gradient_is_rotating_the_kept_back() -> None:
@@ -140,6 +165,7 @@ def test_a_layer_learns_and_trains_in_either_precision(dtype: torch.dtype) -> No
         ({"bits": 1.0, "directions": 0.0}, r"directions=0\.0"),
         ({"bits": 1.0, "every": 0}, "every=0"),
         ({"bits": 1.0, "left_out": 0.5}, r"left_out=0\.5"),
+        ({"bits": 1.0, "group": 0}, "group=0"),
     ],
 )
 def test_refusals(options: dict, message: str) -> None:

@@ -7,6 +7,10 @@ Q holds K orthonormal directions followed from step to step (tracking.py). `bits
 reverse water-filling of their running variances, and each direction is coded by gaussian_code.py: tokens mixed by a random
 rotation, a uniform quantiser, a scale that takes the bias away.
 
+More than `group` features are cut into G groups with directions of their own: Z then costs 2 B N K / G FLOPs, a G-th of the
+state, and the error is that of less concentrated variances. Without that the projection of an input much wider than the output
+would cost more than the exact dW (the second product of an MLP: 4 K / N of it).
+
 What is exact: Y, dX, the part of dW that belongs to the mean. What is noisy, without bias (up to what the rotation leaves of it):
 the directions that get bits. What is missing: directions that get none, and those not tracked. `left_out` says how much worse
 than noise of the same size that is, since an error that is there in every step does not average out; it decides how many
@@ -18,9 +22,9 @@ Bits beyond 8 a direction are not used: a budget of more than 8 K bits a row is 
 
 Kept: bits N bit planes of B bits (B filled up to a multiple of 64, above 4,096 a little more), a float32 scale per direction and
 4,096 tokens, the mean (N), an 8-byte key.
-State: N K + K + 1 numbers (tracking.py) and the allocation, 8 bytes a plane, between steps.
-FLOPs: 2 B N K + 256 B K forward, 2 M K (B + N) + 256 B min(K, M) backward and about twenty elementwise passes over B K numbers,
-instead of 2 B N M. A look every `every` steps costs 6 B N K and a QR decomposition.
+State: N K / G + K + 1 numbers (tracking.py) and the allocation, 8 bytes a plane, between steps.
+FLOPs: 2 B N K / G + 256 B K forward, 2 M K (B + N / G) + 256 B min(K, M) backward and about twenty elementwise passes over B K
+numbers, instead of 2 B N M. A look every `every` steps costs 6 B N K / G and G QR decompositions of (N / G) x (K / G).
 
 Source: transform coding is textbook (Cover and Thomas, 10.3; Goyal, IEEE SPM 2001); its use for dW, with tracked directions and
 unbiased coding, is this project's.
@@ -45,7 +49,7 @@ class Transform(LearningEstimator):
 
     bits: per number of X, all directions together; positive, at most 8. directions: K as a share of N, in (0, 1].
     every: steps between looks at where X lies. left_out: error of a direction without bits, relative to its variance, as the
-    allocation counts it; at least 1.
+    allocation counts it; at least 1. group: features that are rotated together at most; at least 1.
 
     Raises ValueError that begins with the name of the wrong option.
     """
@@ -56,6 +60,7 @@ class Transform(LearningEstimator):
     directions: float = 0.5
     every: int = 25
     left_out: float = 2.0
+    group: int = 768
 
     def __post_init__(self) -> None:
         if not 0.0 < self.bits <= gaussian_code.MOST_BITS:
@@ -66,21 +71,29 @@ class Transform(LearningEstimator):
             raise ValueError(f"every={self.every}: must be at least 1")
         if not self.left_out >= 1.0:
             raise ValueError(f"left_out={self.left_out}: must be at least 1")
+        if self.group < 1:
+            raise ValueError(f"group={self.group}: must be at least 1")
 
     def knob_values(self, rows: int, width: int) -> Sequence[float]:
         most = gaussian_code.MOST_BITS * self.tracked(width)
         return [planes / width for planes in range(1, most + 1)]
 
     def tracked(self, width: int) -> int:
-        """K, at least 1."""
-        return max(round(self.directions * width), 1)
+        """K, at least 1 in each group."""
+        groups = self.groups(width)
+        return groups * max(round(self.directions * -(-width // groups)), 1)
+
+    def groups(self, width: int) -> int:
+        """G."""
+        return -(-width // self.group)
 
     def planes(self, width: int) -> int:
         """Bits a row of X, the mean aside."""
         return min(max(round(self.bits * width), 1), gaussian_code.MOST_BITS * self.tracked(width))
 
     def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]:
-        state = tracking.initial_directions(width, self.tracked(width), device)
+        groups = self.groups(width)
+        state = tracking.initial_directions(width, self.tracked(width) // groups, device, groups)
         return state | {"planes": self._allocate(state["variances"], width)}
 
     def _allocate(self, variances: Tensor, width: int) -> Tensor:
@@ -90,15 +103,16 @@ class Transform(LearningEstimator):
         return tracking.due(step, self.every)
 
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
-        followed = tracking.follow(state, x)
+        followed = tracking.follow(state, x, self.groups(x.shape[-1]))
         return followed | {"planes": self._allocate(followed["variances"], x.shape[-1])}
 
     def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
-        directions, planes = state["directions"], state["planes"]
+        directions, planes, groups = state["directions"], state["planes"], self.groups(x.shape[1])
         mean = x.mean(0, dtype=torch.float32)
-        along = directions.t().to(x.dtype)
-        z = (along @ x.t()).float() - (directions.t() @ mean)[:, None]  # (K, B)
-        packed, scale = gaussian_code.encode(gaussian_code.rotate(z, key), planes)
+        along = directions.unflatten(0, (groups, -1)).mT  # (G, k, n)
+        z = (along.to(x.dtype) @ tracking.grouped(x, groups).mT).float()  # (G, k, n) (G, n, B)
+        z -= along @ tracking.grouped(mean[None], groups).mT
+        packed, scale = gaussian_code.encode(gaussian_code.rotate(z.flatten(0, 1), key), planes)
         return packed, scale, mean, key, directions, planes
 
     def coordinates(self, kept: tuple[Tensor, ...], rows: int) -> Tensor:
@@ -109,17 +123,21 @@ class Transform(LearningEstimator):
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         packed, scale, mean, key, directions, planes = kept
         dtype = grad_y.dtype
-        if grad_y.shape[1] < directions.shape[1]:  # products over tokens survive a rotation of both: dY is the narrower one
+        if grad_y.shape[1] < len(scale):  # products over tokens survive a rotation of both: dY is the narrower one
             coded = gaussian_code.decode(packed, scale, planes).flatten(1)
             along = coded.to(dtype) @ gaussian_code.rotate(grad_y.t(), key).flatten(1).t().to(dtype)
         else:
             along = self.coordinates(kept, len(grad_y)).to(dtype) @ grad_y  # (K, B) (B, M)
-        return torch.addr(along.t() @ directions.t().to(dtype), grad_y.sum(0), mean.to(dtype))
+        groups = self.groups(len(mean))
+        lifted = along.unflatten(0, (groups, -1)).mT @ directions.unflatten(0, (groups, -1)).mT.to(dtype)  # (G, M, n)
+        lifted = lifted.transpose(0, 1).flatten(1)[:, : len(mean)]
+        return torch.addr(lifted, grad_y.sum(0), mean.to(dtype))
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
         mean, directions = kept[2], kept[4]
         left = torch.cat([self.coordinates(kept, rows), mean.new_ones(1, rows)]).t()
-        return Factors(left, torch.cat([directions.t(), mean[None]]))
+        right = torch.block_diag(*directions.unflatten(0, (self.groups(len(mean)), -1)).mT)[:, : len(mean)]
+        return Factors(left, torch.cat([right, mean[None]]))
 
 
 def rate_distortion_bound(variances: Tensor, bits: float) -> Tensor:
