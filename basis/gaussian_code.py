@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -92,24 +92,36 @@ def rotate(z: Tensor, key: Tensor) -> Tensor:
     rows, count = z.shape
     number, blocks = groups(count)
     hadamard, cosine = _mixers(blocks, z)
-    z = z * _signs(key, count).to(z.dtype)
-    if missing := number * blocks * BLOCK - count:
-        z = F.pad(z, (0, missing))
-    z = z.reshape(-1, BLOCK) @ hadamard
-    if blocks > 1:
-        z = cosine @ z.view(-1, blocks, BLOCK)  # (m, m) (K G, m, 64)
-    return z.view(rows, number, -1)
+    signs = _signs(key, count).to(z.dtype)
+    missing = number * blocks * BLOCK - count
+
+    def rotated(part: Tensor) -> Tensor:
+        part = F.pad(part * signs, (0, missing)) if missing else part * signs
+        part = part.reshape(-1, BLOCK) @ hadamard
+        return cosine @ part.view(-1, blocks, BLOCK) if blocks > 1 else part  # (m, m) (K G, m, 64)
+
+    return _row_by_row(rotated, z, count + missing).view(rows, number, -1)
 
 
 def rotate_back(z: Tensor, key: Tensor, count: int) -> Tensor:
     """The first `count` numbers of each row, (K, B), as they were before `rotate`."""
-    rows = z.shape[0]
     blocks = z.shape[-1] // BLOCK
     hadamard, cosine = _mixers(blocks, z)
-    if blocks > 1:
-        z = cosine.t() @ z.reshape(-1, blocks, BLOCK)
-    z = z.reshape(-1, BLOCK) @ hadamard
-    return z.view(rows, -1)[:, :count] * _signs(key, count)
+    signs = _signs(key, count)
+
+    def rotated(part: Tensor) -> Tensor:
+        rows = len(part)
+        if blocks > 1:
+            part = cosine.t() @ part.reshape(-1, blocks, BLOCK)
+        return (part.reshape(-1, BLOCK) @ hadamard).view(rows, -1)[:, :count] * signs
+
+    return _row_by_row(rotated, z, z.shape[1] * z.shape[2])
+
+
+def _row_by_row(function: Callable[[Tensor], Tensor], z: Tensor, width: int) -> Tensor:
+    """The function of all rows, (K, .): of so many at a time that they lie in the cache."""
+    parts = [function(z[part]).reshape(part.stop - part.start, -1) for part in row_blocks(z, width, _CACHED)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
