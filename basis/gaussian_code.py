@@ -37,7 +37,6 @@ from basis.noise import random_bits
 BLOCK = 64
 MOST_BLOCKS = 64
 MOST_BITS = 8
-_CACHED = 1 << 18  # numbers
 TINY = torch.finfo(torch.float32).tiny
 # By bits, 0 first: the best equal step for a normal variable of deviation 1, and the mean-square error with it.
 STEPS = (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -120,7 +119,7 @@ def rotate_back(z: Tensor, key: Tensor, count: int) -> Tensor:
 
 def _row_by_row(function: Callable[[Tensor], Tensor], z: Tensor, width: int) -> Tensor:
     """The function of all rows, (K, .): of so many at a time that they lie in the cache."""
-    parts = [function(z[part]).reshape(part.stop - part.start, -1) for part in row_blocks(z, width, _CACHED)]
+    parts = [function(z[part]).reshape(part.stop - part.start, -1) for part in row_blocks(z, width)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -173,7 +172,7 @@ def _blocks(bits: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
     """
     if bits.device.type == "cpu" and in_eager_mode(bits):
         first = [0, *bits.cumsum(0).tolist()]
-        for part in row_blocks(bits, width, _CACHED):
+        for part in row_blocks(bits, width):
             yield part, slice(first[part.start], first[part.stop])
     else:
         yield slice(0, len(bits)), slice(None)

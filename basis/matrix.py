@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CACHED = 1 << 16  # numbers: a quarter of a megabyte of float32
+_CACHED = 1 << 18  # numbers: a megabyte of float32
 _HELD = 1 << 22
 _PIECE = 1024  # rows of a tall matrix that one core reduces
 
@@ -71,14 +71,14 @@ def in_eager_mode(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling()
 
 
-def row_blocks(x: Tensor, width: int, cached: int | None = None) -> list[slice]:
+def row_blocks(x: Tensor, width: int) -> list[slice]:
     """The rows of `x` in blocks such that `width` numbers for each row of a block are few enough to be held beside x.
 
-    Blocks begin at multiples of 8. In eager mode on the CPU they fit into the cache (`cached` numbers); a compiler joins
-    operations anyway, and among fake tensors, where each operation costs the same whatever its size, blocks are large too.
+    Blocks begin at multiples of 8. In eager mode on the CPU they fit into the cache; a compiler joins operations anyway, and
+    among fake tensors, where each operation costs the same whatever its size, blocks are large too.
     """
     in_cache = x.device.type == "cpu" and in_eager_mode(x)
-    size = max(((cached or _CACHED) if in_cache else _HELD) // width // 8, 1) * 8
+    size = max((_CACHED if in_cache else _HELD) // width // 8, 1) * 8
     return [slice(start, min(start + size, x.shape[0])) for start in range(0, x.shape[0], size)]
 
 

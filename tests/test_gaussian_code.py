@@ -89,6 +89,16 @@ def test_rows_have_bits_of_their_own_and_rows_without_are_zero() -> None:
     assert (back[3] == 0).all()
 
 
+@pytest.mark.parametrize("count", [100, 4200])
+def test_blocks_of_rows_change_nothing(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 rows in blocks of 8, of which the second has no planes."""
+    z = normal(20, count)
+    chosen = planes(*[3, 1] * 4, *[0] * 8, *[2, 0] * 2)
+    whole = coded(z, chosen, 1)
+    monkeypatch.setattr("basis.matrix._CACHED", 1)
+    torch.testing.assert_close(coded(z, chosen, 1), whole)
+
+
 def test_rows_of_zeros_stay_zeros() -> None:
     z = torch.zeros(2, 1, 64)
     packed, scale = gaussian_code.encode(z, planes(3, 1))
