@@ -11,9 +11,9 @@ A *contender* is a method at a budget (method.budget: the share of each sketched
     zeroth_order           two losses instead of backward: nothing kept, the floor
 
 Every contender gets the same grid of learning rates (zeroth order its own, since its gradient is far longer), tuned on one
-seed; the best rate then runs on other seeds, so that no seed of the comparison was looked at when choosing. What has exact's
-very gradient (accumulation, checkpoints) takes exact's rate. A run that only tunes says so in its experiment_name, and
-results.py keeps it out of every average.
+seed; where the best lies at the edge of the grid, rates beyond it are tried too. The best rate then runs on other seeds, so that
+no seed of the comparison was looked at when choosing. What has exact's very gradient (accumulation, checkpoints) takes exact's
+rate. A run that only tunes says so in its experiment_name, and results.py keeps it out of every average.
 
 All methods sketch the dense layers of the blocks. The head is in nobody's scope: it forms its gradient together with the loss
 and keeps no input. What a contender can't reach (`method.budget=...`) is known before anything starts, and noted for the
@@ -43,7 +43,7 @@ from harness.results import TUNING
 
 LEDGER = "arena.json"
 BUDGETS = ("1/4", "1/8", "1/24")
-RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3), "sgd": (0.01, 0.03, 0.1)}
+RATES = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "sgd": (0.01, 0.03, 0.1)}
 ZEROTH_ORDER_RATES = {"adamw": (1e-5, 1e-4, 1e-3), "sgd": (1e-7, 1e-6, 1e-5)}
 SCOPE = "method.include=[blocks.*]"
 
@@ -236,6 +236,15 @@ def best_rate(cells: Sequence[Cell]) -> float | None:
     losses = {c.rate: c.loss() for c in cells}
     best = min(losses, key=lambda rate: losses[rate])
     return best if math.isfinite(losses[best]) else None
+
+
+def next_rate(cells: Sequence[Cell]) -> float | None:
+    """A rate beyond a contender's tuning runs, as far as theirs lie apart, if the best of them is at the edge; else None."""
+    best, rates = best_rate(cells), sorted(c.rate for c in cells)
+    if best is None or len(rates) < 2 or best not in (rates[0], rates[-1]):
+        return None
+    beyond = best * rates[-1] / rates[-2] if best == rates[-1] else best * rates[0] / rates[1]
+    return float(f"{beyond:.2g}")
 
 
 def write_ledger(out: Path, everyone: Sequence[Contender], **facts: Any) -> None:

@@ -1,4 +1,4 @@
-"""From configuration to model: weights from the seed, then the method put into the layers that it names."""
+"""From configuration to text and model: weights from the seed, then the method put into the layers that it names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import basis
 from basis.budget import split_by_error, with_knob
+from data import Sampler
+from data.prepare import Prepared, prepare
 from data.tokens import TokenFile
 from harness import activations, attention
 from harness.config import WHOLE_MODEL, Config, make_estimator, share_of
@@ -28,6 +30,21 @@ def fill_vocabulary(config: GPTConfig, tokens: TokenFile) -> GPTConfig:
         return dataclasses.replace(config, vocab_size=tokens.vocab_size)
     tokens.check_vocabulary(config.vocab_size)
     return config
+
+
+def training_text(config: Config, *, progress: bool) -> tuple[Prepared, Sampler]:
+    """The text of `config`, prepared, and the batches of its training. Fills in the model's vocabulary where it is open."""
+    prepared = prepare(config.data, progress=progress)
+    config.model = fill_vocabulary(config.model, prepared.train)
+    sampler = Sampler(
+        prepared.train,
+        block_size=config.model.block_size,
+        batch_size=config.micro_batch_size,
+        order=config.data.order,
+        seed=config.seed,
+        micro_batches=config.micro_batches,
+    )
+    return prepared, sampler
 
 
 def check_method(config: Config) -> None:

@@ -20,9 +20,8 @@ from torch import Tensor
 
 import basis
 from data import Sampler, validation_windows
-from data.prepare import prepare
 from harness import activations, rundir
-from harness.build import apply_knobs, build_model, check_method, fill_vocabulary, measure_knobs
+from harness.build import apply_knobs, build_model, check_method, measure_knobs, training_text
 from harness.checkpoint import Checkpoints
 from harness.config import Config, make_method
 from harness.device import Runtime, resolve
@@ -86,16 +85,7 @@ def set_up(config: Config, folder: Path) -> Run:
     rundir.check_same_run(folder, config)
     given = config.to_dict()
 
-    prepared = prepare(config.data, progress=config.log.progress)
-    config.model = fill_vocabulary(config.model, prepared.train)
-    sampler = Sampler(
-        prepared.train,
-        block_size=config.model.block_size,
-        batch_size=config.micro_batch_size,
-        order=config.data.order,
-        seed=config.seed,
-        micro_batches=config.micro_batches,
-    )
+    prepared, sampler = training_text(config, progress=config.log.progress)
     validation = validation_windows(
         prepared.val, block_size=config.model.block_size, batch_size=config.eval.batch_size, batches=config.eval.batches
     )

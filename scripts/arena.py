@@ -5,11 +5,11 @@
     python scripts/arena.py experiment=arena --methods basis "basis center=true" --budgets 1/8 --no-baselines
     python eval.py runs=runs/arena/2000                               # then: ranks, figures, sentences
 
-Overrides are those of train.py and go to every run. First each contender runs at each rate on the tuning seed; then the best
-rate of each on the seeds. What stands on the list is explained in harness/arena.py. Every run is a fresh process, so that its
-seconds and bytes are its own; with --jobs N as many at a time (each with its share of the cores, and on CUDA a device), which
-is quicker, and noisier to time. Given again, the command skips what is finished and continues what was killed. A run that
-diverged is a result. Ctrl-C and SIGTERM let every run save first.
+Overrides are those of train.py and go to every run. First each contender runs at each rate on the tuning seed, and at rates
+beyond while the best is at the edge; then the best rate of each on the seeds. What stands on the list is explained in
+harness/arena.py. Every run is a fresh process, so that its seconds and bytes are its own; with --jobs N as many at a time (each
+with its share of the cores, and on CUDA a device), which is quicker, and noisier to time. Given again, the command skips what
+is finished and continues what was killed. A run that diverged is a result. Ctrl-C and SIGTERM let every run save first.
 
 Exit codes: 0 all runs ended, 1 some failed (named at the end, output in logs/), 128 + signal when stopped.
 """
@@ -31,7 +31,7 @@ from typing import IO
 import torch
 
 from data.prepare import prepare
-from harness.arena import BUDGETS, Cell, Contender, best_rate, cell, contenders, default_methods, write_ledger
+from harness.arena import BUDGETS, Cell, Contender, best_rate, cell, contenders, default_methods, next_rate, write_ledger
 from harness.signals import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -137,13 +137,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates; default: the grid of harness/arena.py")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the comparison; default: 0 1 2")
     parser.add_argument("--tuning-seed", type=int, default=TUNING_SEED, help=f"default: {TUNING_SEED}")
+    parser.add_argument(
+        "--extend", type=int, default=2, help="rates to try beyond the grid while the best is at its edge; default: 2"
+    )
     parser.add_argument("--no-baselines", action="store_true", help="methods and exact only")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: 1, the best to time")
     parser.add_argument("--out", type=Path, help="default: runs/<experiment>/<steps>")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and stop")
     options = parser.parse_intermixed_args(argv)
-    if options.jobs < 1:
-        parser.error("--jobs must be at least 1")
+    if options.jobs < 1 or options.extend < 0:
+        parser.error("--jobs must be at least 1, --extend at least 0")
     if min([options.tuning_seed, *options.seeds]) < 0 or not all(0 < rate < math.inf for rate in options.rates or []):
         parser.error("--seeds and --tuning-seed must be at least 0, --rates positive")
     options.seeds = list(dict.fromkeys(options.seeds))
@@ -186,6 +189,15 @@ def main(argv: list[str] | None = None) -> int:
     with StopRequest() as stop:
         pool = Pool(options.jobs, threads, out / "logs", stop)
         pool.run(tuning)
+        for _ in range(options.extend):
+            more = [
+                cell(c, rate, options.tuning_seed, tuning=True, out=out, overrides=overrides)
+                for c in able
+                if (own := [t for t in tuning if t.contender is c]) and (rate := next_rate(own)) is not None
+            ]
+            if stop.code is None:
+                pool.run(more)
+            tuning += more
         final: list[Cell] = []
         untuned: list[Contender] = []
         for contender in able:

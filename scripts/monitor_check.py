@@ -34,11 +34,9 @@ from tqdm import tqdm
 
 import basis
 from basis.noise import fold
-from data import Sampler
-from data.prepare import prepare
 from harness import compose
 from harness.benchmark import machine
-from harness.build import build_model, check_method, fill_vocabulary
+from harness.build import build_model, check_method, training_text
 from harness.config import Config
 from harness.device import resolve
 from harness.files import write_atomic
@@ -107,15 +105,7 @@ def measure(
     """A reading per step looked at, layer and number of probes; and, by look, the bytes that all monitors hold between steps."""
     runtime = resolve(config.device, config.precision, compile=False)
     check_method(config)
-    prepared = prepare(config.data, progress=progress)
-    config.model = fill_vocabulary(config.model, prepared.train)
-    sampler = Sampler(
-        prepared.train,
-        block_size=config.model.block_size,
-        batch_size=config.micro_batch_size,
-        order=config.data.order,
-        seed=config.seed,
-    )
+    _, sampler = training_text(config, progress=progress)
     with torch.random.fork_rng():
         model, _ = build_model(config)
         model.to(runtime.device)

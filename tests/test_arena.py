@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,6 +225,21 @@ def test_in_bfloat16_all_are_compared_with_exact_in_bfloat16(data: Path, tmp_pat
     assert above["basis 1/4"].count == above["exact, float32"].count == 1
 
 
+@pytest.mark.parametrize(
+    ("losses", "beyond"),
+    [
+        ({0.1: 3.0, 0.2: 2.0, 0.4: 1.0}, 0.8),
+        ({0.01: 1.0, 0.03: 2.0, 0.1: math.inf}, 0.0033),
+        ({0.1: 3.0, 0.2: 1.0, 0.4: 2.0}, None),
+        ({0.1: math.inf, 0.2: math.inf}, None),
+        ({0.1: 1.0}, None),
+    ],
+)
+def test_a_best_rate_at_the_edge_asks_for_one_beyond(losses: dict[float, float], beyond: float | None) -> None:
+    cells = [SimpleNamespace(rate=rate, loss=lambda loss=loss: loss) for rate, loss in losses.items()]
+    assert plan.next_rate(cells) == beyond
+
+
 def launch(data: Path, cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, "-m", "scripts.arena"]
     words = ["experiment=arena", *overrides(data), "steps=6", "optim.warmup_steps=0", "micro_batch_size=2"]
@@ -232,7 +248,7 @@ def launch(data: Path, cwd: Path, *more: str) -> subprocess.CompletedProcess[str
 
 
 def test_one_command_lists_runs_skips_and_reports(data: Path, tmp_path: Path) -> None:
-    rates = ["--rates", "0.001", "1e18"]
+    rates = ["--rates", "0.001", "1e18", "--extend", "0"]
     dry = launch(data, tmp_path, *rates, "--dry-run")
     assert dry.returncode == 0, dry.stdout
     assert "basis 1/4: best rate of 0.001 (new), 1e+18 (new); seeds 0" in dry.stdout
@@ -260,3 +276,15 @@ def test_one_command_lists_runs_skips_and_reports(data: Path, tmp_path: Path) ->
     clash = launch(data, tmp_path, *rates, "--tuning-seed", "0")
     assert clash.returncode == 2
     assert "is one of --seeds" in clash.stdout
+
+
+def test_the_grid_is_extended_while_the_best_rate_is_its_last(data: Path, tmp_path: Path) -> None:
+    done = launch(data, tmp_path, "--rates", "0.0001", "0.0002", "--extend", "2")
+    assert done.returncode == 0, done.stdout
+    found, _ = find_runs([tmp_path / "out"])
+    for name in ("exact", "basis"):
+        tried = sorted(run.options["optim.lr"] for run in found if run.tuning and run.options["method.name"] == name)
+        assert tried == [0.0001, 0.0002, 0.0004, 0.0008]  # six steps of AdamW: the longer the better
+        assert [run.options["optim.lr"] for run in found if not run.tuning and run.options["method.name"] == name] == [
+            0.0008
+        ]
