@@ -67,8 +67,8 @@ def frobenius_norm(x: Tensor) -> Tensor:
 
 
 def in_eager_mode(x: Tensor) -> bool:
-    """Whether operations on `x` are carried out one by one, and now: it is not fake, and no compiler looks on."""
-    return type(x) is Tensor and not torch.compiler.is_compiling()
+    """Whether operations on `x` are carried out one by one, and now: it is not fake, no compiler or transform looks on."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
 
 
 def row_blocks(x: Tensor, width: int) -> list[slice]:

@@ -137,8 +137,11 @@ def test_noise_to_round_with_is_independent_down_a_column_and_has_full_rank() ->
         assert stats.chisquare(counts).pvalue > 1e-4
         lagged = torch.corrcoef(torch.stack((column[1:], column[:-1])))[0, 1]
         assert abs(lagged) < 4.5 / rows**0.5
+    whole = Dither(key(3), 1, width)
+    whole._rows = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)[:, None]
+    assert all(len(column.unique()) == 1 << 16 for column in whole[0 : 1 << 16].t()), "every residue once"
     pairs = torch.corrcoef(u.t())[torch.triu(torch.ones(width, width, dtype=torch.bool), 1)]
-    assert (pairs.abs() > 5 / rows**0.5).double().mean() < 0.005  # where p q < 13: 40 of 2^15 ratios
+    assert (pairs.abs() > 5 / rows**0.5).double().mean() < 0.005  # 28 of 2^15 ratios
     sums = (u - 0.5).sum(0) / (rows / 12) ** 0.5  # of 96 columns: as scattered as 96 normal numbers
     assert stats.kstest(sums.numpy(), "norm").pvalue > 1e-3
     for wave in (1, 2, 3):  # an error is a periodic function of t + u: its waves, then, for t nearly constant

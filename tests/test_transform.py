@@ -81,7 +81,7 @@ def test_bound_is_water_filling() -> None:
     assert float(rate_distortion_bound(torch.full((4,), 3.0), 8.0)) == pytest.approx(4 * 3.0 / 16)
 
 
-@pytest.mark.parametrize("group", [768, 8, 5])
+@pytest.mark.parametrize("group", [768, 8, 7])  # 7: three groups of 6, the last one filled up
 def test_factors_are_the_same_estimate(group: int) -> None:
     x, grad_y = data()
     estimator = Transform(1.5, group=group)
@@ -126,6 +126,72 @@ def test_rotating_the_gradient_is_rotating_the_kept_back() -> None:
     low = estimator.weight_grad(kept, few.bfloat16())
     assert low.dtype == torch.bfloat16
     assert float((low.float() - estimator.weight_grad(kept, few)).norm() / low.float().norm()) < 0.02
+
+
+def test_low_precision_gradients_meet_the_same_rotation() -> None:
+    """4,096 tokens, 64 blocks: a cosine transform made in bfloat16 would be another one (dW then off by 14%)."""
+    x, grad_y = data(rows=4096)
+    estimator = Transform(6.0, directions=1.0)
+    kept = estimator.compress_with(x, key(3), learned(estimator, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = estimator.weight_grad(kept, grad_y.bfloat16())
+    assert float((low.float() - grad_y.t() @ x).norm() / (grad_y.t() @ x).norm()) < 0.02
+
+
+def test_scale_keeps_the_energy_under_autocast_too() -> None:
+    """<z^, z> = |z|^2 in each direction that has bits, to rounding."""
+    x, _ = data()
+    estimator = Transform(4.0, directions=1.0)
+    state = learned(estimator, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = estimator.compress_with(x, key(3), state)
+        found = estimator.coordinates(kept, len(x))
+    z = gaussian_code.rotate(torch.zeros(16, 256), key(3))  # of the shape; z itself as bfloat16's product makes it
+    with torch.autocast("cpu", torch.bfloat16):
+        z = (state["directions"].t() @ x.t()).float() - (state["directions"].t() @ x.mean(0))[:, None]
+    bits = gaussian_code.bits_by_row(state["planes"], 16)
+    ratio = ((found * z).sum(1) / z.square().sum(1))[bits > 0]
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [768, 7])
+def test_compiled_fake_in_inference_and_under_a_transform(group: int) -> None:
+    """Whatever touches the remembered matrices first, what comes after is the same."""
+    x, grad_y = data()
+    estimator = Transform(2.0, group=group)
+    state = learned(estimator, x)
+
+    def gradient(x: torch.Tensor, grad_y: torch.Tensor, key: torch.Tensor, state: dict) -> torch.Tensor:
+        return estimator.weight_grad(estimator.compress_with(x, key, state), grad_y)
+
+    torch.manual_seed(0)
+    layer = basis.SketchedLinear.from_linear(nn.Linear(16, 6), estimator).eval()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    for first in ("fake", "inference", "transform", "compiled"):
+        gaussian_code._remembered.cache_clear()
+        if first == "fake":
+            assert basis.kept_bytes(estimator, 256, 16) > 0
+        elif first == "inference":
+            with torch.inference_mode():
+                gradient(x, grad_y, key(1), state)
+        elif first == "transform":
+            torch.func.grad(lambda p: torch.func.functional_call(layer, p, x).sum())(parameters)
+        else:
+            compiled = torch.compile(gradient, fullgraph=True)(x, grad_y, key(1), state)
+            torch.testing.assert_close(compiled, gradient(x, grad_y, key(1), state), rtol=1e-4, atol=1e-4)
+        for matrix in gaussian_code._mixers(4, x):
+            assert not matrix.is_inference()
+            assert matrix.data_ptr() != 0, "a wrapper of a transform has no storage"
+        layer(x).backward(grad_y)
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize(("width", "group"), [(769, 768), (5, 2)])
+def test_every_value_of_the_knob_can_be_had(width: int, group: int) -> None:
+    """Groups filled up have more directions than there are features."""
+    estimator = Transform(1.0, directions=1.0, group=group)
+    assert estimator.tracked(width) == width + 1
+    assert basis.fit(estimator, 0.9, 256, width).bits == 8.0
 
 
 @pytest.mark.parametrize(("rows", "groups", "filled"), [(256, 1, 256), (100, 1, 128), (4200, 2, 2 * 33 * 64)])

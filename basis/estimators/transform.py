@@ -47,9 +47,10 @@ from basis.estimator import Factors, LearningEstimator, State
 class Transform(LearningEstimator):
     """X in a few bits a number, in the directions that matter.
 
-    bits: per number of X, all directions together; positive, at most 8. directions: K as a share of N, in (0, 1].
+    bits: per number of X, all directions together; positive, at most 8. directions: K as a share of N, in (0, 1], rounded in
+    each group, to 1 at least.
     every: steps between looks at where X lies. left_out: error of a direction without bits, relative to its variance, as the
-    allocation counts it; at least 1. group: features that are rotated together at most; at least 1.
+    allocation counts it; at least 1. group: features that share directions at most; at least 1.
 
     Raises ValueError that begins with the name of the wrong option.
     """
@@ -75,7 +76,7 @@ class Transform(LearningEstimator):
             raise ValueError(f"group={self.group}: must be at least 1")
 
     def knob_values(self, rows: int, width: int) -> Sequence[float]:
-        most = gaussian_code.MOST_BITS * self.tracked(width)
+        most = gaussian_code.MOST_BITS * min(self.tracked(width), width)
         return [planes / width for planes in range(1, most + 1)]
 
     def tracked(self, width: int) -> int:
@@ -112,20 +113,23 @@ class Transform(LearningEstimator):
         along = directions.unflatten(0, (groups, -1)).mT  # (G, k, n)
         z = (along.to(x.dtype) @ tracking.grouped(x, groups).mT).float()  # (G, k, n) (G, n, B)
         z -= along @ tracking.grouped(mean[None], groups).mT
-        packed, scale = gaussian_code.encode(gaussian_code.rotate(z.flatten(0, 1), key), planes)
+        with torch.autocast(x.device.type, enabled=False):
+            packed, scale = gaussian_code.encode(gaussian_code.rotate(z.flatten(0, 1), key), planes)
         return packed, scale, mean, key, directions, planes
 
     def coordinates(self, kept: tuple[Tensor, ...], rows: int) -> Tensor:
         """Z^ (K, B), float32."""
         packed, scale, _, key, _, planes = kept
-        return gaussian_code.rotate_back(gaussian_code.decode(packed, scale, planes), key, rows)
+        with torch.autocast(scale.device.type, enabled=False):
+            return gaussian_code.rotate_back(gaussian_code.decode(packed, scale, planes), key, rows)
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         packed, scale, mean, key, directions, planes = kept
         dtype = grad_y.dtype
         if grad_y.shape[1] < len(scale):  # products over tokens survive a rotation of both: dY is the narrower one
-            coded = gaussian_code.decode(packed, scale, planes).flatten(1)
-            along = coded.to(dtype) @ gaussian_code.rotate(grad_y.t(), key).flatten(1).t().to(dtype)
+            with torch.autocast(scale.device.type, enabled=False):
+                coded, rotated = gaussian_code.decode(packed, scale, planes), gaussian_code.rotate(grad_y.t(), key)
+            along = coded.flatten(1).to(dtype) @ rotated.flatten(1).t().to(dtype)
         else:
             along = self.coordinates(kept, len(grad_y)).to(dtype) @ grad_y  # (K, B) (B, M)
         groups = self.groups(len(mean))

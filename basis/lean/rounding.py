@@ -5,7 +5,8 @@ largest magnitude a and, for each number x, the integer
 
     q = floor(127 x / a + u),   u uniform in (0, 1),        x^ = q a / 127
 
-so that E[x^] = x: an error once is not an error every step. |x^ - x| < a / 127 and the variance is at most (a / 254)^2.
+so that E[x^] = x, up to 2^-17 of a step: an error once is not an error every step. |x^ - x| < a / 127 and the variance is at
+most (a / 254)^2.
 
 The noise is a Dither of noise.py: for B + N draws instead of B N, the rows of a column are independent, and the columns of
 a row are uncorrelated.

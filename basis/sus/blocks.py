@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from basis.matrix import in_eager_mode
+
 _IN_CACHE = 1 << 18  # numbers of a block: a megabyte of float32
 _ON_DEVICE = 1 << 25
 
@@ -45,7 +47,7 @@ class Heads:
     def chunks(self) -> Iterator[tuple[slice, list[slice]]]:
         """Slices of groups, and for each of them the slices of its rows, in order."""
         groups, per_group, length, _ = self.q.shape
-        in_cache = type(self.q) is Tensor and self.q.device.type == "cpu"  # not fake, say
+        in_cache = self.q.device.type == "cpu" and in_eager_mode(self.q)
         budget = _IN_CACHE if in_cache else _ON_DEVICE
         at_once = min(max(budget // (per_group * length * length), 1), groups)
         rows = min(max(budget // (at_once * per_group * length), 1), length)
