@@ -83,7 +83,10 @@ def crossed_bits(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Dither:
-    """A matrix of uniform noise, (rows, width), any part of which is made when it is needed; see above."""
+    """A matrix of uniform noise, (rows, width), on the device of `key` (0-dimensional); see above.
+
+    Rows are made when they are asked for, `dither[rows]`: only rows + width short integers are held.
+    """
 
     def __init__(self, key: Tensor, rows: int, width: int) -> None:
         bits = random_bits(key, rows + width) >> 16
@@ -91,7 +94,7 @@ class Dither:
         self._columns = ((bits[rows:] | 1) - (1 << 15)).to(torch.int16)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Some rows of the matrix: numbers in (0, 1), float32, odd multiples of 2^-17."""
+        """These rows, (n, width): numbers in (0, 1), float32, odd multiples of 2^-17."""
         product = self._rows[rows] * self._columns  # short integers wrap
         return product.to(torch.float32).add_((1 << 15) + 0.5).mul_(2.0**-16)
 

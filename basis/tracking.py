@@ -32,7 +32,10 @@ EAGER_STEPS = 10
 
 
 def initial_directions(width: int, count: int, device: torch.device, groups: int = 1) -> dict[str, Tensor]:
-    """State before the first look: of each group the first `count` coordinates, equal variances."""
+    """State before the first look: of each group the first `count` coordinates, equal variances.
+
+    directions (N, count), variances (groups * count,), looks (), all float32.
+    """
     return {
         "directions": torch.eye(-(-width // groups), count, device=device).repeat(groups, 1),
         "variances": torch.ones(groups * count, device=device),

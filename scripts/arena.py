@@ -195,8 +195,9 @@ def main(argv: list[str] | None = None) -> int:
                 for c in able
                 if (own := [t for t in tuning if t.contender is c]) and (rate := next_rate(own)) is not None
             ]
-            if stop.code is None:
-                pool.run(more)
+            if not more or stop.code is not None:
+                break
+            pool.run(more)
             tuning += more
         final: list[Cell] = []
         untuned: list[Contender] = []

@@ -146,9 +146,8 @@ def test_scale_keeps_the_energy_under_autocast_too() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         kept = estimator.compress_with(x, key(3), state)
         found = estimator.coordinates(kept, len(x))
-    z = gaussian_code.rotate(torch.zeros(16, 256), key(3))  # of the shape; z itself as bfloat16's product makes it
-    with torch.autocast("cpu", torch.bfloat16):
-        z = (state["directions"].t() @ x.t()).float() - (state["directions"].t() @ x.mean(0))[:, None]
+    along = state["directions"].t()
+    z = (along.bfloat16() @ x.t().bfloat16()).float() - (along @ x.mean(0))[:, None]  # the product is autocast's
     bits = gaussian_code.bits_by_row(state["planes"], 16)
     ratio = ((found * z).sum(1) / z.square().sum(1))[bits > 0]
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)

@@ -147,7 +147,7 @@ class Quantized(Estimator):
             if noise is not None:
                 q = q.add_(0.5).sub_(noise[part.rows])
             low, step = ranges[part.rows].to(wide)[:, :, None].unbind(-1)
-            x = self._grouped(q).mul(step).add_(low).flatten(1)[:, :width]
+            x = self._grouped(q).mul_(step).add_(low).flatten(1)[:, :width]
             yield part.rows, x.to(like.dtype)
 
     def _grouped(self, x: Tensor) -> Tensor:

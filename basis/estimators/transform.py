@@ -85,8 +85,12 @@ class Transform(LearningEstimator):
         return groups * max(round(self.directions * -(-width // groups)), 1)
 
     def groups(self, width: int) -> int:
-        """G."""
+        """G, the least number of groups that `width` features need."""
         return -(-width // self.group)
+
+    def _frames(self, directions: Tensor, width: int) -> Tensor:
+        """The directions (N, K / G) of each group as rows, (G, k, n)."""
+        return directions.unflatten(0, (self.groups(width), -1)).mT
 
     def planes(self, width: int) -> int:
         """Bits a row of X, the mean aside."""
@@ -110,10 +114,10 @@ class Transform(LearningEstimator):
     def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         directions, planes, groups = state["directions"], state["planes"], self.groups(x.shape[1])
         mean = x.mean(0, dtype=torch.float32)
-        along = directions.unflatten(0, (groups, -1)).mT  # (G, k, n)
+        along = self._frames(directions, x.shape[1])
         z = (along.to(x.dtype) @ tracking.grouped(x, groups).mT).float()  # (G, k, n) (G, n, B)
-        z -= along @ tracking.grouped(mean[None], groups).mT
         with torch.autocast(x.device.type, enabled=False):
+            z -= along @ tracking.grouped(mean[None], groups).mT
             packed, scale = gaussian_code.encode(gaussian_code.rotate(z.flatten(0, 1), key), planes)
         return packed, scale, mean, key, directions, planes
 
@@ -132,15 +136,15 @@ class Transform(LearningEstimator):
             along = coded.flatten(1).to(dtype) @ rotated.flatten(1).t().to(dtype)
         else:
             along = self.coordinates(kept, len(grad_y)).to(dtype) @ grad_y  # (K, B) (B, M)
-        groups = self.groups(len(mean))
-        lifted = along.unflatten(0, (groups, -1)).mT @ directions.unflatten(0, (groups, -1)).mT.to(dtype)  # (G, M, n)
+        frames = self._frames(directions, len(mean)).to(dtype)
+        lifted = along.unflatten(0, (len(frames), -1)).mT @ frames  # (G, M, k) (G, k, n)
         lifted = lifted.transpose(0, 1).flatten(1)[:, : len(mean)]
         return torch.addr(lifted, grad_y.sum(0), mean.to(dtype))
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
         mean, directions = kept[2], kept[4]
         left = torch.cat([self.coordinates(kept, rows), mean.new_ones(1, rows)]).t()
-        right = torch.block_diag(*directions.unflatten(0, (self.groups(len(mean)), -1)).mT)[:, : len(mean)]
+        right = torch.block_diag(*self._frames(directions, len(mean)))[:, : len(mean)]
         return Factors(left, torch.cat([right, mean[None]]))
 
 

@@ -9,7 +9,7 @@ so that E[x^] = x, up to 2^-17 of a step: an error once is not an error every st
 most (a / 254)^2.
 
 The noise is a Dither of noise.py: for B + N draws instead of B N, the rows of a column are independent, and the columns of
-a row are uncorrelated.
+a row as good as uncorrelated.
 
 Kept: 1 byte a number and 4 bytes a block: 0.2656 of float32. Cost: about eight passes over numbers that lie in the cache, since
 rows are taken a few at a time.
