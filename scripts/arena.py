@@ -17,7 +17,6 @@ Exit codes: 0 all runs ended, 1 some failed (named at the end, output in logs/),
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import subprocess
@@ -129,6 +128,92 @@ def listing(tuning: Sequence[Cell], everyone: Sequence[Contender], seeds: Sequen
     return "\n".join([*lines, f"{count} runs ({len(tuning)} to tune), {steps:,} steps"])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Who runs, where and with which seeds; exact is the first contender."""
+
+    everyone: tuple[Contender, ...]
+    seeds: tuple[int, ...]
+    tuning_seed: int
+    out: Path
+    overrides: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a folder holds a run of other options: found before anything runs."""
+        for contender in self.able:
+            for rate in contender.rates or self.everyone[0].rates:
+                self.finals(contender, rate)
+
+    @property
+    def able(self) -> list[Contender]:
+        return [c for c in self.everyone if c.refused is None]
+
+    def finals(self, contender: Contender, rate: float) -> list[Cell]:
+        """A run per seed."""
+        cells = [cell(contender, rate, seed, tuning=False, out=self.out, overrides=self.overrides) for seed in self.seeds]
+        return [self._checked(one) for one in cells]
+
+    def tuning(self, contender: Contender, rate: float) -> Cell:
+        return self._checked(cell(contender, rate, self.tuning_seed, tuning=True, out=self.out, overrides=self.overrides))
+
+    def first(self) -> list[Cell]:
+        """The grid of every contender that is tuned."""
+        return [self.tuning(c, rate) for c in self.able if len(c.rates) > 1 for rate in c.rates]
+
+    def beyond(self, tuned: Sequence[Cell]) -> list[Cell]:
+        """A rate more for every contender whose best of `tuned` is at the edge."""
+        own = [(c, [t for t in tuned if t.contender is c]) for c in self.able]
+        found = [(c, rate) for c, cells in own if cells and (rate := next_rate(cells)) is not None]
+        for contender, rate in found:
+            self.finals(contender, rate)
+        return [self.tuning(contender, rate) for contender, rate in found]
+
+    @staticmethod
+    def _checked(one: Cell) -> Cell:
+        one.state()  # raises if the folder isn't its own
+        return one
+
+
+def race(plan: Plan, pool: Pool, tuning: Sequence[Cell], extend: int) -> int:
+    """Tune, then run the best rates on the seeds; the exit code."""
+    tuned = list(tuning)
+    pool.run(tuned)
+    for _ in range(extend):
+        try:
+            more = plan.beyond(tuned)
+        except ValueError as error:  # a folder that isn't its own, at a rate that nobody could know before
+            print(f"arena: {error}", file=sys.stderr)
+            return 1
+        if pool.stop.code is not None or not more:
+            break
+        pool.run(more)
+        tuned += more
+    final: list[Cell] = []
+    untuned: list[Contender] = []
+    for contender in plan.able:
+        judge = contender if contender.rates else plan.everyone[0]
+        own = [c for c in tuned if c.contender is judge]
+        if any(c.state() in ("new", "started") for c in own):
+            untuned.append(contender)  # a tuning run failed: the best rate isn't known
+            continue
+        rate = best_rate(own) if own else judge.rates[0]
+        if rate is None:
+            print(f"{contender.name}: diverged at every rate")
+            continue
+        final += plan.finals(contender, rate)
+    if pool.stop.code is None:
+        pool.run(final)
+    if pool.stop.code is not None:
+        print("stopped by a signal; the same command continues", file=sys.stderr)
+        return pool.stop.code
+    diverged = [c.name for c in [*tuned, *final] if c.state() == "diverged"]
+    print(f"{len(diverged)} runs diverged" + "".join(f"\n  {name}" for name in diverged))
+    for line in (*(f"FAILED {c.name}" for c in pool.failed), *(f"not tuned, hence not compared: {c.name}" for c in untuned)):
+        print(line)
+    print(f"next: python eval.py runs={plan.out}")
+    return 1 if pool.failed else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="as for train.py, for every run; experiment=arena if none names one")
@@ -163,18 +248,8 @@ def main(argv: list[str] | None = None) -> int:
         base = everyone[0].config
         assert base is not None
         out = options.out or Path("runs") / base.experiment_name / str(base.steps)
-        able = [c for c in everyone if c.refused is None]
-        tuning = [
-            cell(c, rate, options.tuning_seed, tuning=True, out=out, overrides=overrides)
-            for c in able
-            if len(c.rates) > 1
-            for rate in c.rates
-        ]
-        for contender, seed in itertools.product(
-            able, options.seeds
-        ):  # a folder of other options is found before anything runs
-            for each in contender.rates or everyone[0].rates:
-                cell(contender, each, seed, tuning=False, out=out, overrides=overrides).state()
+        plan = Plan(tuple(everyone), tuple(options.seeds), options.tuning_seed, out, tuple(overrides))
+        tuning = plan.first()
         print(listing(tuning, everyone, options.seeds), flush=True)
         if options.dry_run:
             return 0
@@ -187,42 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = {"jobs": options.jobs, "threads": threads, "tuning_seed": options.tuning_seed, "seeds": options.seeds}
     write_ledger(out, everyone, **facts)
     with StopRequest() as stop:
-        pool = Pool(options.jobs, threads, out / "logs", stop)
-        pool.run(tuning)
-        for _ in range(options.extend):
-            more = [
-                cell(c, rate, options.tuning_seed, tuning=True, out=out, overrides=overrides)
-                for c in able
-                if (own := [t for t in tuning if t.contender is c]) and (rate := next_rate(own)) is not None
-            ]
-            if not more or stop.code is not None:
-                break
-            pool.run(more)
-            tuning += more
-        final: list[Cell] = []
-        untuned: list[Contender] = []
-        for contender in able:
-            judge = contender if contender.rates else everyone[0]
-            own = [c for c in tuning if c.contender is judge]
-            if any(c.state() in ("new", "started") for c in own):
-                untuned.append(contender)  # a tuning run failed: the best rate isn't known
-                continue
-            rate = best_rate(own) if own else judge.rates[0]
-            if rate is None:
-                print(f"{contender.name}: diverged at every rate")
-                continue
-            final += [cell(contender, rate, seed, tuning=False, out=out, overrides=overrides) for seed in options.seeds]
-        if stop.code is None:
-            pool.run(final)
-        if stop.code is not None:
-            print("stopped by a signal; the same command continues", file=sys.stderr)
-            return stop.code
-    diverged = [c.name for c in [*tuning, *final] if c.state() == "diverged"]
-    print(f"{len(diverged)} runs diverged" + "".join(f"\n  {name}" for name in diverged))
-    for line in (*(f"FAILED {c.name}" for c in pool.failed), *(f"not tuned, hence not compared: {c.name}" for c in untuned)):
-        print(line)
-    print(f"next: python eval.py runs={out}")
-    return 1 if pool.failed else 0
+        return race(plan, Pool(options.jobs, threads, out / "logs", stop), tuning, options.extend)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from harness.report import arena, standings, write
 from harness.report.recompute import Losses
 from harness.report.statistics import Estimate
 from harness.results import RunResult, find_runs, group_runs
+from harness.rundir import CONFIG_FILE
 
 BLOCKS = "method.include=[blocks.*]"
 QUICK = ["micro_batch_size=4", "diagnostics.every=10"]
@@ -288,3 +289,10 @@ def test_the_grid_is_extended_while_the_best_rate_is_its_last(data: Path, tmp_pa
         assert [run.options["optim.lr"] for run in found if not run.tuning and run.options["method.name"] == name] == [
             0.0008
         ]
+    other = tmp_path / "out" / "seeds" / "exact_lr0.0008_seed0" / CONFIG_FILE
+    other.write_text(other.read_text().replace("beta1: 0.9\n", "beta1: 0.5\n"))
+    stale = launch(data, tmp_path, "--rates", "0.0001", "0.0002", "--extend", "2")
+    assert stale.returncode == 1
+    assert "arena: " in stale.stdout
+    assert "optim.beta1" in stale.stdout
+    assert "Traceback" not in stale.stdout
