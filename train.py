@@ -186,6 +186,13 @@ def describe(run: Run, table: dict[str, int]) -> None:
         log.info(
             "%s of the budget divides by the error of dW into these %s:\n%s", config.method.budget, knob, "\n".join(lines)
         )
+    if run.sketched and config.micro_batches > 1 and make_estimator(config.method).state_replaces_input:
+        log.warning(
+            "%s pairs each of the %d micro-batches with a sketch of the first: their dW is little but the mean's; prefer one "
+            "micro-batch a step",
+            config.method.name,
+            config.micro_batches,
+        )
     prefix = "mem/saved_bytes/"
     saved = {name.removeprefix(prefix): size for name, size in table.items() if name.startswith(prefix)}
     others = {"parameters": table["mem/parameter_bytes"], "gradients": table["mem/gradient_bytes"]}
@@ -193,7 +200,19 @@ def describe(run: Run, table: dict[str, int]) -> None:
         others = {"kept when compiled": table["mem/saved_bytes"]} | others
     if "mem/peak_bytes" in table:
         others["peak of a step"] = table["mem/peak_bytes"]
-    log.info("%s\nrun directory: %s", memory.memory_table(saved, others), run.folder)
+    log.info("%s\n%srun directory: %s", memory.memory_table(saved, others), inputs_line(run, table), run.folder)
+
+
+def inputs_line(run: Run, table: dict[str, int]) -> str:
+    """What the sketched layers keep of their inputs, as method.budget counts it, and what lives between steps; a line."""
+    inputs, state = table["mem/input_bytes"], table["mem/estimator_bytes"]
+    if not inputs:
+        return ""
+    kept, beside = table.get("mem/saved_bytes/sketches", 0), f", and {memory.format_bytes(state)} of state between steps"
+    if make_estimator(run.config.method).state_replaces_input:
+        kept, beside = kept + state, ", as state between steps"
+    of = f"{memory.format_bytes(kept)} of {memory.format_bytes(inputs)} of inputs, {kept / inputs:.4f}"
+    return f"sketched layers keep {of}{beside if state else ''}\n"
 
 
 def execute(values: DictConfig, folder: Path) -> None:

@@ -25,6 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from basis.estimator import Estimator
 
+LEAST_SPENT = 0.9
+"""Of a budget, where a method's largest setting falls short of it."""
+
 
 def kept_bytes(estimator: Estimator, rows: int, width: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that `estimator` keeps of X (rows, width) in `dtype` until backward, its state aside."""
@@ -93,16 +96,32 @@ def _last(values: Sequence[Any], fits: Callable[[Any], bool]) -> Any:
 def within_budget(
     estimator: Estimator, *, share: float, rows: int, dtype: torch.dtype = torch.float32
 ) -> Callable[[str, nn.Linear], Estimator]:
-    """For `convert`: each layer with the setting of `estimator` that keeps `share` of its input of `rows` rows in `dtype`."""
+    """For `convert`: each layer with the setting of `estimator` that keeps `share` of its input of `rows` rows in `dtype`.
+
+    What it returns raises ValueError as `fit`, and where the largest setting keeps much less: no comparison at equal bytes.
+    """
     made: dict[int, Estimator] = {}  # by width
 
     def choose(_: str, layer: nn.Linear) -> Estimator:
         width = layer.in_features
         if width not in made:
             made[width] = fit(estimator, share, rows, width, dtype)
+            _check_spent(made[width], share, rows, width, dtype)
         return made[width]
 
     return choose
+
+
+def _check_spent(fitted: Estimator, share: float, rows: int, width: int, dtype: torch.dtype) -> None:
+    """Raise ValueError if `fitted` has the largest setting there is, and keeps much less than `share`."""
+    assert fitted.knob is not None
+    value, whole = getattr(fitted, fitted.knob), rows * width * dtype.itemsize
+    kept = _bytes(fitted, rows, width, dtype)
+    if value == fitted.knob_values(rows, width)[-1] and kept < LEAST_SPENT * share * whole:
+        raise ValueError(
+            f"budget={share:g}: {type(fitted).__name__} with its other options keeps at most 1/{whole / kept:.3g} of an input "
+            f"of {rows} x {width} ({fitted.knob}={value:g})"
+        )
 
 
 def split_by_error(

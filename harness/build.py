@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +77,26 @@ def apply_method(model: GPT, config: Config) -> list[str]:
         return []  # nn.Linear is exact already, and without backward nothing is kept
     try:
         estimator = make_estimator(method)
+        _check_followed(estimator, config)
         if method.budget is None:
             return basis.convert(model, estimator, include=method.include, exclude=method.exclude)
         chosen = basis.within_budget(estimator, share=share_of(method), **_inputs(config))
         return basis.convert(model, chosen, include=method.include, exclude=method.exclude)
     except ValueError as error:
-        raise ValueError(f"method.{error}") from None
+        said = str(error)
+        if method.budget is not None:
+            said = said.replace(f"budget={share_of(method):g}:", f"budget={method.budget}:")  # as it was given, 1/24
+        raise ValueError(f"method.{said}") from None
+
+
+def _check_followed(estimator: basis.Estimator, config: Config) -> None:
+    """Raise ValueError for an option that must be as large as a batch and isn't."""
+    rows = _inputs(config)["rows"]
+    for option in dataclasses.fields(cast(Any, estimator)):
+        source = option.metadata.get("follows")
+        value = getattr(estimator, option.name)
+        if source is not None and value < rows:
+            raise ValueError(f"{option.name}={value}: must be at least {source} = {rows}")
 
 
 def _inputs(config: Config) -> dict[str, Any]:

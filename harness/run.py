@@ -207,6 +207,10 @@ class Run:
             total = memory.saved_bytes_total(self.model, forward) if self.runtime.compile else sum(saved.values())
         parameters = memory.tensor_bytes(self.model.parameters())
         measured = {"mem/saved_bytes": total} | {f"mem/saved_bytes/{name}": size for name, size in saved.items()}
-        learned = memory.tensor_bytes(t for _, layer in basis.sketched_layers(self.model) for t in layer.state.values())
+        layers = [layer for _, layer in basis.sketched_layers(self.model)]
+        learned = memory.tensor_bytes(t for layer in layers for t in layer.state.values())
+        widths = sum(layer.in_features for layer in layers if layer is not self.model.head)  # which keeps no input
+        rows = self.config.micro_batch_size * self.config.model.block_size
         measured |= {"mem/parameter_bytes": parameters, "mem/gradient_bytes": parameters, "mem/estimator_bytes": learned}
+        measured["mem/input_bytes"] = rows * widths * (2 if self.runtime.precision == "bfloat16" else 4)
         return measured | ({"mem/peak_bytes": peak} if peak else {})

@@ -2,19 +2,17 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from torch import nn
+from tiny import overrides, run_command
 
 import basis
-import basis.estimators
-from harness.config import load, make_estimator
+from harness.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,26 +52,43 @@ def test_other_commands_know_their_options(command: str) -> None:
     assert all(option in help_text for option in options)
 
 
-def test_the_example_estimator_works_as_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = tmp_path / "first_rows.py"
-    source.write_text(code_block("python", "class FirstRows"))
-    monkeypatch.syspath_prepend(tmp_path)
-    from first_rows import FirstRows
+def after(text: str, line: str, new: str) -> str:
+    assert text.count(line) == 1
+    return text.replace(line, line + new)
 
-    monkeypatch.setitem(basis.estimators.ESTIMATORS, "first_rows", FirstRows)
-    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        values = compose("config")
-    values.method = OmegaConf.create(code_block("yaml", "name: first_rows"))
-    estimator = make_estimator(load(values).method)
-    assert estimator == FirstRows(rows=8)
-    values.method.rows = 0
-    with pytest.raises(ValueError, match=r"method\.rows=0: must be at least 1"):
-        load(values)
-    model = nn.Sequential(nn.Linear(4, 3))
-    basis.convert(model, FirstRows(rows=2))
-    x = torch.randn(6, 4)
-    model(x).sum().backward()
-    torch.testing.assert_close(model[0].weight.grad, 3 * x[:2].sum(0).expand(3, 4))
+
+def test_the_example_estimator_works_as_written(data: Path, tmp_path: Path) -> None:
+    """In a copy of the house: what the README says, letter by letter, then its tests, a run and the arena's plan."""
+    copy = tmp_path / "house"
+    ignored = shutil.ignore_patterns("__pycache__", "results", "runs", ".*")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    (copy / "basis/estimators/first_rows.py").write_text(code_block("python", "class FirstRows"))
+    (copy / "conf/method/first_rows.yaml").write_text(code_block("yaml", "name: first_rows"))
+    lines = {part.strip("`") for part in re.findall(r"`[^`]*first_rows[^`]*,`", README)}
+    assert lines == {'"first_rows": FirstRows,', 'basis.ESTIMATORS["first_rows"](6),'}
+    registry, tests = copy / "basis/estimators/__init__.py", copy / "tests/test_estimators.py"
+    text = after(
+        registry.read_text(),
+        "from basis.estimators.exact import Exact\n",
+        "from basis.estimators.first_rows import FirstRows\n",
+    )
+    registry.write_text(after(text, '    "exact": Exact,\n', '    "first_rows": FirstRows,\n'))
+    tests.write_text(after(tests.read_text(), "METHODS = [\n", '    basis.ESTIMATORS["first_rows"](6),\n'))
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return run_command([sys.executable, *words], copy, PYTHONPATH=str(copy))
+
+    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_estimators.py", "-k", "FirstRows or first_rows")
+    assert tested.returncode == 0, tested.stdout
+    assert tested.stdout.startswith("." * 7), tested.stdout  # the options agree, and what every method must do
+    train = ["train.py", *overrides(data), "method=first_rows", "steps=2", "optim.warmup_steps=0"]
+    done = run(*train, "method.budget=1/8", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout
+    assert "0.1250" in done.stdout  # of the inputs
+    refused = run(*train, "method.rows=0", f"hydra.run.dir={tmp_path / 'refused'}")
+    assert "method.rows=0: must be at least 1" in refused.stdout
+    arena = run("scripts/arena.py", "--dry-run", "--methods", "first_rows", "--budgets", "1/8", "--", *overrides(data))
+    assert "first_rows 1/8: best rate of" in arena.stdout, arena.stdout
 
 
 def test_the_library_example_runs() -> None:

@@ -40,11 +40,14 @@ REFUSED = [
     (["method=exact", "+method.include=[head]"], "method.include"),
     (["method=zeroth_order", "method.sigma=0"], "method.sigma=0"),
     (["method=zeroth_order", "method.rank=0"], "method.rank=0"),
-    (["method=zeroth_order", "+method.budget=1/8"], "method.budget=1/8: it keeps nothing"),
+    (["method=zeroth_order", "method.budget=1/8"], "method.budget=1/8: it keeps nothing"),
     (["method=zeroth_order", "+method.include=[head]"], "method.include, method.exclude: zeroth_order"),
     (["method.allocation=variance"], "method.allocation=variance: divides a budget; give method.budget"),
     (["method.budget=1/8", "method.allocation=best"], "method.allocation='best': must be one of uniform, variance"),
-    (["method.budget=1/1000"], "method.budget=0.001: BalancedSketch keeps at least 1/14.2 of an input of 16 x 16 (rank=1)"),
+    (["method.budget=1/1000"], "method.budget=1/1000: BalancedSketch keeps at least 1/14.2 of an input of 16 x 16 (rank=1)"),
+    (["method=exact", "method.budget=1/8"], "method.budget=1/8: exact backpropagation keeps everything"),
+    (["method=quantized", "method.budget=0.9"], "method.budget=0.9: Quantized with its other options keeps at most 1/"),
+    (["method=ema_sketch", "method.rows=15"], "method.rows=15: must be at least micro_batch_size * model.block_size = 16"),
 ]
 
 

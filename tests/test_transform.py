@@ -197,11 +197,18 @@ def test_every_value_of_the_knob_can_be_had(width: int, group: int) -> None:
 def test_bytes_kept(rows: int, groups: int, filled: int) -> None:
     planes, tracked, width = 24, 8, 16
     expected = planes * filled // 8 + 4 * tracked * groups + 4 * width + 8
-    assert basis.kept_bytes(Transform(1.5), rows, width) == expected
-    assert basis.kept_bytes(Transform(1.5), rows, width, torch.bfloat16) == expected
+    assert basis.kept_bytes(Transform(1.5, directions=0.5), rows, width) == expected
+    assert basis.kept_bytes(Transform(1.5, directions=0.5), rows, width, torch.bfloat16) == expected
 
 
-@pytest.mark.parametrize("share", [1 / 8, 1 / 24])
+@pytest.mark.parametrize(("bits", "tracked"), [(1.0, 45), (4 / 3, 60), (2.0, 90), (2.25, 100), (8.0, 100), (0.001, 1)])
+def test_without_a_wish_as_many_directions_as_can_use_the_bits(bits: float, tracked: int) -> None:
+    estimator = Transform(bits)
+    assert estimator.tracked(100) == tracked
+    assert len(estimator.initial_state(100, torch.device("cpu"))["variances"]) == tracked
+
+
+@pytest.mark.parametrize("share", [1 / 4, 1 / 8, 1 / 24, 1 / 48])
 @pytest.mark.parametrize("width", [128, 512])
 def test_budgets_are_met(share: float, width: int) -> None:
     fitted = basis.fit(Transform(1.0), share, 768, width)

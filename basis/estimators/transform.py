@@ -42,13 +42,16 @@ from torch import Tensor
 from basis import gaussian_code, tracking
 from basis.estimator import Factors, LearningEstimator, State
 
+DIRECTIONS_PER_BIT = 0.45
+"""Directions followed, as a share of all, for a bit a number: about as many as trained models give any bits (results/arena)."""
+
 
 @dataclass(frozen=True)
 class Transform(LearningEstimator):
     """X in a few bits a number, in the directions that matter.
 
     bits: per number of X, all directions together; positive, at most 8. directions: K as a share of N, in (0, 1], rounded in
-    each group, to 1 at least.
+    each group, to 1 at least; None: as many as can use the bits, DIRECTIONS_PER_BIT * bits or all.
     every: steps between looks at where X lies. left_out: error of a direction without bits, relative to its variance, as the
     allocation counts it; at least 1. group: features that share directions at most; at least 1.
 
@@ -58,7 +61,7 @@ class Transform(LearningEstimator):
     knob: ClassVar[str] = "bits"
 
     bits: float
-    directions: float = 0.5
+    directions: float | None = None
     every: int = 25
     left_out: float = 2.0
     group: int = 768
@@ -66,8 +69,8 @@ class Transform(LearningEstimator):
     def __post_init__(self) -> None:
         if not 0.0 < self.bits <= gaussian_code.MOST_BITS:
             raise ValueError(f"bits={self.bits}: must be in (0, {gaussian_code.MOST_BITS}]")
-        if not 0.0 < self.directions <= 1.0:
-            raise ValueError(f"directions={self.directions}: must be in (0, 1]")
+        if self.directions is not None and not 0.0 < self.directions <= 1.0:
+            raise ValueError(f"directions={self.directions}: must be in (0, 1], or null for as many as can use the bits")
         if self.every < 1:
             raise ValueError(f"every={self.every}: must be at least 1")
         if not self.left_out >= 1.0:
@@ -76,13 +79,15 @@ class Transform(LearningEstimator):
             raise ValueError(f"group={self.group}: must be at least 1")
 
     def knob_values(self, rows: int, width: int) -> Sequence[float]:
-        most = gaussian_code.MOST_BITS * min(self.tracked(width), width)
+        tracked = width if self.directions is None else min(self.tracked(width), width)
+        most = gaussian_code.MOST_BITS * tracked
         return [planes / width for planes in range(1, most + 1)]
 
     def tracked(self, width: int) -> int:
         """K, at least 1 in each group."""
         groups = self.groups(width)
-        return groups * max(round(self.directions * -(-width // groups)), 1)
+        share = min(DIRECTIONS_PER_BIT * self.bits, 1.0) if self.directions is None else self.directions
+        return groups * max(round(share * -(-width // groups)), 1)
 
     def groups(self, width: int) -> int:
         """G, the least number of groups that `width` features need."""
