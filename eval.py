@@ -3,6 +3,7 @@
     python eval.py runs=runs/paper/50000
     python eval.py runs=[runs/a,runs/b] out=somewhere
     python eval.py runs=runs/arena/2000                      # methods at equal bytes, ranked (scripts/arena.py runs them)
+    python eval.py runs=runs/arena/2000 times=step.csv       # the same, with step times of scripts/bench_step.py
     python eval.py complexity=true out=runs/complexity       # Table 1, measured: needs no runs
 
 Takes folders; every run in or below them that finished (or diverged) is used, the others are named with the reason. Runs that
@@ -34,7 +35,7 @@ def evaluate(values: DictConfig) -> None:
     folders: list[Path] = []
     if values.runs is not None:
         folders = [Path(str(folder)) for folder in (values.runs if isinstance(values.runs, ListConfig) else [values.runs])]
-        report = write.gather(folders, compare=values.arena)
+        report = write.gather(folders, compare=values.arena, times=Path(str(values.times)) if values.times else None)
         for complaint in report.complaints:
             print(complaint, file=sys.stderr)
         for table in report.tables[:2]:

@@ -259,10 +259,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
     threads = max(len(os.sched_getaffinity(0)) // options.jobs, 1) if hasattr(os, "sched_getaffinity") else 1
-    facts = {"jobs": options.jobs, "threads": threads, "tuning_seed": options.tuning_seed, "seeds": options.seeds}
-    write_ledger(out, everyone, **facts)
     with StopRequest() as stop:
-        return race(plan, Pool(options.jobs, threads, out / "logs", stop), tuning, options.extend)
+        pool = Pool(options.jobs, threads, out / "logs", stop)
+        facts = {"jobs": options.jobs, "threads": threads, "devices": len(pool.devices)}
+        write_ledger(out, everyone, **facts, tuning_seed=options.tuning_seed, seeds=options.seeds)
+        return race(plan, pool, tuning, options.extend)
 
 
 if __name__ == "__main__":

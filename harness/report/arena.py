@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from basis.budget import parse_share
 from harness.memory import format_bytes
+from harness.report import step_times
 from harness.report.losses import Recomputed
 from harness.report.standings import TOLERANCE, Standing, standings
 from harness.report.statistics import Estimate, estimate, p_text
@@ -20,8 +22,8 @@ from harness.report.tables import Column, Table
 from harness.results import Group, RunResult, contender
 
 
-def ranks(found: Sequence[Standing], jobs: object = None) -> Table:
-    """A row per contender, best loss first."""
+def ranks(found: Sequence[Standing], timed: str) -> Table:
+    """A row per contender, best loss first. timed: how, for the notes."""
     exact = next(s for s in found if s.above is None and s.group.method == "exact")
     rows = []
     for place, s in enumerate(found, start=1):
@@ -75,8 +77,8 @@ def ranks(found: Sequence[Standing], jobs: object = None) -> Table:
         "no input of attention's projection, which attention keeps anyway. Training: sum of step times.",
         f"Off budget: where the measured share of X is off by more than {TOLERANCE:.0%} of the budget.",
     ]
-    if jobs not in (None, 1):
-        notes.append(f"{jobs} runs shared the machine at a time: their seconds are those of a busy machine.")
+    if timed:
+        notes.append(timed)
     if any(s.loss is not None and s.loss.half_width is None for s in found):
         notes.append("A row with one seed carries no interval: nothing is known about other seeds.")
     return Table("arena", "Methods at equal bytes", columns, rows, notes)
@@ -208,13 +210,30 @@ def _against(best: Standing, other: Standing) -> str:
 
 
 def tables(
-    groups: Sequence[Group], tuning: Sequence[RunResult], recomputed: Recomputed, ledgers: Sequence[Mapping[str, Any]]
+    groups: Sequence[Group],
+    tuning: Sequence[RunResult],
+    recomputed: Recomputed,
+    ledgers: Sequence[Mapping[str, Any]],
+    times: Path | None = None,
 ) -> tuple[list[Standing], list[Table], list[str]]:
-    """Standings, tables and sentences; empty without exact runs."""
-    found = standings(groups, recomputed)
+    """Standings, tables and sentences; empty without exact runs. times: a table of scripts/bench_step.py to take seconds from.
+
+    Raises ValueError for times that are no such table.
+    """
+    busy = step_times.shared(ledgers)
+    clock: step_times.Clock = step_times.own
+    timed = ""
+    if times is not None:
+        clock = step_times.benchmarked(times)
+        timed = f"Times of a step are those of {times}, where it has such a step; training: that times the steps."
+    elif busy > 1:
+        clock = step_times.unknown
+        timed = (
+            f"{busy} runs shared the machine at a time, so their seconds are not shown; eval.py times= takes a benchmark's."
+        )
+    found = standings(groups, recomputed, clock)
     out_of_reach = refused(ledgers)
     if not found:
         return [], [out_of_reach], []
-    jobs = max((ledger.get("jobs", 1) for ledger in ledgers), default=None)
-    made = [ranks(found, jobs), rates(found, groups, tuning), quality(found), out_of_reach]
+    made = [ranks(found, timed), rates(found, groups, tuning), quality(found), out_of_reach]
     return found, made, conclusions(found, out_of_reach)

@@ -10,7 +10,8 @@ which start from the same weights; of equal batches they also read the same text
   share: the input of attention's projection is kept by attention anyway, so exact's dense layers keep 6 tensors of a block's
   width where the methods sketch 7. Recomputed blocks have no such number.
 - *state*: what a method remembers between steps. It comes on top of what is kept.
-- *seconds*: sum of step times, without evaluation, diagnostics and checkpoints.
+- *seconds*: sum of step times, without evaluation, diagnostics and checkpoints; of runs that shared a machine only by a benchmark
+  (step_times.py).
 - *front*: nothing else is at most as costly and at most as bad; by dense bytes, all bytes with state, and seconds.
 """
 
@@ -28,6 +29,7 @@ from basis import ESTIMATORS
 from basis.budget import parse_share
 from harness.report.losses import Recomputed, paired
 from harness.report.statistics import Estimate, estimate
+from harness.report.step_times import Clock, own
 from harness.results import Group, RunResult, contender, world
 from models import GPT, GPTConfig
 
@@ -95,8 +97,11 @@ def _chosen(rates: Sequence[Group]) -> Group:
     return min(rates, key=lambda group: (-len(group.runs), mean(group)))
 
 
-def standings(groups: Sequence[Group], recomputed: Recomputed) -> list[Standing]:
-    """All contenders in order of loss, those that diverged last; an empty list without exact runs to compare with."""
+def standings(groups: Sequence[Group], recomputed: Recomputed, clock: Clock = own) -> list[Standing]:
+    """All contenders in order of loss, those that diverged last; an empty list without exact runs to compare with.
+
+    clock: where seconds come from.
+    """
     exact = reference(groups)
     if exact is None:
         return []
@@ -105,7 +110,7 @@ def standings(groups: Sequence[Group], recomputed: Recomputed) -> list[Standing]
         if world(group.runs[0]) == world(exact.runs[0]):
             by_contender.setdefault(contender(group.runs[0]), []).append(group)
     chosen = [_chosen(rates) for rates in by_contender.values()]
-    found = [_standing(group, exact, chosen, recomputed) for group in chosen]
+    found = [_standing(group, exact, chosen, recomputed, clock) for group in chosen]
     costs: dict[str, Callable[[Standing], float | None]] = {
         "dense bytes": lambda s: None if s.dense is None else s.dense + s.state,
         "all bytes": lambda s: s.kept + s.state,
@@ -128,13 +133,13 @@ def front(found: Sequence[Standing], cost: Callable[[Standing], float | None]) -
     return [s for _, s in sorted(best, key=lambda pair: pair[0])]
 
 
-def _standing(group: Group, exact: Group, everyone: Sequence[Group], recomputed: Recomputed) -> Standing:
+def _standing(group: Group, exact: Group, everyone: Sequence[Group], recomputed: Recomputed, clock: Clock) -> Standing:
     first = group.runs[0]
 
     def value(run: RunResult) -> float:
         return recomputed[run.id].held_out
 
-    times = [seconds for run in group.runs for seconds in run.series("step_seconds")[1]]
+    times = clock(group)
     ended = [] if group.diverged else group.runs  # a mean over those that survived would flatter
     dense: float | None = sum(first.last(f"mem/saved_bytes/{name}") for name in ("linear inputs", "sketches"))
     return Standing(
@@ -148,8 +153,8 @@ def _standing(group: Group, exact: Group, everyone: Sequence[Group], recomputed:
         kept=first.last("mem/saved_bytes"),
         state=first.last("mem/estimator_bytes"),
         share=share_of_inputs(first),
-        step=statistics.median(times) if times else None,
-        seconds=statistics.fmean([training_seconds(run) for run in ended]) if ended else None,
+        step=times.step,
+        seconds=times.training,
         quality=_quality(group),
     )
 
@@ -173,12 +178,6 @@ def share_of_inputs(run: RunResult) -> float | None:
     if ESTIMATORS[run.options["method.name"]].state_replaces_input:
         kept += run.last("mem/estimator_bytes")
     return kept / inputs if inputs else None
-
-
-def training_seconds(run: RunResult) -> float:
-    """Sum of the step times: each row's holds for the steps since the row before."""
-    steps, seconds = run.series("step_seconds")
-    return math.fsum((step - before) * value for before, step, value in zip([0, *steps], steps, seconds, strict=False))
 
 
 def _quality(group: Group) -> dict[str, float]:

@@ -39,10 +39,11 @@ class Report:
     standings: list[Standing] = field(default_factory=list)
 
 
-def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False) -> Report:
+def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False, times: Path | None = None) -> Report:
     """Read runs, compute their losses again, and make the tables. Raises ValueError if no run can be used.
 
-    compare: also the tables of arena.py, which are made unasked where runs keep to budgets or are of several methods.
+    compare: also the tables of arena.py, which are made unasked where runs keep to budgets or are of several methods. times: of
+    steps, for these tables, see step_times.py.
     """
     found, complaints = find_runs(folders)
     tuning, found = [run for run in found if run.tuning], [run for run in found if not run.tuning]
@@ -77,7 +78,7 @@ def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False
     sentences, standings = claims.claims(groups, recomputed), list[Standing]()
     if compare:
         ledgers = [read_ledger(file.parent) for folder in folders for file in sorted(folder.rglob(LEDGER))]
-        standings, first, said = arena.tables(groups, tuning, recomputed, ledgers)
+        standings, first, said = arena.tables(groups, tuning, recomputed, ledgers, times)
         tables, sentences = first + tables, said + sentences
     return Report(groups, complaints, [table for table in tables if table.rows], sentences, standings)
 
