@@ -35,7 +35,7 @@ contributes; the Invariant Scalars are those of X - 1 m^T and of dY, and shrinka
 
 Kept: R N elements in the precision of X (with `center` N more), and the 8-byte key. FLOPs besides the product: B (N + M)
 multiply-adds for the norms and as many for the sketches (in a loss head, where dY lies column by column, 2 R B M for its sketch).
-The published code also uses shrinkage = 0.01 unless told otherwise.
+State between steps: none. The published code also uses shrinkage = 0.01 unless told otherwise.
 """
 
 from __future__ import annotations
