@@ -18,6 +18,20 @@ from harness.run import Run
 METHODS = {"exact": ["method=exact"], "basis": ["method=basis", "method.rank=3"]}
 
 
+LEARNING = {
+    "transform": ["method=transform", "method.every=3"],
+    "transform, a budget by error": [
+        "method=transform",
+        "method.every=3",
+        "method.budget=1/8",
+        "method.allocation=variance",
+    ],
+    "subspace": ["method=subspace", "method.rank=3", "method.every=3"],
+    "ema_sketch": ["method=ema_sketch", "method.rank=3"],
+}
+"""Methods whose layers hold what they have learned, with looks before and after the interruption."""
+
+
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -51,6 +65,17 @@ def test_killed_and_resumed_equals_straight_to_the_last_bit(method: str, data: P
     assert done.returncode == 0, done.stdout
     assert "continuing from step" in done.stdout
     assert losses(killed) == losses(straight)
+
+
+@pytest.mark.parametrize("method", list(LEARNING))
+def test_what_layers_have_learned_is_resumed_to_the_last_bit(method: str, data: Path, tmp_path: Path) -> None:
+    """Directions, their variances, the bits of each, averages of sketches: without them the next gradients are others."""
+    options = [*LEARNING[method], "micro_batch_size=8", "tokens_per_step=128"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train_here(data, straight, *options, "steps=28")
+    for steps in (20, 28):
+        train_here(data, resumed, *options, f"steps={steps}")
+    assert losses(resumed) == losses(straight)
 
 
 def test_a_budget_divided_by_the_error_of_dw_is_kept_told_and_resumed(data: Path, tmp_path: Path) -> None:

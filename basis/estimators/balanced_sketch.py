@@ -22,6 +22,9 @@ B = q R + s the share of same-bin pairs, (s (q + 1) q + (R - s) q (q - 1)) / (B 
 (Proof: S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]] off the diagonal; two of them correlate only if they
 belong to the same unordered pair of rows. reference.py has the formula, the tests compare it with draws.)
 
+`hashing="uniform"` is the paper's ablation of balancing, and stays what it is: at R = B it pays the bytes of X and is noisy,
+since two rows may meet in a bin. The count sketch that keeps X then is count_sketch.py.
+
 An option of ours, not the paper's, is `center`: the mean m of X's rows is taken out first and kept. Since
 X = (X - 1 m^T) + 1 m^T,
 
@@ -32,7 +35,7 @@ contributes; the Invariant Scalars are those of X - 1 m^T and of dY, and shrinka
 
 Kept: R N elements in the precision of X (with `center` N more), and the 8-byte key. FLOPs besides the product: B (N + M)
 multiply-adds for the norms and as many for the sketches (in a loss head, where dY lies column by column, 2 R B M for its sketch).
-The published code also uses shrinkage = 0.01 unless told otherwise.
+State between steps: none. The published code also uses shrinkage = 0.01 unless told otherwise.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class BalancedSketch(Estimator):
     """Rank-R sketch of X by signed hashing of its rows.
 
     rank: R, rows kept; at least 1. Rows fewer than R are all kept (R_safe = min(R, B)).
-    hashing: "balanced" (the paper) or "uniform" (an independent bin per row).
+    hashing: "balanced" (the paper) or "uniform" (an independent bin per row: the paper's ablation, not exact at any rank).
     invariant_scalars: restore the Frobenius norms of X and dY.
     shrinkage: lambda of the published code, in [0, 1); dW is multiplied by (1 - lambda)^2.
     eps: added to the norm that is divided by; positive.

@@ -9,10 +9,12 @@ S[r, b] = signs[b] * [bins[b] = r], R x B, forward keeps S X and backward forms
 
 (Proof: off its diagonal, S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]]; two of them correlate only if they belong
 to the same unordered pair of rows, and a pair shares a bin with probability 1/R.) That is the variance of Rademacher RMM at the
-same R, for B (N + M) additions instead of R B (N + M). More bins never make it exact: at R = B two rows may still meet.
+same R, for B (N + M) additions instead of R B (N + M). More bins alone never make it exact: among B bins two rows may still
+meet. But B bins cost the bytes of X, so at R >= B no row is hashed: X itself is kept. (A key that holds the hashing is obeyed.)
 
-What is exact: Y, dX, the bias gradient. What is estimated: dW, without bias. Kept: R N elements in the precision of X, and the
-8-byte key. FLOPs: B (N + M) for the sketches, 2 R N M for the product. State between steps: none.
+What is exact: Y, dX, the bias gradient; dW too at R >= B. What is estimated: dW, without bias. Kept: min(R, B) N elements in the
+precision of X, and the 8-byte key. FLOPs: B (N + M) for the sketches (none at R >= B), 2 min(R, B) N M for the product. State
+between steps: none.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from basis.noise import draw_hashing
 class CountSketch(Estimator):
     """Rank-R sketch of X by independent signed hashing of its rows.
 
-    rank: R, rows kept; at least 1; no more than B are made. Raises ValueError that begins with the name of the wrong option.
+    rank: R, rows kept; at least 1; B or more keep X. Raises ValueError that begins with the name of the wrong option.
     """
 
     knob: ClassVar[str] = "rank"
@@ -51,10 +53,18 @@ class CountSketch(Estimator):
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
         sketched_x, key = kept
+        if self._keeps_all(rows, key):
+            return Factors(sketched_x)
         rank = sketched_x.shape[0]
         return Factors(sign_matrix(*draw_hashing(key, rows, rank, "uniform"), rank, sketched_x.dtype).t(), sketched_x)
 
+    def _keeps_all(self, rows: int, key: Tensor) -> bool:
+        """Whether S is the identity: there are as many bins as rows, and nobody has said which is whose."""
+        return self.rank >= rows and key.ndim == 0
+
     def sketch(self, x: Tensor, key: Tensor) -> Tensor:
         """S x, (min(R, B), N), for `x` (B, N)."""
+        if self._keeps_all(x.shape[0], key):
+            return x
         rank = min(self.rank, x.shape[0])
         return signed_bin_sums(x, *draw_hashing(key, x.shape[0], rank, "uniform"), rank)

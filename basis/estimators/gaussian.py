@@ -11,14 +11,15 @@ backward forms
 (Proof: the R columns of S are independent draws, so it is a variance divided by R. For one column s, the entries s_a s_b of s s^T
 correlate only within the same unordered pair of rows, which gives the first two terms; the diagonal has E s_a^4 - 1, which is 2
 for a normal number, what pairs of equal rows would count for anyway, and 0 for a sign.) So signs are never worse, cost less, and
-are exact in low precision. The gain is small where no row dominates. More columns never make it exact.
+are exact in low precision. The gain is small where no row dominates. More columns alone never make it exact: at R = B the error
+is still of the size of dW, at the bytes of X. So at R >= B nothing is multiplied: X itself is kept.
 
 S never exists whole: it is formed for some rows at a time, multiplied with them, and dropped; X is read once. (A fused loss head
 asks for S whole, B R numbers.)
 
-What is exact: Y, dX, the bias gradient. What is estimated: dW, without bias. Kept: R N elements in the precision of X, and the
-8-byte key. FLOPs: 2 R B (N + M) for the sketches, 2 R N M for the product, and 2 R B normal numbers at some 30 integer and
-floating-point operations each. State between steps: none.
+What is exact: Y, dX, the bias gradient; dW too at R >= B. What is estimated: dW, without bias. Kept: min(R, B) N elements in the
+precision of X, and the 8-byte key. FLOPs: 2 R B (N + M) for the sketches, 2 R N M for the product, and 2 R B normal numbers at
+some 30 integer and floating-point operations each; at R >= B the exact product alone. State between steps: none.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from basis.noise import normal_rows, sign_rows
 class Gaussian(Estimator):
     """Rank-R projection of X over its rows by a dense random matrix.
 
-    rank: R, rows kept; at least 1; no more than B are made. distribution: of the matrix's entries, "gaussian" or "rademacher"
-    (+1 or -1). Raises ValueError that begins with the name of the wrong option.
+    rank: R, rows kept; at least 1; B or more keep X. distribution: of the matrix's entries, "gaussian" or "rademacher" (+1 or
+    -1). Raises ValueError that begins with the name of the wrong option.
     """
 
     knob: ClassVar[str] = "rank"
@@ -54,24 +55,29 @@ class Gaussian(Estimator):
             raise ValueError(f"distribution={self.distribution!r}: must be gaussian or rademacher")
 
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        rank = min(self.rank, x.shape[0])
-        return (self._project(x, key, rank) / rank).to(x.dtype), key
+        if self.rank >= x.shape[0]:
+            return x, key
+        return (self._project(x, key) / self.rank).to(x.dtype), key
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         projected_x, key = kept
-        return self._project(grad_y, key, projected_x.shape[0]).to(projected_x.dtype).t() @ projected_x
+        if self.rank >= grad_y.shape[0]:
+            return grad_y.to(projected_x.dtype).t() @ projected_x
+        return self._project(grad_y, key).to(projected_x.dtype).t() @ projected_x
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
         projected_x, key = kept
-        return Factors(self._matrix(key, slice(0, rows), projected_x.shape[0]).to(projected_x.dtype), projected_x)
+        if self.rank >= rows:
+            return Factors(projected_x)
+        return Factors(self._matrix(key, slice(0, rows)).to(projected_x.dtype), projected_x)
 
-    def _matrix(self, key: Tensor, rows: slice, rank: int) -> Tensor:
+    def _matrix(self, key: Tensor, rows: slice) -> Tensor:
         """These rows of S, float32."""
-        return normal_rows(key, rows, rank) if self.distribution == "gaussian" else sign_rows(key, rows, rank)
+        return (normal_rows if self.distribution == "gaussian" else sign_rows)(key, rows, self.rank)
 
-    def _project(self, x: Tensor, key: Tensor, rank: int) -> Tensor:
-        """S^T x, (rank, N), for `x` (B, N); in float32 at least, as blocks are summed."""
-        total = torch.zeros(rank, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for rows in row_blocks(x, rank):
-            total += self._matrix(key, rows, rank).to(x.dtype).t() @ x[rows]
+    def _project(self, x: Tensor, key: Tensor) -> Tensor:
+        """S^T x, (R, N), for `x` (B, N), R < B; in float32 at least, as blocks are summed."""
+        total = torch.zeros(self.rank, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for rows in row_blocks(x, self.rank):
+            total += self._matrix(key, rows).to(x.dtype).t() @ x[rows]
         return total

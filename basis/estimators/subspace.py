@@ -16,7 +16,8 @@ and a QR decomposition, every `every` steps.
 `energy` makes the rank adaptive: of the K tracked directions, as many are used as hold that share of the variance tracked. Their
 number has to be asked of the device; where values can't be looked at (fake tensors, compilation) all are used.
 
-Relatives: PRAC (2602.23111) and OASIS (2604.09406) track such a subspace, GaLore that of gradients.
+Source: no one paper is followed. Relatives: PRAC (2602.23111) and OASIS (2604.09406) track such a subspace, GaLore that of
+gradients.
 """
 
 from __future__ import annotations
