@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import basis
+import basis.lean
 import basis.sus
 from basis.sus import MODES, SusAttention, mask_variance, sus_attention
 from basis.sus.blocks import Heads
@@ -223,6 +224,27 @@ def test_convert_and_revert_leave_the_parameters_and_the_loss() -> None:
     assert model(tokens, tokens).item() == loss
     assert basis.sus.revert(model) == changed
     assert not any(isinstance(module, SusAttention) for module in model.modules())
+
+
+def test_lean_wraps_sus_and_leaves_its_masks() -> None:
+    model, tokens = model_of(), tokens_of(64)
+    weight = model.blocks[0].attn.qkv.weight
+    exact = torch.autograd.grad(model(tokens, tokens), weight)[0]
+    basis.sus.convert(model, CausalAttention, c=C)
+    errors = {}
+    for lean in (False, True):
+        if lean:
+            changed = basis.lean.convert(model, norm=False, gelu_bits=None, attention=(CausalAttention, SusAttention))
+            assert changed == ["blocks.0.attn.attend", "blocks.1.attn.attend"]
+        found = []
+        for step in range(20):
+            basis.set_noise_key(model, seed=0, step=step)
+            found.append(float((torch.autograd.grad(model(tokens, tokens), weight)[0] - exact).norm() / exact.norm()))
+        errors[lean] = sum(found) / len(found)
+    assert errors[False] > 0.1  # 8 bits alone: 0.01
+    assert errors[True] == pytest.approx(errors[False], rel=0.05)
+    basis.lean.revert(model)
+    assert all(type(block.attn.attend) is SusAttention for block in model.blocks)
 
 
 def test_noise_follows_the_key_of_the_model() -> None:
