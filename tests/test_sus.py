@@ -24,6 +24,7 @@ from basis.sus.masks import Noise, independent_mask
 from basis.sus.statistics import kept_per_row
 from harness import rundir
 from harness.memory import saved_bytes
+from harness.results import find_runs, group_runs
 from models import GPT, GPTConfig
 from models.gpt import CausalAttention
 
@@ -328,12 +329,25 @@ def test_runs_resume_and_combine_with_lean_and_checkpoints(data: Path, tmp_path:
     assert kept["lean"] < 0.45 * kept["sus"]
 
 
-def test_older_runs_attended_exactly(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "attention", [None, {"name": "exact", "c": 25.0, "mode": "sparse"}, {"name": "exact", "c": 10.0, "mode": "dense"}]
+)
+def test_older_runs_attended_exactly(attention: dict | None, data: Path, tmp_path: Path) -> None:
     train_here(data, tmp_path / "run", "method=exact", "steps=10")
     config = rundir.read_config(tmp_path / "run")
+    assert config["attention"] == {"name": "exact", "c": None, "mode": None}
     del config["attention"], config["method"]["allocation"]  # options that came later
+    if attention is not None:  # sus's own were written, and not looked at, where attention was exact
+        config["attention"] = attention
     rundir.write_config(tmp_path / "run", config)
     train_here(data, tmp_path / "run", "method=exact")  # continued: nothing changed
+    assert losses(tmp_path / "run")[-1]["step"] == 20
+    config["steps"] = 20
+    rundir.write_config(tmp_path / "run", config)  # as it reads if it was finished then
+    train_here(data, tmp_path / "now", "method=exact", "seed=1")
+    found, complaints = find_runs([tmp_path])
+    assert complaints == []
+    assert [(group.label, len(group.runs)) for group in group_runs(found)] == [("exact", 2)]  # seeds of one experiment
     with pytest.raises(CompactHydraException, match=r"attention\.name: exact -> sus"):
         train_here(data, tmp_path / "run", "method=exact", "attention=sus")
 
