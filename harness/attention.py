@@ -13,9 +13,11 @@ the variance of the gradient go together is not logged beside training: it takes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import basis.sus
+from basis.quality import TOTAL
 from basis.sus.attention import check_options
 from models import GPT
 from models.gpt import CausalAttention
@@ -67,3 +69,13 @@ def apply(model: GPT, options: AttentionOptions) -> None:
         assert options.c is not None, options
         assert options.mode is not None, options
         basis.sus.convert(model, CausalAttention, c=options.c, mode=options.mode)
+
+
+def kept_metrics(model: GPT, forward: Callable[[], object]) -> dict[str, float]:
+    """What the SUS attention of each block keeps in `forward()`, and all of them together, as `sus/<layer>/<name>`.
+
+    `forward` runs `model`. A layer is called as its block's attention, blocks.0.attn, whatever is wrapped around what attends.
+    """
+    found = {name.partition(".attend")[0]: kept for name, kept in basis.sus.kept_statistics(model, forward).items()}
+    found[TOTAL] = basis.sus.Kept.together(found.values())
+    return {f"sus/{layer}/{name}": value for layer, kept in found.items() for name, value in kept.metrics().items()}
