@@ -104,7 +104,7 @@ class Run:
         """
         if self.config.attention.name != "sus" or self.zeroth_order is not None:  # without backward none is followed
             return {}
-        with self._not_compiled(), basis.not_learning(self.model):
+        with self._not_compiled():  # and without gradients, so no method learns
             return attention.kept_metrics(self.model, lambda: self.micro_batch_loss(self.step, 0))
 
     @contextmanager
