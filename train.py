@@ -68,7 +68,7 @@ def train(run: Run) -> dict[str, Any]:
             row: dict[str, Any] = {}
             if look_now and config.diagnostics.every:
                 paused = time.perf_counter()
-                row = run.gradient_quality()
+                row = run.gradient_quality() | run.kept_entries()
                 mark += time.perf_counter() - paused
             losses = []
             with run.watching(log_now):

@@ -95,7 +95,8 @@ class LogOptions:
 
 @dataclass
 class DiagnosticsOptions:
-    """Every `every` steps (0: never) exact dW beside the estimate, per sketched layer, and over `masks` further noises.
+    """Every `every` steps (0: never) exact dW beside the estimate, per sketched layer, and over `masks` further noises; with
+    attention=sus also the entries of a row that it keeps.
 
     monitor: with every row of metrics, of each dense layer the gradient's norm and the activations' energy, from sketches.
     """

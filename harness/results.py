@@ -161,11 +161,17 @@ def group_runs(runs: Sequence[RunResult]) -> list[Group]:
 
 
 def differing_options(runs: Sequence[RunResult]) -> list[str]:
-    """For each of some runs, the options other than the method's in which they differ: "steps=100 optim.lr=0.1", or ""."""
+    """For each of some runs, the options other than the method's in which they differ: "steps=100 optim.lr=0.1", or "".
+
+    An option that a run has not, such as SUS's where attention is exact, is not named of it.
+    """
     identities = [{k: v for k, v in _identity(run).items() if not k.startswith("method.")} for run in runs]
     every = sorted({name for identity in identities for name in identity})
     names = [name for name in every if any(other.get(name) != identities[0].get(name) for other in identities)]
-    return [" ".join(f"{name}={identity.get(name)}" for name in names if name != "text") for identity in identities]
+    return [
+        " ".join(f"{name}={identity[name]}" for name in names if name in identity and name != "text")
+        for identity in identities
+    ]
 
 
 def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 import basis
 from basis.noise import fold
 from data import Sampler, ValidationWindows
-from harness import memory
+from harness import attention, memory
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config
 from harness.device import Runtime
@@ -91,14 +91,30 @@ class Run:
 
         The noise is that of the step; weights, gradients and random state stay as they are.
         """
-        compiled, self.forward = self.forward, self.model
-        try:
+        with self._not_compiled():
             panel = basis.gradient_quality(
                 self.model, lambda: self.micro_batch_loss(self.step, 0), masks=self.config.diagnostics.masks
             )
+        return {f"sketch/{layer}/{name}": v for layer, quality in panel.items() for name, v in quality.metrics().items()}
+
+    def kept_entries(self) -> dict[str, float]:
+        """Entries that SUS attention keeps in the step about to be taken (its first micro-batch), as metrics `sus/<layer>/...`.
+
+        One more forward; weights, what methods have learned and random state stay as they are.
+        """
+        if self.config.attention.name != "sus" or self.zeroth_order is not None:  # without backward none is followed
+            return {}
+        with self._not_compiled():  # and without gradients, so no method learns
+            return attention.kept_metrics(self.model, lambda: self.micro_batch_loss(self.step, 0))
+
+    @contextmanager
+    def _not_compiled(self) -> Iterator[None]:
+        """Within, `forward` is the model itself: hooks and exchanged estimators are not seen by a graph made before."""
+        compiled, self.forward = self.forward, self.model
+        try:
+            yield
         finally:
             self.forward = compiled
-        return {f"sketch/{layer}/{name}": v for layer, quality in panel.items() for name, v in quality.metrics().items()}
 
     def watching(self, now: bool) -> AbstractContextManager[object]:
         """Around the micro-batches of a step: the monitor, if there is one and the step is to be watched.

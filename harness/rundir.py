@@ -21,6 +21,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from harness.attention import OF_SUS
 from harness.config import Config
 from harness.files import write_atomic
 
@@ -61,8 +62,15 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def known_options(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's options by dotted name. What an older version had no option for is at its default."""
-    return flatten(Config().to_dict()) | flatten(config)
+    """A run's options by dotted name. What an older version had no option for is at its default.
+
+    Exact attention has none of sus's options: older versions wrote their defaults there, or what was given and not looked at.
+    """
+    options = flatten(Config().to_dict()) | flatten(config)
+    if options["attention.name"] == "exact":
+        for option in OF_SUS:
+            del options[f"attention.{option}"]
+    return options
 
 
 def changed_options(old: dict[str, Any], config: Config) -> list[str]:

@@ -55,6 +55,10 @@ SECTIONS: dict[str, tuple[Curve, ...]] = {
         Curve("Norm of sketched / exact dW", "sketch/all/norm_ratio", "ratio", log=True),
         Curve("Relative error of dW", "sketch/all/relative_error", "ratio", log=True),
     ),
+    "Attention (attention=sus, diagnostics.every)": (
+        Curve("Entries kept of a row, expected", "sus/all/kept_entries", "entries"),
+        Curve("Part of the causal triangle kept", "sus/all/kept_share", "ratio"),
+    ),
     "Layers (diagnostics.monitor)": (
         Curve("Norm of the head's gradient", "monitor/head/gradient_norm", "2-norm", log=True),
         Curve("Stable rank of the head's input", "monitor/head/stable_rank", "rank"),

@@ -1,8 +1,8 @@
 """What SUS attention adds to the variance of a trained model's gradient, against c and length; and whether the formula holds.
 
     python train.py experiment=sus                                        # a run to look at: characters, context 2,048
-    python scripts/sus_variance.py runs/sus/default --out results/sus
-    python scripts/sus_variance.py runs/sus/default --lengths 256 --c 5 25 --modes dense --windows 16
+    python scripts/sus_variance.py runs/sus/experiment-sus --out results/sus
+    python scripts/sus_variance.py runs/sus/experiment-sus --lengths 256 --c 5 25 --modes dense --windows 16
 
 With g(x) the exact gradient of the mean loss of a window x of n tokens, g_m(x) SUS's under mask m (arXiv 2505.15080), in all
 parameters or in a part of them,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import basis
+import basis.lean
 import basis.sus
 from basis.sus import MODES, SusAttention, mask_variance, sus_attention
 from basis.sus.blocks import Heads
@@ -23,6 +24,7 @@ from basis.sus.masks import Noise, independent_mask
 from basis.sus.statistics import kept_per_row
 from harness import rundir
 from harness.memory import saved_bytes
+from harness.results import find_runs, group_runs
 from models import GPT, GPTConfig
 from models.gpt import CausalAttention
 
@@ -225,6 +227,27 @@ def test_convert_and_revert_leave_the_parameters_and_the_loss() -> None:
     assert not any(isinstance(module, SusAttention) for module in model.modules())
 
 
+def test_lean_wraps_sus_and_leaves_its_masks() -> None:
+    model, tokens = model_of(), tokens_of(64)
+    weight = model.blocks[0].attn.qkv.weight
+    exact = torch.autograd.grad(model(tokens, tokens), weight)[0]
+    basis.sus.convert(model, CausalAttention, c=C)
+    errors = {}
+    for lean in (False, True):
+        if lean:
+            changed = basis.lean.convert(model, norm=False, gelu_bits=None, attention=(CausalAttention, SusAttention))
+            assert changed == ["blocks.0.attn.attend", "blocks.1.attn.attend"]
+        found = []
+        for step in range(20):
+            basis.set_noise_key(model, seed=0, step=step)
+            found.append(float((torch.autograd.grad(model(tokens, tokens), weight)[0] - exact).norm() / exact.norm()))
+        errors[lean] = sum(found) / len(found)
+    assert errors[False] > 0.1  # 8 bits alone: 0.01
+    assert errors[True] == pytest.approx(errors[False], rel=0.05)
+    basis.lean.revert(model)
+    assert all(type(block.attn.attend) is SusAttention for block in model.blocks)
+
+
 def test_noise_follows_the_key_of_the_model() -> None:
     model, tokens = model_of(), tokens_of(64)
     basis.sus.convert(model, CausalAttention, c=C)
@@ -306,12 +329,25 @@ def test_runs_resume_and_combine_with_lean_and_checkpoints(data: Path, tmp_path:
     assert kept["lean"] < 0.45 * kept["sus"]
 
 
-def test_older_runs_attended_exactly(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "attention", [None, {"name": "exact", "c": 25.0, "mode": "sparse"}, {"name": "exact", "c": 10.0, "mode": "dense"}]
+)
+def test_older_runs_attended_exactly(attention: dict | None, data: Path, tmp_path: Path) -> None:
     train_here(data, tmp_path / "run", "method=exact", "steps=10")
     config = rundir.read_config(tmp_path / "run")
+    assert config["attention"] == {"name": "exact", "c": None, "mode": None}
     del config["attention"], config["method"]["allocation"]  # options that came later
+    if attention is not None:  # sus's own were written, and not looked at, where attention was exact
+        config["attention"] = attention
     rundir.write_config(tmp_path / "run", config)
     train_here(data, tmp_path / "run", "method=exact")  # continued: nothing changed
+    assert losses(tmp_path / "run")[-1]["step"] == 20
+    config["steps"] = 20
+    rundir.write_config(tmp_path / "run", config)  # as it reads if it was finished then
+    train_here(data, tmp_path / "now", "method=exact", "seed=1")
+    found, complaints = find_runs([tmp_path])
+    assert complaints == []
+    assert [(group.label, len(group.runs)) for group in group_runs(found)] == [("exact", 2)]  # seeds of one experiment
     with pytest.raises(CompactHydraException, match=r"attention\.name: exact -> sus"):
         train_here(data, tmp_path / "run", "method=exact", "attention=sus")
 

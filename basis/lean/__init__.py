@@ -39,8 +39,11 @@ def convert(
     """
     kinds = attention if isinstance(attention, tuple) else (attention,)
     changed = []
+    within: tuple[str, ...] = ()  # what an exchanged attention holds stays as it is: SUS holds the exact one
     for name, module in list(model.named_modules()):
         new: nn.Module
+        if name.startswith(within):
+            continue
         if norm and type(module) is nn.LayerNorm and LeanLayerNorm.supports(module):
             new = LeanLayerNorm(module.normalized_shape, module.eps, device="meta")
             take_over(new, module)
@@ -48,6 +51,7 @@ def convert(
             new = LeanGELU(module.approximate, gelu_bits)
         elif type(module) in kinds:
             new = LeanAttention(module)
+            within = (*within, f"{name}.")
         else:
             continue
         _replace(model, name, new)
