@@ -77,8 +77,9 @@ def test_looks_alone_change_nothing(method: str, more: list[str], data: Path, tm
 CONTINUED = {
     "subspace": [*RESTLESS, "adaptive_rank.every=4", "tokens_per_step=32", "model.dropout=0.1"],
     "ema_sketch, monitor": [
-        *("method=ema_sketch", "method.rank=2", "micro_batch_size=4", "adaptive_rank.every=3"),
-        *("diagnostics.monitor=true", "data.order=random"),
+        *("method=ema_sketch", "method.rank=4", "micro_batch_size=4", "data.order=random"),
+        *("adaptive_rank.every=3", "adaptive_rank.low=0.9", "adaptive_rank.high=0.95"),  # it falls at every third look
+        "diagnostics.monitor=true",
     ],
 }
 
@@ -96,6 +97,8 @@ def test_a_resumed_run_has_the_rank_and_all_that_hangs_on_it(options: list[str],
     rows = [[row for row in losses(tmp_path / name) if row["step"] not in ended] for name in ("straight", "resumed")]
     ranks = {row["rank/estimator"] for row in rows[0] if "rank/estimator" in row}
     assert len(ranks) > 1
+    if "diagnostics.monitor=true" in options:  # it goes on with the layers of the new rank
+        assert all("monitor/head/gradient_norm" in row for row in rows[0] if "train/loss" in row)
     for straight_row, resumed_row in zip(*rows, strict=True):
         for name in straight_row.keys() & resumed_row.keys() - {"train/loss", "monitor/head/drift"}:
             if not name.endswith("/drift"):  # against the last row
