@@ -110,7 +110,7 @@ class Run:
         error, changed = self.rank.check(self.model, self.runtime, self.config.seed, self.step)
         metrics = {"rank/error": error} | self.rank.metrics()
         if changed:
-            if self.monitor is not None:  # it holds the layers, which are others now
+            if self.monitor is not None:  # it holds the old layers, and what they had learned
                 ranges, self.monitor = self.monitor.state_dict(), basis.Monitor(self.model)
                 self.monitor.load_state_dict(ranges)
             if self.runtime.compile:  # all anew, as in a run resumed here: old graphs have no say in the new ones
