@@ -55,7 +55,7 @@ def train(run: Run) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()  # else a sweep's later runs would show the peak of an earlier one
     with StopRequest() as stop, logging_redirect_tqdm(), progress:
         if run.step == 0:
-            record(run, table | evaluate(run))
+            record(run, table | ({} if run.rank is None else run.rank.metrics()) | evaluate(run))
         mark, first = time.perf_counter(), run.step  # of the interval that the next row's timings are about
         while run.step < config.steps and stop.code is None:
             lr = learning_rate(config.optim, run.step, config.steps)
@@ -112,10 +112,13 @@ def train(run: Run) -> dict[str, Any]:
                 row |= run.readings()
                 if run.runtime.device.type == "cuda":
                     row["mem/peak_bytes"] = torch.cuda.max_memory_allocated()
-            # A step's time is with logging; that of diagnostics, evaluation and checkpoint is taken out by moving the mark.
+            # A step's time is with logging; that of diagnostics, evaluation, rank and checkpoint is taken out by moving the mark.
             paused = time.perf_counter()
             if eval_now:
                 row |= evaluate(run)
+            adapted = run.adapt_rank()
+            table |= {name: int(value) for name, value in adapted.items() if name in table}
+            row |= adapted
             mark += time.perf_counter() - paused
             if row:
                 show(progress, record(run, row), table["mem/saved_bytes"])
@@ -169,7 +172,8 @@ def describe(run: Run, table: dict[str, int]) -> None:
     sketch = f"{len(run.sketched)} dense layers sketched" if run.sketched else "all dense layers exact"
     if run.zeroth_order is not None:
         sketch = "no backward"
-    sketch += "".join(f", {name}={value}" for name, value in config.attention.telling().items())
+    telling = config.adaptive_rank.telling() | config.attention.telling()
+    sketch += "".join(f", {name}={value}" for name, value in telling.items())
     log.info(
         "%s on %s, %s%s; %s parameters, %s; %d tokens a step",
         config.method.name,

@@ -10,6 +10,8 @@ The rule mirrors ROL's for reduced dynamic objectives (ROL_ReducedDynamicObjecti
 all sketched layers together; ROL raises the rank by 2 until it is met. Here it also falls by 1 once the error was below `low`
 three times running.
 
+It is for methods whose `error_tells_rank`. An unbiased sketch of rows errs by about sqrt(B / R) whatever X is: nothing to follow.
+
 The error is taken of a sketch of the one batch, without any average over steps: what averaging loses is not mended by any
 rank, and a rule that saw it would run to the largest one. With a new rank the sketches have new sizes and new tests, so
 averages begin anew.
@@ -18,7 +20,7 @@ averages begin anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -71,11 +73,20 @@ class AdaptiveRank:
             self.rank = max(self.rank - self.down, self.minimum)
         return self.rank
 
+    def state_dict(self) -> dict[str, int]:
+        """What lives between checks."""
+        return {"rank": self.rank, "below": self.below}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from `state_dict()` of a controller with the same options; `set_rank` is the caller's."""
+        self.rank, self.below = state["rank"], state["below"]
+
 
 def set_rank(model: nn.Module, rank: int) -> None:
     """Give every sketched layer (its method has a knob) that rank, whose state begins anew; parameters stay.
 
-    Noise keys are gone with the old layers: `set_noise_key` comes after it.
+    Noise keys are gone with the old layers: `set_noise_key` comes after it, with `since=step`, so that methods that look at X now
+    and then do it at once.
     """
     layers = {name: layer.estimator for name, layer in sketched_layers(model)}
     convert(model, lambda name, _: with_knob(layers[name], rank), include=list(layers))
@@ -86,7 +97,7 @@ def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: 
     """|X^ - X| / |X|, Frobenius, of the inputs of all sketched layers together in `forward()`, which runs `model`.
 
     X^ is what the layer's method would give for dY = I if X were all it had ever seen. NaN where all inputs are zero.
-    Nothing is learned and nothing kept.
+    Nothing is learned and nothing kept. Inputs are what they are in `forward`, under autocast too; the rest is in float32.
     """
     squares = []
 
@@ -95,7 +106,8 @@ def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: 
         x = inputs[0].flatten(0, -2).float()
         key = torch.full((), fold("reconstruction", seed), dtype=torch.int64, device=x.device)
         identity = torch.eye(x.shape[0], device=x.device)
-        estimate = layer.estimator.weight_grad(layer.estimator.compress(x, key), identity)
+        with torch.autocast(x.device.type, enabled=False):
+            estimate = layer.estimator.weight_grad(layer.estimator.compress(x, key), identity)
         squares.append(torch.stack([(estimate - x).square().sum(), x.square().sum()]))
 
     handles = [layer.register_forward_pre_hook(look) for _, layer in sketched_layers(model)]

@@ -106,16 +106,17 @@ def sketched_layers(model: nn.Module) -> Iterator[tuple[str, SketchedLinear]]:
             yield plain_name(model, name), module
 
 
-def set_noise_key(model: nn.Module, *, seed: int, step: int, micro_batch: int = 0, rank: int = 0) -> None:
-    """Fix the noise of every sketched and lean layer as a function of these four integers and the layer's name.
+def set_noise_key(model: nn.Module, *, seed: int, step: int, micro_batch: int = 0, rank: int = 0, since: int = 0) -> None:
+    """Fix the noise of every sketched and lean layer as a function of seed, step, micro_batch, rank and the layer's name.
 
     Call it before each forward of a training step. Recomputing or resuming with the same numbers draws the same noise, and a
     layer's noise does not depend on which other layers are sketched. It also decides which layers learn in that forward: those
-    whose method learns at `step`, in its first micro-batch.
+    whose method learns at `step`, in its first micro-batch. since: the step at which the layers knew nothing, from which
+    methods count.
     """
     for name, module in model.named_modules():
         if isinstance(module, SketchedLinear):
-            module.learning = micro_batch == 0 and not module.frozen and module.estimator.learns_at(step)
+            module.learning = micro_batch == 0 and not module.frozen and module.estimator.learns_at(step - since)
         if isinstance(module, Keyed):
             parameter = next(module.parameters(), None)
             module.set_noise_key(

@@ -66,6 +66,10 @@ class Estimator(abc.ABC):
     knob: ClassVar[str | None] = None
     """The option that decides how many bytes are kept, if there is one: what budget.py turns."""
 
+    error_tells_rank: ClassVar[bool] = False
+    """True if `knob` is a rank and X^ errs by what that leaves out of X: a small error then says that the rank is enough, and
+    adaptive_rank.py can follow it. An unbiased sketch of rows errs by about sqrt(B / R) whatever X is."""
+
     state_replaces_input: ClassVar[bool] = False
     """True if the state is what stands in for X in backward: a budget is then for the state too, else nothing would limit it."""
 

@@ -16,7 +16,7 @@ from basis.budget import split_by_error, with_knob
 from data import Sampler
 from data.prepare import Prepared, prepare
 from data.tokens import TokenFile
-from harness import activations, attention
+from harness import activations, adaptive_rank, attention
 from harness.config import WHOLE_MODEL, Config, make_estimator, share_of
 from models import GPT, GPTConfig
 
@@ -50,7 +50,9 @@ def training_text(config: Config, *, progress: bool) -> tuple[Prepared, Sampler]
 def check_method(config: Config) -> None:
     """Raise ValueError, before anything is allocated, if the method can't be put into the model (see `build_model`)."""
     with torch.device("meta"):
-        apply_method(GPT(dataclasses.replace(config.model, vocab_size=1)), config)
+        model = GPT(dataclasses.replace(config.model, vocab_size=1))
+        apply_method(model, config)
+    rank_controller(model, config)
 
 
 def build_model(config: Config) -> tuple[GPT, list[str]]:
@@ -103,6 +105,16 @@ def _inputs(config: Config) -> dict[str, Any]:
     """Rows and precision of every layer's input."""
     rows = config.micro_batch_size * config.model.block_size
     return {"rows": rows, "dtype": torch.bfloat16 if config.precision == "bfloat16" else torch.float32}
+
+
+def rank_controller(model: GPT, config: Config) -> basis.AdaptiveRank | None:
+    """What sets the rank of `model`'s sketched layers from step to step, if anything does.
+
+    Raises ValueError naming the option if rank and limits don't fit the layers.
+    """
+    if not config.adaptive_rank.every:
+        return None
+    return adaptive_rank.start(config.adaptive_rank, model, make_estimator(config.method), **_inputs(config))
 
 
 def measure_knobs(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from basis import ESTIMATORS, Estimator
 from basis.budget import parse_share
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
+from harness.adaptive_rank import AdaptiveRankOptions
 from harness.attention import AttentionOptions
 from harness.device import DEVICES, PRECISIONS
 from harness.optim import OptimOptions
@@ -126,6 +127,7 @@ class Config:
     experiment_name: str = "default"
     model: GPTConfig = field(default_factory=GPTConfig)
     method: MethodOptions = field(default_factory=MethodOptions)
+    adaptive_rank: AdaptiveRankOptions = field(default_factory=AdaptiveRankOptions)
     activations: ActivationsOptions = field(default_factory=ActivationsOptions)
     attention: AttentionOptions = field(default_factory=AttentionOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -155,6 +157,7 @@ class Config:
             raise ValueError(
                 f"method.allocation={self.method.allocation}: divides a budget; give method.budget, such as 1/8"
             )
+        self.adaptive_rank.check_method(self.method.name, self.method.budget)
         if self.diagnostics.monitor and self.method.name == ZEROTH_ORDER:
             raise ValueError("diagnostics.monitor=true: zeroth_order has no backward, and so no gradients to watch")
         if self.device not in DEVICES:

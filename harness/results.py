@@ -131,9 +131,12 @@ def _identity(run: RunResult) -> dict[str, Any]:
     return dict(sorted(options.items())) | {"text": run.summary["data"]}
 
 
+_OF_THE_METHOD = ("method.", "adaptive_rank.")
+
+
 def setting(run: RunResult) -> str:
     """What two runs must share to be compared at all: everything but the method. Runs of equal setting and seed are pairs."""
-    return repr({k: v for k, v in _identity(run).items() if not k.startswith("method.")})
+    return repr({k: v for k, v in _identity(run).items() if not k.startswith(_OF_THE_METHOD)})
 
 
 def contender(run: RunResult) -> str:
@@ -165,7 +168,7 @@ def differing_options(runs: Sequence[RunResult]) -> list[str]:
 
     An option that a run has not, such as SUS's where attention is exact, is not named of it.
     """
-    identities = [{k: v for k, v in _identity(run).items() if not k.startswith("method.")} for run in runs]
+    identities = [{k: v for k, v in _identity(run).items() if not k.startswith(_OF_THE_METHOD)} for run in runs]
     every = sorted({name for identity in identities for name in identity})
     names = [name for name in every if any(other.get(name) != identities[0].get(name) for other in identities)]
     return [

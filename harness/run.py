@@ -2,7 +2,7 @@
 
 How it comes to be stands in set_up.py, the loop in train.py. Batches and sketch noise need no state, they are functions of the
 step; a checkpoint holds the rest: weights, optimiser, random state, the losses not yet logged, the best validation loss, what
-the monitor last saw.
+the monitor last saw, the rank where it adapts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 import basis
 from basis.noise import fold
 from data import Sampler, ValidationWindows
-from harness import attention, memory
+from harness import activations, attention, memory
+from harness.adaptive_rank import RankControl
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config
 from harness.device import Runtime
@@ -60,6 +61,7 @@ class Run:
     id: str
     zeroth_order: ZerothOrder | None = None  # takes the place of backward
     knobs: dict[str, Any] = field(default_factory=dict)  # each layer's own, where a budget was divided by measured errors
+    rank: RankControl | None = None  # where it adapts
     monitor: basis.Monitor | None = None
     step: int = 0
     saved_step: int | None = None
@@ -72,7 +74,8 @@ class Run:
 
     def micro_batch_loss(self, step: int, micro_batch: int) -> Tensor:
         """Forward of one micro-batch with its own noise; the mean loss over its tokens, with graph."""
-        basis.set_noise_key(self.model, seed=self.config.seed, step=step, micro_batch=micro_batch)
+        since = 0 if self.rank is None else self.rank.since
+        basis.set_noise_key(self.model, seed=self.config.seed, step=step, micro_batch=micro_batch, since=since)
         inputs, targets = self.sampler.batch(step, micro_batch)
         device = self.runtime.device
         with self.runtime.autocast():
@@ -115,6 +118,24 @@ class Run:
             yield
         finally:
             self.forward = compiled
+
+    def adapt_rank(self) -> dict[str, float]:
+        """After a step: the look at the rank, where one is due, as metrics `rank/...`, with `mem/...` if the rank has changed."""
+        if self.rank is None or not self.rank.due(self.step):
+            return {}
+        error, changed = self.rank.check(self.model, self.runtime, self.config.seed, self.step)
+        metrics = {"rank/error": error} | self.rank.metrics()
+        if changed:
+            if self.monitor is not None:  # it holds the old layers, and what they had learned
+                ranges, self.monitor = self.monitor.state_dict(), basis.Monitor(self.model)
+                self.monitor.load_state_dict(ranges)
+            if self.runtime.compile:  # all anew, as in a run resumed here: old graphs have no say in the new ones
+                torch.compiler.reset()
+                self.forward = activations.compiled(self.model, self.config.activations)
+            metrics |= self.measure_memory()
+        if self.runtime.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the peak that is logged is training's
+        return metrics
 
     def watching(self, now: bool) -> AbstractContextManager[object]:
         """Around the micro-batches of a step: the monitor, if there is one and the step is to be watched.
@@ -181,6 +202,7 @@ class Run:
                 "runtime": self.runtime.describe(),
                 "seconds": self.wall_seconds(),
                 "knobs": self.knobs,
+                "adaptive_rank": None if self.rank is None else self.rank.state_dict(),
             },
             # What the best is kept by: the loss of these very weights.
             val_loss=self.val_loss if self.config.checkpoint.best and self.val_step == self.step else None,

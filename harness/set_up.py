@@ -20,8 +20,10 @@ from torch import Tensor
 
 import basis
 from data import Sampler, validation_windows
+from data.tokens import TokenFile
 from harness import activations, rundir
-from harness.build import apply_knobs, build_model, check_method, measure_knobs, training_text
+from harness.adaptive_rank import RankControl
+from harness.build import apply_knobs, build_model, check_method, measure_knobs, rank_controller, training_text
 from harness.checkpoint import Checkpoints
 from harness.config import Config, make_method
 from harness.device import Runtime, resolve
@@ -56,7 +58,7 @@ def telling_settings(config: Config) -> dict[str, object]:
             telling["R" if option.name == "rank" else option.name] = value
     if config.method.allocation != "uniform":
         telling["allocation"] = config.method.allocation
-    return telling | config.attention.telling()
+    return telling | config.adaptive_rank.telling() | config.attention.telling()
 
 
 def _measured_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runtime) -> dict[str, Any]:
@@ -71,6 +73,21 @@ def _measured_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runti
 
     with torch.random.fork_rng():
         return measure_knobs(model, config, loss)
+
+
+def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl | None:
+    """What sets the rank from step to step, if anything does; it looks at batches of `unseen` as large as a micro-batch."""
+    controller = rank_controller(model, config)
+    if controller is None:
+        return None
+    batches = Sampler(
+        unseen,
+        block_size=config.model.block_size,
+        batch_size=config.micro_batch_size,
+        order=config.data.order,
+        seed=config.seed,
+    )
+    return RankControl(controller, config.adaptive_rank.every, batches)
 
 
 def set_up(config: Config, folder: Path) -> Run:
@@ -111,6 +128,9 @@ def set_up(config: Config, folder: Path) -> Run:
     if config.method.allocation == "variance":
         knobs = loaded.state["knobs"] if loaded else _measured_knobs(model, config, sampler, runtime)
         apply_knobs(model, config, knobs)
+    rank = _rank_control(model, config, prepared.val)
+    if rank is not None and loaded:
+        rank.restore(loaded.state["adaptive_rank"], model)  # before what the layers had learned, whose sizes depend on it
 
     folder.mkdir(parents=True, exist_ok=True)
     fresh = not any(folder.iterdir())
@@ -171,6 +191,7 @@ def set_up(config: Config, folder: Path) -> Run:
         id=identity,
         zeroth_order=method if isinstance(method, ZerothOrder) else None,
         knobs=knobs,
+        rank=rank,
         monitor=basis.Monitor(model) if config.diagnostics.monitor else None,
     )
     if loaded:

@@ -63,6 +63,10 @@ SECTIONS: dict[str, tuple[Curve, ...]] = {
         Curve("Norm of the head's gradient", "monitor/head/gradient_norm", "2-norm", log=True),
         Curve("Stable rank of the head's input", "monitor/head/stable_rank", "rank"),
     ),
+    "Rank (adaptive_rank.every)": (
+        Curve("Rank", "rank/estimator", "rank"),
+        Curve("Error of reconstructed inputs", "rank/error", "ratio"),
+    ),
     "Cost": (
         Curve("Time of a step", "step_seconds", "seconds"),
         Curve("Kept for backward", "mem/saved_bytes", "bytes", bar=True),

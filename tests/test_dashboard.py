@@ -54,7 +54,8 @@ def dashboard():
 
 
 def test_workspace_draws_metrics_that_runs_log_grouped(dashboard, data: Path, tmp_path: Path) -> None:
-    train_here(data, tmp_path / "run", "attention=sus", "diagnostics.every=10", "diagnostics.monitor=true")
+    looks = ["diagnostics.every=10", "diagnostics.monitor=true", "adaptive_rank.every=10"]
+    train_here(data, tmp_path / "run", "attention=sus", "method=low_rank", "method.rank=2", *looks)
     logged = {name for row in losses(tmp_path / "run") for name in row} | {"step_seconds"}
     workspace = dashboard.workspace("me", "basis")
     model = json.loads(workspace._to_model().model_dump_json(by_alias=True))

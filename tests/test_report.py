@@ -14,7 +14,7 @@ from harness.report.paper import published_row
 from harness.report.recompute import Losses
 from harness.report.statistics import Estimate, estimate
 from harness.report.tables import Column, Table
-from harness.results import RunResult, group_runs
+from harness.results import RunResult, differing_options, group_runs, setting
 
 PAPER = {
     "model.vocab_size": 50257,
@@ -123,6 +123,19 @@ def test_regulariser_is_judged_by_the_interval(r32: tuple[float, ...], verdict: 
     (sentence,) = [s for s in claims.claims(group_runs(runs), again(runs)) if "regulariser" in s]
     assert f'regulariser" is {verdict}' in sentence
     assert "3 pairs" in sentence
+
+
+def test_an_adaptive_rank_is_the_methods_and_told() -> None:
+    exact, fixed = (
+        run(None, 0, [6.0, 5.0], **{"adaptive_rank.every": 0}),
+        run(8, 0, [6.0, 5.5], **{"adaptive_rank.every": 0}),
+    )
+    adaptive = run(8, 0, [6.0, 5.2], **{"adaptive_rank.every": 20})
+    assert setting(adaptive) == setting(exact)  # a pair
+    assert differing_options([exact, adaptive]) == ["", ""]
+    assert [g.label for g in group_runs([adaptive, exact, fixed])][1:] == [
+        f"basis R=8 adaptive_rank.every={every}" for every in (0, 20)
+    ]
 
 
 def test_one_seed_decides_nothing() -> None:

@@ -10,6 +10,7 @@ from tiny import REPOSITORY, command, run_command, train_here
 
 from harness import rundir
 
+ADAPTIVE = ["method=low_rank", "method.rank=2", "adaptive_rank.every=5"]
 REFUSED = [
     (["method.rnk=3"], "method.rnk"),
     (["+method.rnk=3"], "method.rnk"),
@@ -37,6 +38,31 @@ REFUSED = [
     (["attention.mode=dense"], "attention.mode=dense: is of attention=sus only, exact attention follows every entry"),
     (["attention.c=few"], "attention.c"),
     (["attention=sus", "attention.c=0"], "attention.c=0.0: must be positive"),
+    (["adaptive_rank.every=-1"], "adaptive_rank.every=-1: must be at least 0"),
+    (["adaptive_rank.every=often"], "adaptive_rank.every"),
+    (["adaptive_rank.low=0.3", "adaptive_rank.high=0.3"], "adaptive_rank.low=0.3, high=0.3: must be 0 <= low < high"),
+    (["adaptive_rank.patience=0"], "adaptive_rank.patience=0: must be at least 1"),
+    (["adaptive_rank.minimum=0"], "adaptive_rank.minimum=0: must be at least 1"),
+    (
+        ["adaptive_rank.minimum=3", "adaptive_rank.maximum=2"],
+        "adaptive_rank.maximum=2: must be at least adaptive_rank.minimum=3",
+    ),
+    (
+        ["method=exact", "adaptive_rank.every=5"],
+        "adaptive_rank.every=5: method=exact has no rank; it can be used with low_rank",
+    ),
+    (["method=zeroth_order", "adaptive_rank.every=5"], "adaptive_rank.every=5: method=zeroth_order has no rank"),
+    (["method=quantized", "adaptive_rank.every=5"], "adaptive_rank.every=5: method=quantized has no rank"),
+    (["method=basis", "adaptive_rank.every=5"], "adaptive_rank.every=5: method=basis errs by its rank alone"),
+    ([*ADAPTIVE, "method.budget=1/4"], "adaptive_rank.every=5: method.budget=1/4 sets the rank already"),
+    ([*ADAPTIVE, "adaptive_rank.maximum=17"], "adaptive_rank.maximum=17: must be at most 16"),
+    (
+        [*ADAPTIVE, "method.rank=9"],
+        "method.rank=9: with adaptive_rank it must be in [minimum, maximum] = [1, 8]; 8 is the largest",
+    ),
+    ([*ADAPTIVE, "adaptive_rank.maximum=6", "method.rank=7"], "method.rank=7: with adaptive_rank it must be in"),
+    ([*ADAPTIVE, "adaptive_rank.minimum=9"], "adaptive_rank.minimum=9: must be at most 8; 8 is the largest rank"),
+    (["method=ema_sketch", "model.block_size=2", "adaptive_rank.every=5"], "adaptive_rank.maximum=null: with 2 rows"),
     (["precision=float16"], "precision='float16'"),
     (["device=tpu"], "device='tpu'"),
     (["data.order=sorted"], "data.order='sorted'"),

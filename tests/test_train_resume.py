@@ -15,7 +15,14 @@ from harness import rundir
 from harness.checkpoint import Checkpoints
 from harness.run import Run
 
-METHODS = {"exact": ["method=exact"], "basis": ["method=basis", "method.rank=3"]}
+METHODS = {
+    "exact": ["method=exact"],
+    "basis": ["method=basis", "method.rank=3"],
+    "adaptive rank": [
+        *("method=subspace", "method.rank=2", "adaptive_rank.every=50"),
+        *("adaptive_rank.low=0.4", "adaptive_rank.high=0.401", "adaptive_rank.patience=1"),  # no rank is left alone for long
+    ],
+}
 
 
 LEARNING = {

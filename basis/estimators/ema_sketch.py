@@ -61,6 +61,7 @@ class EMASketch(LearningEstimator):
 
     uses_noise: ClassVar[bool] = False
     knob: ClassVar[str] = "rank"
+    error_tells_rank: ClassVar[bool] = True
     state_replaces_input: ClassVar[bool] = True
 
     rank: int

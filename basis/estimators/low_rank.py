@@ -55,6 +55,7 @@ class LowRank(Estimator):
     """
 
     knob: ClassVar[str] = "rank"
+    error_tells_rank: ClassVar[bool] = True
 
     rank: int
     truncate: bool = True

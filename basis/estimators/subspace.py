@@ -45,6 +45,7 @@ class Subspace(LearningEstimator):
 
     uses_noise: ClassVar[bool] = False
     knob: ClassVar[str] = "rank"
+    error_tells_rank: ClassVar[bool] = True
 
     rank: int
     every: int = 10
