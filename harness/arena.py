@@ -4,7 +4,9 @@ A *contender* is a method at a budget (method.budget: the share of each sketched
 
     exact                  everything kept; what all others are compared with
     exact, k x m windows   the same batch in k micro-batches of m windows: the same gradient, fewer bytes, more time
-    exact, m windows       a smaller batch at the same bytes: as many steps (fewer tokens), and as many tokens (more steps)
+    exact, m windows       a smaller batch at the same bytes: as many steps (fewer tokens), and as many tokens (more steps);
+                           m so that all that is kept for backward is as much as beside a method at the budget (its sketches and
+                           everything else), and m so that it is that share of everything
     exact, checkpoint      blocks computed again in backward, wholly or all but their products: the same gradient
     exact, lean            attention, LayerNorm and GELU in few bits; the dense layers keep all
     exact, bfloat16        half the bytes of everything
@@ -39,6 +41,7 @@ from harness.compose import CONF, configuration
 from harness.config import Config, make_estimator
 from harness.files import write_atomic
 from harness.metrics import read_metrics
+from harness.planning import plan
 from harness.results import TUNING
 
 LEDGER = "arena.json"
@@ -186,8 +189,11 @@ def _baselines(exact: Config, budgets: Sequence[str]) -> list[tuple[str, str | N
     """Method, budget and either overrides or the reason why there are none. Baselines of equal size are listed once."""
     windows = exact.micro_batch_size
     found: dict[str, tuple[str | None, tuple[str, ...] | str]] = {}
-    for budget in budgets:
-        fitting = [m for m in range(1, windows) if windows % m == 0 and m <= windows * parse_share(budget)]
+    dense = _dense_share(exact) if windows > 1 else 1.0
+    parts = {budget: parse_share(budget) for budget in budgets}
+    limits = [(budget, limit) for budget, part in parts.items() for limit in (1.0 - (1.0 - part) * dense, part)]
+    for budget, limit in limits:
+        fitting = [m for m in range(1, windows) if windows % m == 0 and m <= windows * limit]
         if not fitting:
             least = f"one window of {exact.model.block_size} tokens is the smallest, of {windows}"
             for method in ("exact, accumulated", "exact, small batch"):
@@ -213,6 +219,14 @@ def _baselines(exact: Config, budgets: Sequence[str]) -> list[tuple[str, str | N
         "zeroth_order": (None, ("method=zeroth_order",)),
     }
     return [(method.removesuffix(f" {budget}"), budget, words) for method, (budget, words) in found.items()]
+
+
+def _dense_share(exact: Config) -> float:
+    """The inputs of dense layers, as a share of all that a step of `exact` keeps for backward."""
+    config = copy.deepcopy(exact)
+    config.model.vocab_size = config.model.vocab_size or 256  # only the head knows of it, which keeps next to nothing
+    kept = plan(config).kept
+    return kept["linear inputs"] / sum(kept.values())
 
 
 def cell(contender: Contender, rate: float, seed: int, *, tuning: bool, out: Path, overrides: Sequence[str]) -> Cell:
