@@ -224,7 +224,7 @@ def test_plan_of_the_small_model() -> None:
     assert long.steps * long.step_tokens == 2000 * 768
     assert long.optim.warmup_steps == 400
     assert lines["exact, 12 x 1 windows"].config.micro_batches == 12  # 1/12: the nearest below 1/8
-    # Exact keeps 24.9 MiB, 9.0 of them inputs of dense layers: a method at 1/8 leaves 17.0 in all, 8.2 of 12 windows, and 6 divides 12.
+    # Of exact's 24.9 MiB 9.0 are inputs of dense layers: at 1/8 of these 17.0 are kept, as of 8.2 windows; 6 divides 12.
     halves = lines["exact, 2 x 6 windows"]
     assert (halves.config.micro_batches, halves.config.step_tokens, halves.rates) == (2, 768, ())
     assert {"exact, 6 windows", "exact, 6 windows, 4000 steps"} <= lines.keys()
