@@ -167,7 +167,10 @@ def train(task: Task, contender: Contender, options: Options, seed: int) -> Outc
     """Train `task` by the method; the rate falls along half a cosine to 0. Raises ValueError if the share is out of reach."""
     outcome = Outcome(contender.label, seed)
     outcome.bytes_exact = sum(4 * task.rows * layer.in_features for layer in chosen_layers(task))
-    controller = put_in(task, contender, parse_share(options.share))
+    try:
+        controller = put_in(task, contender, parse_share(options.share))
+    except ValueError as error:  # which speaks of a budget
+        raise ValueError(f"--share {options.share}: {str(error).partition(': ')[2]}") from None
     optimizer = make_optimizer(task.model, options)
 
     def note_bytes() -> None:

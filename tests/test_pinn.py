@@ -99,7 +99,7 @@ def test_command_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--low", "0.5"], "--low 0.5, --high 0.2"),
         (["--hidden", "0"], "--hidden 0"),
         (["--inside", "0"], "--inside 0"),
-        (["--share", "1/1000"], "budget=0.001"),
+        (["--share", "1/1000"], "--share 1/1000: "),
     ):
         assert pinn.main([*small, *wrong, "--out", str(tmp_path / "no")]) == 1
         assert named in capsys.readouterr().err
