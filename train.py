@@ -30,8 +30,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from harness import memory, rundir
 from harness.checkpoint import CheckpointError
-from harness.config import load, make_estimator
+from harness.config import load
 from harness.evaluate import validation_loss
+from harness.method import make_estimator
 from harness.metrics import read_metrics
 from harness.optim import learning_rate, momentum_norm
 from harness.provenance import provenance

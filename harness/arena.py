@@ -38,8 +38,9 @@ from basis.budget import parse_share
 from harness import rundir
 from harness.build import check_method
 from harness.compose import CONF, configuration
-from harness.config import Config, make_estimator
+from harness.config import Config
 from harness.files import write_atomic
+from harness.method import make_estimator
 from harness.metrics import read_metrics
 from harness.planning import plan
 from harness.results import TUNING

@@ -17,7 +17,8 @@ from data import Sampler
 from data.prepare import Prepared, prepare
 from data.tokens import TokenFile
 from harness import activations, adaptive_rank, attention
-from harness.config import WHOLE_MODEL, Config, make_estimator, share_of
+from harness.config import Config
+from harness.method import WHOLE_MODEL, make_estimator, share_of
 from models import GPT, GPTConfig
 
 LOOKS, MEASURED = 10, 4

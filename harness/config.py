@@ -5,56 +5,31 @@ anything is allocated or written, so that a misspelt key, a wrong type or an imp
 lines that name the option. Each group's checks stand in its own `__post_init__`, next to the declaration; combinations of
 groups are checked in `Config.__post_init__`.
 
-The options of a method are the fields of its estimator's dataclass (basis/estimators/), plus the scope: which layers. So a
-new estimator needs no line here. Zeroth order is no estimator of a layer's dW, it replaces backward (zeroth_order.py).
+The options of a method stand in method.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from basis import ESTIMATORS, Estimator
-from basis.budget import parse_share
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
 from harness.adaptive_rank import AdaptiveRankOptions
 from harness.attention import AttentionOptions
 from harness.device import DEVICES, PRECISIONS
+from harness.method import ZEROTH_ORDER, MethodOptions, make_method, method_schema
 from harness.optim import OptimOptions
 from harness.tracker import TrackerOptions
-from harness.zeroth_order import ZerothOrder
 from models import GPTConfig
 
 # For values that follow from others: ${product:${micro_batch_size},${model.block_size}}.
 OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
-
-ZEROTH_ORDER = "zeroth_order"
-WHOLE_MODEL = ("exact", ZEROTH_ORDER)
-"""Methods that have no choice of layers and no budget."""
-ALLOCATIONS = ("uniform", "variance")
-
-
-@dataclass
-class MethodOptions:
-    """How dW is formed (`name`, one of basis.ESTIMATORS or zeroth_order) and in which dense layers (shell patterns of names).
-
-    budget: a share such as 1/24: each layer's knob (rank, rows, bits) is set so that it keeps this share of the bytes of its
-    input; the option of that name is then not looked at. null: as the options say. allocation: how a budget is divided:
-    uniform, the same share for every layer, or variance, as many bytes in all, by the error of dW in the first batches.
-    """
-
-    name: str = "exact"
-    budget: str | None = None
-    allocation: str = "uniform"
-    include: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -143,20 +118,7 @@ class Config:
         _at_least(0, "", seed=self.seed)
         if self.seed >= 1 << 63:
             raise ValueError(f"seed={self.seed}: must be less than 2^63")
-        if self.method.name in WHOLE_MODEL and (self.method.include or self.method.exclude):
-            kind = "exact backpropagation" if self.method.name == "exact" else self.method.name
-            raise ValueError(f"method.include, method.exclude: {kind} concerns all layers; leave them empty")
-        if self.method.budget is not None:
-            if self.method.name in WHOLE_MODEL:
-                keeps = "exact backpropagation keeps everything" if self.method.name == "exact" else "it keeps nothing"
-                raise ValueError(f"method.budget={self.method.budget}: {keeps}; leave it null")
-            share_of(self.method)
-        if self.method.allocation not in ALLOCATIONS:
-            raise ValueError(f"method.allocation={self.method.allocation!r}: must be one of {', '.join(ALLOCATIONS)}")
-        if self.method.allocation != "uniform" and self.method.budget is None:
-            raise ValueError(
-                f"method.allocation={self.method.allocation}: divides a budget; give method.budget, such as 1/8"
-            )
+        self.method.check()
         self.adaptive_rank.check_method(self.method.name, self.method.budget)
         if self.diagnostics.monitor and self.method.name == ZEROTH_ORDER:
             raise ValueError("diagnostics.monitor=true: zeroth_order has no backward, and so no gradients to watch")
@@ -199,54 +161,6 @@ def _at_least(least: int, group: str, **values: int) -> None:
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{group + '.' if group else ''}{name}={value}: must be at least {least}")
-
-
-@functools.cache
-def method_schema(name: str) -> type[MethodOptions]:
-    """MethodOptions with the fields of the estimator `name`: the typed form of conf/method/<name>.yaml.
-
-    Raises ValueError for a name that is not registered.
-    """
-    if name not in ESTIMATORS and name != ZEROTH_ORDER:
-        raise ValueError(f"method.name={name!r}: must be one of {', '.join([*ESTIMATORS, ZEROTH_ORDER])}")
-    kind = _kind(name)
-    hints = get_type_hints(kind)
-    options = [
-        (f.name, hints[f.name], field(default=f.default) if f.default is not dataclasses.MISSING else field())
-        for f in dataclasses.fields(kind)
-    ]
-    return dataclasses.make_dataclass(f"{name}_options", options, bases=(MethodOptions,), kw_only=True)
-
-
-def _kind(name: str) -> Any:
-    """The dataclass whose fields are the options of the method `name`."""
-    return ZerothOrder if name == ZEROTH_ORDER else ESTIMATORS[name]
-
-
-def make_method(method: MethodOptions) -> Estimator | ZerothOrder:
-    """What `method` describes. Raises ValueError naming the dotted option (`method.rank=0: ...`)."""
-    kind = _kind(method.name)
-    try:
-        made: Estimator | ZerothOrder = kind(**{f.name: getattr(method, f.name) for f in dataclasses.fields(kind)})
-    except ValueError as error:
-        raise ValueError(f"method.{error}") from None
-    return made
-
-
-def make_estimator(method: MethodOptions) -> Estimator:
-    """`make_method` of a method that estimates dW layer by layer."""
-    estimator = make_method(method)
-    assert isinstance(estimator, Estimator), method.name
-    return estimator
-
-
-def share_of(method: MethodOptions) -> float:
-    """`method.budget` as a number. Raises ValueError naming the option."""
-    assert method.budget is not None
-    try:
-        return parse_share(method.budget)
-    except ValueError as error:
-        raise ValueError(f"method.{error}") from None
 
 
 def load(values: DictConfig) -> Config:

@@ -38,7 +38,8 @@ import basis
 from basis import Estimator, Exact, SketchedLinear, loss_head
 from harness import activations, memory
 from harness.build import apply_method
-from harness.config import ZEROTH_ORDER, Config
+from harness.config import Config
+from harness.method import ZEROTH_ORDER
 from harness.optim import make_optimizer
 from models import GPT
 

@@ -25,9 +25,10 @@ from harness import activations, rundir
 from harness.adaptive_rank import RankControl
 from harness.build import apply_knobs, build_model, check_method, measure_knobs, rank_controller, training_text
 from harness.checkpoint import Checkpoints
-from harness.config import Config, make_method
+from harness.config import Config
 from harness.device import Runtime, resolve
 from harness.identity import run_id, run_labels
+from harness.method import make_method
 from harness.metrics import MetricsLog
 from harness.optim import make_optimizer
 from harness.run import Run

@@ -25,7 +25,8 @@ from basis import (
     kept_bytes,
     linear_cross_entropy,
 )
-from harness.config import load, make_estimator
+from harness.config import load
+from harness.method import make_estimator
 
 METHODS = [
     BalancedSketch(6, center=True),
