@@ -146,6 +146,12 @@ def test_step_times_of_runs_alone_of_a_benchmark_and_of_busy_machines(runs: Path
     assert {row["method"]: row["step_ratio"] for row in table.rows}["basis 1/4"] == pytest.approx(1.5)
     steps = found[0].options["steps"]
     assert {s.label: s.seconds for s in timed}["basis 1/4"] == pytest.approx(0.015 * steps)
+    command = [sys.executable, str(REPOSITORY / "eval.py"), f"runs={runs}", f"times={file}", f"out={tmp_path / 'out'}"]
+    done = run_command(command, tmp_path)
+    assert done.returncode == 0, done.stdout
+    with (tmp_path / "out" / "arena.csv").open() as opened:
+        ratios = {row["method"]: row["step_ratio"] for row in csv.DictReader(opened)}
+    assert ratios == {"exact": "1.0", "basis 1/4": "1.5", "basis 1/16": "", "exact, 1 windows": ""}
     for wrong in (tmp_path / "none.csv", runs / "arena.json"):
         with pytest.raises(ValueError, match=r"times=.*must be a \.csv of scripts/bench_step\.py"):
             arena.tables(groups, [], losses, [], wrong)

@@ -68,7 +68,10 @@ def benchmarked(path: Path) -> Clock:
         raise ValueError(
             f"times={path}: must be a .csv of scripts/bench_step.py, with columns step, tokens, milliseconds, precision"
         )
-    known = [(_options(row["step"]), row) for row in rows]
+    try:
+        known = [(_options(row["step"]), row) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"times={path}: has a row that is no step of this version: {error}") from None
 
     def clock(group: Group) -> Times:
         options = group.runs[0].options
@@ -88,10 +91,9 @@ def benchmarked(path: Path) -> Clock:
 def _options(step: str) -> dict[str, Any]:
     """What a row's first column says, as dotted options."""
     method, _, activations = step.rpartition(", ")
-    name, *words = method.split() or [""]
-    try:
-        made = configuration([f"method={name}", *(f"method.{word}" for word in words), f"activations={activations}"])
-    except ValueError:
+    if not method:
         return {"method.name": step}  # plain layers, whole logits: no run's
+    name, *words = method.split()
+    made = configuration([f"method={name}", *(f"method.{word}" for word in words), f"activations={activations}"])
     options = {f"method.{option}": value for option, value in dataclasses.asdict(made.method).items()}
     return options | {"activations.name": made.activations.name}
