@@ -83,7 +83,7 @@ def apply_method(model: GPT, config: Config) -> list[str]:
         _check_followed(estimator, config)
         if method.budget is None:
             return basis.convert(model, estimator, include=method.include, exclude=method.exclude)
-        chosen = basis.within_budget(estimator, share=share_of(method), **_inputs(config))
+        chosen = basis.within_budget(estimator, share=share_of(method), **layer_inputs(config))
         return basis.convert(model, chosen, include=method.include, exclude=method.exclude)
     except ValueError as error:
         said = str(error)
@@ -94,7 +94,7 @@ def apply_method(model: GPT, config: Config) -> list[str]:
 
 def _check_followed(estimator: basis.Estimator, config: Config) -> None:
     """Raise ValueError for an option that must be as large as a batch and isn't."""
-    rows = _inputs(config)["rows"]
+    rows = layer_inputs(config)["rows"]
     for option in dataclasses.fields(cast(Any, estimator)):
         source = option.metadata.get("follows")
         value = getattr(estimator, option.name)
@@ -102,7 +102,7 @@ def _check_followed(estimator: basis.Estimator, config: Config) -> None:
             raise ValueError(f"{option.name}={value}: must be at least {source} = {rows}")
 
 
-def _inputs(config: Config) -> dict[str, Any]:
+def layer_inputs(config: Config) -> dict[str, Any]:
     """Rows and precision of every layer's input."""
     rows = config.micro_batch_size * config.model.block_size
     return {"rows": rows, "dtype": torch.bfloat16 if config.precision == "bfloat16" else torch.float32}
@@ -115,7 +115,7 @@ def rank_controller(model: GPT, config: Config) -> basis.AdaptiveRank | None:
     """
     if not config.adaptive_rank.every:
         return None
-    return adaptive_rank.start(config.adaptive_rank, model, make_estimator(config.method), **_inputs(config))
+    return adaptive_rank.start(config.adaptive_rank, model, make_estimator(config.method), **layer_inputs(config))
 
 
 def measure_knobs(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def measure_knobs(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> 
             squares.setdefault(name, []).append(quality.relative_error**2)
     layers = {name: layer for name, layer in basis.sketched_layers(model) if layer is not model.head}
     errors = {name: (layer.in_features, statistics.fmean(squares[name])) for name, layer in layers.items()}
-    return split_by_error(make_estimator(config.method), errors, share=share_of(config.method), **_inputs(config))
+    return split_by_error(make_estimator(config.method), errors, share=share_of(config.method), **layer_inputs(config))
 
 
 def apply_knobs(model: GPT, config: Config, knobs: Mapping[str, Any]) -> None:

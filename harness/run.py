@@ -25,6 +25,7 @@ from basis.noise import fold
 from data import Sampler, ValidationWindows
 from harness import activations, attention, memory
 from harness.adaptive_rank import RankControl
+from harness.build import layer_inputs
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config
 from harness.device import Runtime
@@ -248,7 +249,7 @@ class Run:
         layers = [layer for _, layer in basis.sketched_layers(self.model)]
         learned = memory.tensor_bytes(t for layer in layers for t in layer.state.values())
         widths = sum(layer.in_features for layer in layers if layer is not self.model.head)  # which keeps no input
-        rows = self.config.micro_batch_size * self.config.model.block_size
+        inputs = layer_inputs(self.config)
         measured |= {"mem/parameter_bytes": parameters, "mem/gradient_bytes": parameters, "mem/estimator_bytes": learned}
-        measured["mem/input_bytes"] = rows * widths * (2 if self.runtime.precision == "bfloat16" else 4)
+        measured["mem/input_bytes"] = inputs["rows"] * widths * inputs["dtype"].itemsize
         return measured | ({"mem/peak_bytes": peak} if peak else {})

@@ -69,6 +69,9 @@ def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
         assert rows[name]["seeds"] == "2"  # not the run that only tuned
     # 64 rows, one block of width 16: X of 16 + 16 + 16 + 64 numbers a row. A quarter: 16 rows and 8 bytes do not fit, so 15.
     inputs = 4 * 64 * 112
+    assert {run.last("mem/input_bytes") for group in report.groups for run in group.runs if group.method == "basis"} == {
+        inputs
+    }
     for name, rank in (("basis 1/4", 15), ("basis 1/16", 3)):
         kept = 4 * (rank * 112) + 4 * 8
         assert float(rows[name]["share"]) == pytest.approx(kept / inputs)

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import command, run_command
 from torch import Tensor, nn
 
 import basis
@@ -217,3 +219,16 @@ def test_wrong_options_are_named(wrong: dict[str, float]) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"^{name}="):
         EMASketch(**({"rank": 2, "rows": 4} | wrong))  # type: ignore[arg-type]
+
+
+def test_a_run_says_what_its_state_is_of_the_inputs_and_warns_of_micro_batches(data: Path, tmp_path: Path) -> None:
+    """16 rows, layers of 16 and 64 features: k = 3, s = 7, so (16 + N) 3 + 49 numbers and a counter each."""
+    options = ["method=ema_sketch", "method.rank=1", "method.include=[blocks.*.mlp.*]", "steps=2", "optim.warmup_steps=0"]
+    said = []
+    for tokens in (16, 32):
+        folder = f"hydra.run.dir={tmp_path / str(tokens)}"
+        said.append(run_command(command(data, *options, f"tokens_per_step={tokens}", folder), tmp_path).stdout)
+    share = (4 * sum((16 + width) * 3 + 49 for width in (16, 64)) + 2 * 8) / (4 * 16 * (16 + 64))
+    for text in said:
+        assert f"of inputs, {share:.4f}, as state between steps" in text
+    assert ["prefer one micro-batch a step" in " ".join(text.split()) for text in said] == [False, True]
