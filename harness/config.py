@@ -120,8 +120,8 @@ class Config:
             raise ValueError(f"seed={self.seed}: must be less than 2^63")
         self.method.check()
         self.adaptive_rank.check_method(self.method.name, self.method.budget)
-        if self.diagnostics.monitor and self.method.name == ZEROTH_ORDER:
-            raise ValueError("diagnostics.monitor=true: zeroth_order has no backward, and so no gradients to watch")
+        if self.method.name == ZEROTH_ORDER:
+            self._check_without_backward()
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
         if self.precision not in PRECISIONS:
@@ -141,6 +141,19 @@ class Config:
                 f"{self.micro_batch_size} * {self.model.block_size} = {per_micro_batch}; "
                 f"nearest are {below} and {below + per_micro_batch}"
             )
+
+    def _check_without_backward(self) -> None:
+        """Zeroth order: what is about backward would be without effect."""
+        if self.diagnostics.monitor:
+            raise ValueError("diagnostics.monitor=true: zeroth_order has no backward, and so no gradients to watch")
+        for option, value, neutral in (
+            ("attention", self.attention.name, "exact"),
+            ("activations", self.activations.name, "plain"),
+        ):
+            if value != neutral:
+                raise ValueError(
+                    f"{option}={value}: method=zeroth_order has no backward, so it changes nothing; give {option}={neutral}"
+                )
 
     @property
     def micro_batches(self) -> int:

@@ -106,7 +106,7 @@ class Run:
 
         One more forward; weights, what methods have learned and random state stay as they are.
         """
-        if self.config.attention.name != "sus" or self.zeroth_order is not None:  # without backward none is followed
+        if self.config.attention.name != "sus":
             return {}
         with self._not_compiled():  # and without gradients, so no method learns
             return attention.kept_metrics(self.model, lambda: self.micro_batch_loss(self.step, 0))

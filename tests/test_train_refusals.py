@@ -29,6 +29,8 @@ REFUSED = [
     (["diagnostics.monitor=true", "compile=true"], "diagnostics.monitor=true: hooks on layers"),
     (["diagnostics.monitor=true", "method=zeroth_order"], "diagnostics.monitor=true: zeroth_order has no backward"),
     (["diagnostics.monitor=often"], "diagnostics.monitor"),
+    (["attention=sus", "method=zeroth_order"], "attention=sus: method=zeroth_order has no backward"),
+    (["activations=lean", "method=zeroth_order"], "activations=lean: method=zeroth_order has no backward"),
     (
         ["attention.c=10"],
         "attention.c=10: is of attention=sus only, exact attention follows every entry; give attention=sus",
