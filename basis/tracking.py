@@ -1,7 +1,7 @@
 """Where X lies: its principal directions, followed from step to step by orthogonal iteration.
 
 The rows of a layer's input fill their N dimensions unevenly: after a few hundred steps of a small GPT, a third of the directions
-holds 99.5% of the variance. The directions change slowly, so that a look every few steps is enough,
+holds 98% of the variance (results/rate_distortion). The directions change slowly, so that a look every few steps is enough,
 
     Y = (1 - r) Q diag(v) + r C Q,    C = (X - mean)^T (X - mean) / B          one step of orthogonal iteration, averaged
     Q' R = Y                           orthonormal (N, K)

@@ -2,6 +2,7 @@
 
 import ast
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -164,8 +165,10 @@ def test_autocast_through_the_layer(estimator: Estimator) -> None:
 def test_configuration_and_class_agree(name: str) -> None:
     conf = Path(__file__).parents[1] / "conf"
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
-        method = load(compose("config", overrides=[f"method={name}"])).method
+        values = compose("config", overrides=[f"method={name}"])
+        method = load(values).method
         kind = basis.ESTIMATORS[name]
+        assert {field.name for field in fields(kind)} <= set(values.method)  # or an option is hidden from the command line
         assert type(make_estimator(method)) is kind
         with pytest.raises(ValueError, match=rf"method\.{kind.knob}=0(\.0)?: must be"):
             load(compose("config", overrides=[f"method={name}", f"method.{kind.knob}=0"]))
