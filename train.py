@@ -189,7 +189,17 @@ def describe(run: Run, table: dict[str, int]) -> None:
         lines = [f"  {name:<24}{value:>10g}" for name, value in run.knobs.items()]
         knob = make_estimator(config.method).knob
         log.info(
-            "%s of the budget divides by the error of dW into these %s:\n%s", config.method.budget, knob, "\n".join(lines)
+            "method.budget=%s, divided by the error of dW, gives the layers that keep an input these values of %s:\n%s",
+            config.method.budget,
+            knob,
+            "\n".join(lines),
+        )
+    if run.zeroth_order is not None and config.optim.name == "sgd":
+        log.warning(
+            "zeroth_order: its gradient is about %.0f times as long as the true one (the root of the number of parameters), so "
+            "optim.lr=%g acts like one that much larger",
+            math.sqrt(run.model.parameter_count()),
+            config.optim.lr,
         )
     if run.sketched and config.micro_batches > 1 and make_estimator(config.method).state_replaces_input:
         log.warning(
@@ -222,8 +232,8 @@ def inputs_line(run: Run, table: dict[str, int]) -> str:
 
 def execute(values: DictConfig, folder: Path) -> None:
     """Check, set up, train, and leave a summary whatever happens."""
-    summary = rundir.read_summary(folder)
     try:
+        summary = rundir.read_summary(folder)
         config = load(values)
         if summary.get("status") == "finished" and summary["step"] >= config.steps:
             rundir.check_same_run(folder, config)

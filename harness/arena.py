@@ -217,9 +217,15 @@ def _baselines(exact: Config, budgets: Sequence[str]) -> list[tuple[str, str | N
         "exact, checkpoint selective": (None, ("method=exact", "activations=checkpoint", "activations.selective=true")),
         "exact, lean": (None, ("method=exact", "activations=lean")),
         **({} if exact.precision == "bfloat16" else {"exact, bfloat16": (None, ("method=exact", "precision=bfloat16"))}),
-        "zeroth_order": (None, ("method=zeroth_order",)),
+        "zeroth_order": (None, _zeroth_order(exact)),
     }
     return [(method.removesuffix(f" {budget}"), budget, words) for method, (budget, words) in found.items()]
+
+
+def _zeroth_order(exact: Config) -> tuple[str, ...] | str:
+    if exact.attention.name != "exact":
+        return f"attention={exact.attention.name}: it has no backward to take part in"
+    return ("method=zeroth_order",)
 
 
 def _dense_share(exact: Config) -> float:

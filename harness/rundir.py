@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from harness.attention import OF_SUS
 from harness.config import Config
@@ -87,9 +88,13 @@ def changed_options(old: dict[str, Any], config: Config) -> list[str]:
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise ValueError naming every changed option if `run_dir` holds a run of another configuration."""
-    file = run_dir / CONFIG_FILE
-    if not file.exists():
+    """Raise ValueError naming every changed option if `run_dir` holds a run of another configuration, or of one unknown."""
+    if not (run_dir / CONFIG_FILE).exists():
+        if (run_dir / METRICS_FILE).exists() or any((run_dir / CHECKPOINT_FOLDER).glob("*")):
+            raise ValueError(
+                f"{run_dir} holds a run without {CONFIG_FILE}, so what it is a run of can't be told; "
+                "give another hydra.run.dir to start anew, or delete the folder"
+            )
         return
     changes = changed_options(read_config(run_dir), config)
     if changes:
@@ -106,16 +111,24 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration that a run left, as nested dicts."""
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
-    assert isinstance(config, dict)
+    """The resolved configuration that a run left, as nested dicts. Raises ValueError naming the file if it is damaged."""
+    file = run_dir / CONFIG_FILE
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except YAMLError as error:
+        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict) or not config:
+        raise ValueError(f"{file} is damaged: it holds no options")
     return {str(group): values for group, values in config.items()}
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json, or an empty dict if there is none yet."""
+    """summary.json, or an empty dict if there is none yet. Raises ValueError naming the file if it is damaged."""
     file = run_dir / SUMMARY_FILE
-    summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it, the run then goes on from its last checkpoint") from error
     return summary
 
 

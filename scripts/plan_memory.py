@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.tokenizers import GPT2Tokenizer
 from harness import planning
 from harness.compose import configuration
 from harness.config import Config
@@ -32,10 +33,13 @@ FIGURE_CONTEXTS = tuple(1024 << i for i in range(8))
 
 
 def configurations(overrides: list[str], methods: list[str], kinds: list[str]) -> dict[tuple[str, str], Config]:
-    """The typed configuration of each method with each activations; a vocabulary that the data would decide is GPT-2's.
+    """The typed configuration of each method with each activations; without model.vocab_size the vocabulary is the tokenizer's.
 
-    methods: a name and, behind blanks, options of it, as in "transform budget=1/24".
+    methods: a name and, behind blanks, options of it, as in "transform budget=1/24". Raises ValueError for options that can't be,
+    and where only the text would tell the vocabulary.
     """
+    if lost := [word for word in (*methods, *kinds) if "=" in word.split()[0]]:
+        raise ValueError(f"{lost[0]} stands where a method or activations would; give overrides before the options")
     found = {}
     for method in methods:
         name, *options = method.split()
@@ -43,7 +47,13 @@ def configurations(overrides: list[str], methods: list[str], kinds: list[str]) -
         words = [f"method={name}", *scope, *(f"method.{option}" for option in options)]
         for kind in kinds:
             config = configuration([*words, f"activations={kind}", *overrides])
-            config.model.vocab_size = config.model.vocab_size or 50257
+            if config.model.vocab_size is None:
+                if config.data.tokenizer != "gpt2":
+                    raise ValueError(
+                        f"model.vocab_size=null: with data.tokenizer={config.data.tokenizer} it depends on the text, and the "
+                        "largest part of what is kept on it; give a number, such as 65 for Tiny Shakespeare"
+                    )
+                config.model.vocab_size = GPT2Tokenizer.vocab_size
             found[method, kind] = config
     return found
 
@@ -81,7 +91,8 @@ def table(lines: list[dict[str, Any]], config: Config, budgets: list[float]) -> 
     for budget in budgets:
         columns[f"context_{budget:g}"] = Column(f"longest context in {budget:g} GiB")
         columns[f"batch_{budget:g}"] = Column(f"largest micro-batch in {budget:g} GiB")
-    size = f"{config.micro_batch_size} x {config.model.block_size:,} tokens, {config.precision}, {config.optim.name}"
+    size = f"{config.micro_batch_size} x {config.model.block_size:,} tokens, vocabulary {config.model.vocab_size:,}"
+    size += f", {config.precision}, {config.optim.name}"
     notes = [f"Micro-batch of {size}. Categories: kept between forward and backward. Fake tensors: nothing was allocated."]
     if budgets:
         notes.append(

@@ -342,3 +342,9 @@ def test_the_grid_is_extended_while_the_best_rate_is_its_last(data: Path, tmp_pa
     assert "arena: " in stale.stdout
     assert "optim.beta1" in stale.stdout
     assert "Traceback" not in stale.stdout
+
+
+def test_zeroth_order_has_no_part_in_an_arena_of_sus_attention() -> None:
+    lines = {c.name: c for c in plan.contenders(["experiment=arena", "attention=sus"], ["basis"], ["1/4"])}
+    assert lines["zeroth_order"].refused == "attention=sus: it has no backward to take part in"
+    assert lines["basis 1/4"].refused is None

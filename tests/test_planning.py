@@ -114,6 +114,20 @@ def test_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "model.n_head=7" in capsys.readouterr().err
 
 
+def test_the_vocabulary_is_the_tokenizer_s_and_asked_for_where_the_text_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["model=char_small", "model.n_layer=1"]
+    text = [*model, "data=text", "data.path=book.txt", "data.tokenizer=char"]
+    quick = ["--methods", "exact", "--activations", "plain"]
+    assert plan_memory.main([*text, *quick]) == 1
+    assert "model.vocab_size=null: with data.tokenizer=char" in capsys.readouterr().err
+    assert plan_memory.main([*text, "model.vocab_size=65", *quick]) == 0
+    assert "vocabulary 65," in capsys.readouterr().out
+    assert plan_memory.main([*text, *quick, "model.vocab_size=65"]) == 1
+    assert "model.vocab_size=65 stands where a method or activations would" in capsys.readouterr().err
+    assert plan_memory.main([*model, *quick]) == 0
+    assert "vocabulary 50,257," in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("option", ["block_size", "micro_batch_size"])
 def test_sizes_between_two_long_ones_lie_on_a_line(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within half a percent: the blocks of the head's rows differ by a few rows from size to size."""

@@ -107,12 +107,35 @@ def test_refusals_on_the_command_line_are_short_and_leave_nothing(data: Path, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("summary.json", '{"status":', "summary.json is damaged"),
+        ("config.yaml", "model: [", "config.yaml is damaged"),
+        ("config.yaml", "", "config.yaml is damaged: it holds no options"),
+        ("config.yaml", None, "holds a run without config.yaml"),
+    ],
+)
+def test_a_damaged_run_folder_is_refused_by_the_name_of_the_file(
+    name: str, content: str | None, named: str, data: Path, tmp_path: Path
+) -> None:
+    train_here(data, tmp_path / "run")
+    if content is None:
+        (tmp_path / "run" / name).unlink()
+    else:
+        (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(CompactHydraException, match=named):
+        train_here(data, tmp_path / "run", "steps=40")
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_sweep_goes_on_after_a_failure_reports_it_and_skips_what_is_finished(data: Path, tmp_path: Path) -> None:
     arguments = command(data, "-m", "method=basis", "method.rank=0,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     done = run_command(arguments, tmp_path)
     assert done.returncode == 1, done.stdout
     assert done.stdout.count("method.rank=0: must be at least 1") >= 1
     assert re.search(r"^FAILED: .*method\.rank=0", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^1 of 2 jobs failed:\n  .*method\.rank=0\n*\Z", done.stdout, re.MULTILINE), done.stdout
     (finished,) = [p for p in (tmp_path / "sweep").iterdir() if p.is_dir()]
     assert rundir.read_config(finished)["method"]["rank"] == 2
     again = run_command([a.replace("method.rank=0,2", "method.rank=2") for a in arguments], tmp_path)
