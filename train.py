@@ -222,8 +222,8 @@ def inputs_line(run: Run, table: dict[str, int]) -> str:
 
 def execute(values: DictConfig, folder: Path) -> None:
     """Check, set up, train, and leave a summary whatever happens."""
-    summary = rundir.read_summary(folder)
     try:
+        summary = rundir.read_summary(folder)
         config = load(values)
         if summary.get("status") == "finished" and summary["step"] >= config.steps:
             rundir.check_same_run(folder, config)

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from harness.attention import OF_SUS
 from harness.config import Config
@@ -106,16 +108,28 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration that a run left, as nested dicts."""
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
-    assert isinstance(config, dict)
+    """The resolved configuration that a run left, as nested dicts. Raises ValueError naming the file if it is damaged."""
+    file = run_dir / CONFIG_FILE
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:  # OmegaConf's OSError: a bare word or number
+        raise ValueError(f"{file}: not readable as YAML ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: not a mapping of options")
     return {str(group): values for group, values in config.items()}
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json, or an empty dict if there is none yet."""
+    """summary.json, or an empty dict if there is none yet. Raises ValueError naming the file if it is damaged."""
     file = run_dir / SUMMARY_FILE
-    summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        summary = json.loads(file.read_bytes())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{file}: not a JSON object")
     return summary
 
 
