@@ -1,6 +1,6 @@
 """Runs that came to an end, read back from their folders and put into groups that differ in their seed alone.
 
-A group is named by what tells it from the others: the method, its rank, and any other option in which the given runs differ.
+A group is named by what tells it from the others (labels.py).
 A run that diverged came to an end too: it is a result, without final losses.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from basis import ESTIMATORS
+from harness.labels import labels
 from harness.metrics import read_metrics
 from harness.rundir import (
     CHECKPOINT_FOLDER,
@@ -69,10 +69,15 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone, in order of seed."""
+    """Runs that differ in their seed alone, in order of seed.
+
+    options: all in which the groups differ, where the label names only some; usual: what labels then leave unsaid.
+    """
 
     label: str
     runs: list[RunResult]
+    options: str | None = None
+    usual: str = ""
 
     @property
     def method(self) -> str:
@@ -191,12 +196,11 @@ def group_runs(runs: Sequence[RunResult]) -> list[Group]:
     by_identity: dict[str, list[RunResult]] = {}
     for run in runs:
         by_identity.setdefault(repr(_identity(run)), []).append(run)
-    identities = {key: _identity(members[0]) for key, members in by_identity.items()}
+    names = labels([_identity(members[0]) for members in by_identity.values()])
     groups = []
-    for key, members in by_identity.items():
-        same_method = [other for other in identities.values() if other["method.name"] == identities[key]["method.name"]]
-        label = _label(identities[key], same_method, list(identities.values()))
-        groups.append(Group(label, sorted(members, key=lambda run: run.seed)))
+    for name, members in zip(names, by_identity.values(), strict=True):
+        options = name.full if name.full != name.short else None
+        groups.append(Group(name.short, sorted(members, key=lambda run: run.seed), options, name.usual))
     return sorted(groups, key=lambda g: (g.method != "exact", g.method, -(g.rank or 0), g.label))
 
 
@@ -212,17 +216,3 @@ def differing_options(runs: Sequence[RunResult]) -> list[str]:
         " ".join(f"{name}={identity[name]}" for name in names if name in identity and name != "text")
         for identity in identities
     ]
-
-
-def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
-    """Method and rank, then every other option that varies: method options among its own kind, the rest among all."""
-    parts = [f"R={options['method.rank']}"] if "method.rank" in options and not options.get("method.budget") else []
-    turned = f"method.{ESTIMATORS[options['method.name']].knob}" if options.get("method.budget") else None
-    for option, value in options.items():
-        if option in ("method.name", "method.rank", "text", turned):
-            continue
-        peers = same_method if option.startswith("method.") else everything
-        if any(peer.get(option) != value for peer in peers):
-            parts.append(f"{option.removeprefix('method.')}={value}")
-    label = " ".join([options["method.name"], *parts])
-    return label if len(label) <= 90 else label[:87] + "..."

@@ -64,6 +64,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         published = published_row(group)
         row = {
             "method": group.label,
+            "options": group.options,
             "seeds": len(group.runs),
             "diverged": len(group.diverged) or None,
             "steps": first.options["steps"],
@@ -85,6 +86,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         rows.append(row)
     columns = {
         "method": Column("method"),
+        "options": Column("every option that varies", data=True),
         "seeds": Column("seeds"),
         "diverged": Column("diverged"),
         "steps": Column("steps"),
@@ -109,6 +111,12 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
     if any(row["paper_val"] for row in rows):
         notes.append(
             f"The paper's columns: {TEXT}; its train loss is of the last step, its validation text is also training text."
+        )
+    if any(group.options for group in groups):
+        unnamed = f" (where they are not named: {groups[0].usual})" if groups[0].usual else ""
+        notes.append(
+            f"So many options vary that a row names only those in which it differs from most rows{unnamed}; all of them stand in "
+            "the .csv of this table, column `options`."
         )
     if any(row["seeds"] == 1 for row in rows):
         notes.append("A row with one seed carries no interval: nothing is known about other seeds.")
