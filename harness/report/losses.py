@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from basis import ESTIMATORS
 from harness.memory import format_bytes
 from harness.report.paper import TABLE_3, TEXT, published_row
 from harness.report.recompute import Losses
@@ -73,6 +74,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
             "paper_val": published and published.val_loss,
             "kept_dense": _bytes(sum(first.last(name) for name in dense)),
             "kept_all": _bytes(first.last("mem/saved_bytes")),
+            "state": _bytes(first.last("mem/estimator_bytes")) if first.last("mem/estimator_bytes") else None,
             "step_time": statistics.median(milliseconds) if milliseconds else None,
             "runs": [run.id for run in group.runs],
         }
@@ -99,6 +101,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         "paper_val": Column("paper: val"),
         "kept_dense": Column("kept by dense layers"),
         "kept_all": Column("kept in all"),
+        "state": Column("state"),
         "step_time": Column("step, ms", digits=1),
         "runs": Column("run ids"),
     }
@@ -108,6 +111,14 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         "micro-batch; the head is not among the dense layers there, since it forms its gradient with the loss and keeps no "
         "input, whatever the method. Step time: median over the log, on a machine that may have done other work beside."
     ]
+    if any(row["state"] for row in rows):
+        notes.append("State: what layers hold between steps, on top of what is kept; the optimiser's is not in it.")
+    stored = sorted({g.method for g in groups if (kind := ESTIMATORS.get(g.method)) and kind.state_replaces_input})
+    if stored:
+        notes.append(
+            f"{' and '.join(stored)}: the state stands in for the layers' inputs, so what it keeps of them is both columns "
+            "together, kept by dense layers and state; a budget counts both."
+        )
     if any(row["paper_val"] for row in rows):
         notes.append(
             f"The paper's columns: {TEXT}; its train loss is of the last step, its validation text is also training text."
