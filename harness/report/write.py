@@ -51,12 +51,6 @@ def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False
         raise ValueError("\n".join([f"runs={[str(f) for f in folders]}: no finished run in these folders", *complaints]))
     groups = group_runs(runs)
     compare = compare or is_arena(groups)
-    settings = {setting(group.runs[0]) for group in groups}
-    if len(settings) > 1 and not compare:
-        complaints.append(
-            f"The runs are of {len(settings)} settings (they differ in more than the method, see their labels); differences to "
-            "exact are formed within each setting only"
-        )
     tables = [losses.final_losses(groups, recomputed), losses.differences(groups, recomputed), stability.stability(groups)]
     tables.append(run_list(groups, recomputed))
     sentences, standings = claims.claims(groups, recomputed), list[Standing]()
@@ -64,6 +58,12 @@ def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False
         ledgers = [read_ledger(file.parent) for folder in folders for file in sorted(folder.rglob(LEDGER))]
         standings, first, said = arena.tables(groups, tuning, recomputed, ledgers, times)
         tables, sentences = first + tables, said + sentences
+    settings = {setting(group.runs[0]) for group in groups}
+    if len(settings) > 1 and not standings:
+        complaints.append(
+            f"The runs are of {len(settings)} settings (they differ in more than the method, see their labels); differences to "
+            "exact are formed within each setting only"
+        )
     return Report(groups, complaints, [table for table in tables if table.rows], sentences, standings)
 
 
