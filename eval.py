@@ -6,8 +6,9 @@
     python eval.py runs=runs/arena/2000 times=step.csv       # the same, with step times of scripts/bench_step.py
     python eval.py complexity=true out=runs/complexity       # Table 1, measured: needs no runs
 
-Takes folders; every run in or below them that finished (or diverged) is used, the others are named with the reason. Runs that
-differ in their seed alone are averaged. Models are rebuilt from their checkpoints and their validation losses computed again.
+Takes folders; every run in or below them that finished (or diverged) is used, the others are named with the reason; of copies of
+a run the furthest that is sound. Runs that differ in their seed alone are averaged. Models are rebuilt from their checkpoints and
+their validation losses computed again.
 Writes report.md with tables, sentences and figures, the same as report.json, each table as .md and .csv, each figure as .png and
 .svg, into `out` (default: the first folder). What each number means stands in harness/report/.
 """

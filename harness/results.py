@@ -1,22 +1,29 @@
 """Runs that came to an end, read back from their folders and put into groups that differ in their seed alone.
 
-A group is named by what tells it from the others: the method, its rank, and any other option in which the given runs differ.
+A group is named by what tells it from the others (labels.py).
 A run that diverged came to an end too: it is a result, without final losses.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
-
-from basis import ESTIMATORS
+from harness.labels import labels
 from harness.metrics import read_metrics
-from harness.rundir import CONFIG_FILE, FREE_OPTIONS, METRICS_FILE, known_options, read_config, read_summary
+from harness.rundir import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    FREE_OPTIONS,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    known_options,
+    read_config,
+    read_summary,
+)
 
 TUNING = "_tuning"
 """How the experiment_name of a run ends that was made to choose a learning rate, and enters no average."""
@@ -62,10 +69,15 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone, in order of seed."""
+    """Runs that differ in their seed alone, in order of seed.
+
+    options: all in which the groups differ, where the label names only some; usual: what labels then leave unsaid.
+    """
 
     label: str
     runs: list[RunResult]
+    options: str | None = None
+    usual: str = ""
 
     @property
     def method(self) -> str:
@@ -85,7 +97,7 @@ class Group:
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """All finished and diverged runs in or below `paths`, and one sentence for each folder that could not be used.
+    """All finished and diverged runs in or below `paths`, copies too, and one sentence for each folder that can't be used.
 
     Raises ValueError if a path does not exist.
     """
@@ -95,40 +107,70 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"runs={path}: no such folder")
-        folders |= {file.parent.resolve(): file.parent for file in sorted(path.rglob(CONFIG_FILE))}
-    seen: dict[str, Path] = {}
+        folders |= {folder.resolve(): folder for folder in sorted(_run_folders(path))}
     for folder in folders.values():
         try:
-            run = _read(folder)
-        except (OSError, ValueError, KeyError, YAMLError) as error:
+            runs.append(_read(folder))
+        except (OSError, ValueError) as error:
             what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             complaints.append(f"{folder} is left out: {what}{' '.join(str(error).split())}")
-            continue
-        key = repr((_identity(run), run.seed, run.tuning))
-        if key in seen:
-            complaints.append(f"{folder} is left out: the same run as {seen[key]}, which counts once")
-            continue
-        seen[key] = folder
-        runs.append(run)
     return runs, complaints
 
 
+def _run_folders(path: Path) -> set[Path]:
+    """Folders in or below `path` that hold something only a run leaves: one that lost its configuration is to be named."""
+    found = {file.parent for name in (CONFIG_FILE, SUMMARY_FILE, METRICS_FILE) for file in path.rglob(name)}
+    return found | {saved.parent.parent for saved in path.rglob(f"{CHECKPOINT_FOLDER}/step_*")}
+
+
 def _read(folder: Path) -> RunResult:
+    """The run in `folder`. Raises ValueError, naming the file that is damaged, if it has not ended or can't be read."""
+    if not (folder / CONFIG_FILE).exists():
+        raise ValueError(f"it has no {CONFIG_FILE}, so what was run is not known")
     summary = read_summary(folder)
     if summary.get("status") not in ("finished", "diverged"):
         reason = summary.get("reason", "the command that started it continues it")
         raise ValueError(f"{summary.get('status', 'without summary.json')}, {reason}")
-    return RunResult(folder, known_options(read_config(folder)), summary, read_metrics(folder / METRICS_FILE))
+    for key, kind in {"run_id": str, "step": int, "data": object}.items():
+        if not isinstance(summary.get(key), kind):
+            raise ValueError(f"{folder / SUMMARY_FILE}: damaged, {key} is {summary.get(key)!r}")
+    config = read_config(folder)
+    # Of these a whole file holds something, whatever version wrote it; defaults in their place would make it another run.
+    missing = [name for name in ("steps", "seed", "model", "method", "data", "optim") if name not in config]
+    if missing:
+        raise ValueError(f"{folder / CONFIG_FILE}: damaged, without {', '.join(missing)}")
+    options, rows = known_options(config), read_metrics(folder / METRICS_FILE)
+    for name, kind in {"seed": int, "steps": int, "method.name": str}.items():
+        if not isinstance(options.get(name), kind):
+            raise ValueError(f"{folder / CONFIG_FILE}: damaged, {name} is {options.get(name)!r}")
+    run = RunResult(folder, options, summary, rows)
+    last = max(run.series("val/loss")[0], default=None)
+    if not run.diverged and last != summary["step"]:
+        ends = "holds no validation loss" if last is None else f"its last validation loss is of step {last:,}"
+        raise ValueError(f"{folder / METRICS_FILE}: damaged, {ends}, and the run ended at {summary['step']:,}")
+    return run
+
+
+def copies(runs: Iterable[RunResult]) -> list[list[RunResult]]:
+    """Runs that are one and the same run, together: which of them counts is for the reader to find; the furthest is first."""
+    same: dict[str, list[RunResult]] = {}
+    for run in runs:
+        same.setdefault(repr((_identity(run), run.seed, run.tuning)), []).append(run)
+    return [sorted(members, key=lambda run: -run.summary["step"]) for members in same.values()]
 
 
 # Options in which runs may differ and still be the same experiment: none of them changes a loss.
 _SAME_EXPERIMENT = (*FREE_OPTIONS, "seed", "experiment_name", "device", "eval.every")
 
 
+def loss_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of options by dotted name those, in order, that change a loss and are not the seed."""
+    return dict(sorted((k, v) for k, v in options.items() if not k.startswith(_SAME_EXPERIMENT)))
+
+
 def _identity(run: RunResult) -> dict[str, Any]:
     """What two runs must share to be seeds of one group: options that change the loss, and the text itself."""
-    options = {k: v for k, v in run.options.items() if not k.startswith(_SAME_EXPERIMENT)}
-    return dict(sorted(options.items())) | {"text": run.summary["data"]}
+    return loss_options(run.options) | {"text": run.summary["data"]}
 
 
 _OF_THE_METHOD = ("method.", "adaptive_rank.")
@@ -154,12 +196,11 @@ def group_runs(runs: Sequence[RunResult]) -> list[Group]:
     by_identity: dict[str, list[RunResult]] = {}
     for run in runs:
         by_identity.setdefault(repr(_identity(run)), []).append(run)
-    identities = {key: _identity(members[0]) for key, members in by_identity.items()}
+    names = labels([_identity(members[0]) for members in by_identity.values()])
     groups = []
-    for key, members in by_identity.items():
-        same_method = [other for other in identities.values() if other["method.name"] == identities[key]["method.name"]]
-        label = _label(identities[key], same_method, list(identities.values()))
-        groups.append(Group(label, sorted(members, key=lambda run: run.seed)))
+    for name, members in zip(names, by_identity.values(), strict=True):
+        options = name.full if name.full != name.short else None
+        groups.append(Group(name.short, sorted(members, key=lambda run: run.seed), options, name.usual))
     return sorted(groups, key=lambda g: (g.method != "exact", g.method, -(g.rank or 0), g.label))
 
 
@@ -175,17 +216,3 @@ def differing_options(runs: Sequence[RunResult]) -> list[str]:
         " ".join(f"{name}={identity[name]}" for name in names if name in identity and name != "text")
         for identity in identities
     ]
-
-
-def _label(options: dict[str, Any], same_method: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
-    """Method and rank, then every other option that varies: method options among its own kind, the rest among all."""
-    parts = [f"R={options['method.rank']}"] if "method.rank" in options and not options.get("method.budget") else []
-    turned = f"method.{ESTIMATORS[options['method.name']].knob}" if options.get("method.budget") else None
-    for option, value in options.items():
-        if option in ("method.name", "method.rank", "text", turned):
-            continue
-        peers = same_method if option.startswith("method.") else everything
-        if any(peer.get(option) != value for peer in peers):
-            parts.append(f"{option.removeprefix('method.')}={value}")
-    label = " ".join([options["method.name"], *parts])
-    return label if len(label) <= 90 else label[:87] + "..."

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from harness.attention import OF_SUS
@@ -115,20 +116,24 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     file = run_dir / CONFIG_FILE
     try:
         config = OmegaConf.to_container(OmegaConf.load(file))
-    except YAMLError as error:
-        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:  # OmegaConf's OSError: a bare word or number
+        raise ValueError(f"{file}: not readable as YAML ({error})") from error
     if not isinstance(config, dict) or not config:
-        raise ValueError(f"{file} is damaged: it holds no options")
+        raise ValueError(f"{file}: not a mapping of options")
     return {str(group): values for group, values in config.items()}
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """summary.json, or an empty dict if there is none yet. Raises ValueError naming the file if it is damaged."""
     file = run_dir / SUMMARY_FILE
+    if not file.exists():
+        return {}
     try:
-        summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it, the run then goes on from its last checkpoint") from error
+        summary = json.loads(file.read_bytes())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{file}: not a JSON object")
     return summary
 
 

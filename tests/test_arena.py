@@ -99,6 +99,39 @@ def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
     assert not any("settings" in complaint for complaint in report.complaints)
 
 
+def test_a_ranking_that_can_not_be_made_is_said(runs: Path, data: Path, tmp_path: Path) -> None:
+    budgets = sorted(runs.glob("basis*"))
+    reports = [write.gather(budgets), write.gather([runs / "small0", runs / "basis1-4_0"], compare=True)]
+    train_here(data, tmp_path / "low", *QUICK, "method.budget=1/4", BLOCKS, "precision=bfloat16")
+    reports.append(write.gather([tmp_path / "low", runs / "exact0"]))
+    for report, said in zip(reports, ("float32", None, "bfloat16"), strict=True):
+        left = [sentence for sentence in report.sentences if sentence.startswith("No ranking of methods at their bytes: ")]
+        assert len(left) == (said is not None)
+        assert all(f"none of method=exact activations=plain precision={said} tokens_per_step=null" in line for line in left)
+        assert ("arena" in [table.name for table in report.tables]) == (said is None)
+    assert not any("ank" in sentence for sentence in write.gather([runs]).sentences)
+    script = [
+        sys.executable,
+        str(REPOSITORY / "eval.py"),
+        f"runs=[{','.join(map(str, budgets))}]",
+        f"out={tmp_path / 'out'}",
+    ]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert "No ranking of methods at their bytes" in done.stdout
+    assert "No ranking of methods at their bytes" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_who_is_of_another_model_is_not_ranked_and_said(runs: Path, data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path / "wide", *QUICK, "method=low_rank", "method.budget=1/4", BLOCKS, "model.n_embd=32")
+    report = write.gather([tmp_path / "wide", runs / "exact0", runs / "basis1-4_0"])
+    (ranks,) = (table for table in report.tables if table.name == "arena")
+    assert {row["method"] for row in ranks.rows} == {"exact", "basis 1/4"}
+    (said,) = (sentence for sentence in report.sentences if sentence.startswith("Not ranked"))
+    assert said.startswith("Not ranked, being of another model or text than exact")
+    assert "low_rank" in said
+    assert "basis" not in said
+
+
 def test_a_share_counts_state_that_stands_in_for_the_input() -> None:
     options = {"micro_batch_size": 4, "model.block_size": 16, "model.n_layer": 1, "model.n_embd": 16, "model.n_head": 2}
     row = {"step": 0, "mem/saved_bytes/sketches": 100.0, "mem/estimator_bytes": 924.0}

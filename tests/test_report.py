@@ -227,6 +227,29 @@ def test_missing_and_infinite_numbers_do_not_stop_a_report() -> None:
     assert "NaN" not in json.dumps(table.json(), allow_nan=False)
 
 
+def test_state_between_steps_has_its_column_where_there_is_some() -> None:
+    def made(method: str, state: int) -> RunResult:
+        row = {"step": 2000, "val/loss": 5.0, "mem/saved_bytes": 9000, "mem/saved_bytes/linear inputs": 0}
+        row |= {"mem/saved_bytes/sketches": 512, "mem/estimator_bytes": state}
+        options = PAPER | {"method.name": method, "seed": 0}
+        return RunResult(Path("nowhere"), options, {"status": "finished", "run_id": method, "step": 2000, "data": ""}, [row])
+
+    def table(*found: RunResult) -> Table:
+        return losses.final_losses(group_runs(found), again(list(found)))
+
+    exact = made("exact", 0)
+    without = table(exact, made("gaussian", 0)).markdown()
+    assert "state" not in without.lower()
+    some = table(exact, made("subspace", 3 * 2**20))
+    assert [row["state"] for row in some.rows] == [None, "3.00 MiB"]
+    assert "| kept in all | state " in some.markdown().splitlines()[0]
+    assert "State: what layers hold between steps, on top of what is kept" in some.markdown()
+    assert "stands in" not in some.markdown()
+    stored = table(exact, made("subspace", 2048), made("ema_sketch", 1024)).markdown()
+    assert "ema_sketch: the state stands in for the layers' inputs" in stored
+    assert "subspace: the state" not in stored
+
+
 def test_tables_leave_out_empty_columns_and_keep_raw_numbers() -> None:
     columns = {"a": Column("a|b"), "b": Column("never"), "c": Column("c", digits=1, sign=True)}
     table = Table("t", "T", columns, [{"a": "x", "c": estimate([1.0, 3.0])}], ["note"])

@@ -110,9 +110,9 @@ def test_refusals_on_the_command_line_are_short_and_leave_nothing(data: Path, tm
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("summary.json", '{"status":', "summary.json is damaged"),
-        ("config.yaml", "model: [", "config.yaml is damaged"),
-        ("config.yaml", "", "config.yaml is damaged: it holds no options"),
+        ("summary.json", '{"status":', "summary.json: not readable as JSON"),
+        ("config.yaml", "model: [", "config.yaml: not readable as YAML"),
+        ("config.yaml", "", "config.yaml: not a mapping of options"),
         ("config.yaml", None, "holds a run without config.yaml"),
     ],
 )

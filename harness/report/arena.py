@@ -16,7 +16,7 @@ from basis.budget import parse_share
 from harness.memory import format_bytes
 from harness.report import step_times
 from harness.report.losses import Recomputed
-from harness.report.standings import TOLERANCE, Standing, standings
+from harness.report.standings import TOLERANCE, Standing, standings, unranked
 from harness.report.statistics import Estimate, estimate, p_text
 from harness.report.tables import Column, Table
 from harness.results import Group, RunResult, contender
@@ -216,7 +216,9 @@ def tables(
     ledgers: Sequence[Mapping[str, Any]],
     times: Path | None = None,
 ) -> tuple[list[Standing], list[Table], list[str]]:
-    """Standings, tables and sentences; empty without exact runs. times: a table of scripts/bench_step.py to take seconds from.
+    """Standings, tables and sentences; without exact runs no more than a sentence that says so.
+
+    times: a table of scripts/bench_step.py to take seconds from.
 
     Raises ValueError for times that are no such table.
     """
@@ -234,6 +236,6 @@ def tables(
     found = standings(groups, recomputed, clock)
     out_of_reach = refused(ledgers)
     if not found:
-        return [], [out_of_reach], []
+        return [], [out_of_reach], unranked(groups)
     made = [ranks(found, timed), rates(found, groups, tuning), quality(found), out_of_reach]
-    return found, made, conclusions(found, out_of_reach)
+    return found, made, conclusions(found, out_of_reach) + unranked(groups)

@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from basis import ESTIMATORS
 from harness.memory import format_bytes
 from harness.report.paper import TABLE_3, TEXT, published_row
 from harness.report.recompute import Losses
@@ -64,6 +65,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         published = published_row(group)
         row = {
             "method": group.label,
+            "options": group.options,
             "seeds": len(group.runs),
             "diverged": len(group.diverged) or None,
             "steps": first.options["steps"],
@@ -72,6 +74,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
             "paper_val": published and published.val_loss,
             "kept_dense": _bytes(sum(first.last(name) for name in dense)),
             "kept_all": _bytes(first.last("mem/saved_bytes")),
+            "state": _bytes(first.last("mem/estimator_bytes")) if first.last("mem/estimator_bytes") else None,
             "step_time": statistics.median(milliseconds) if milliseconds else None,
             "runs": [run.id for run in group.runs],
         }
@@ -85,6 +88,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         rows.append(row)
     columns = {
         "method": Column("method"),
+        "options": Column("every option that varies", data=True),
         "seeds": Column("seeds"),
         "diverged": Column("diverged"),
         "steps": Column("steps"),
@@ -97,6 +101,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         "paper_val": Column("paper: val"),
         "kept_dense": Column("kept by dense layers"),
         "kept_all": Column("kept in all"),
+        "state": Column("state"),
         "step_time": Column("step, ms", digits=1),
         "runs": Column("run ids"),
     }
@@ -106,9 +111,23 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         "micro-batch; the head is not among the dense layers there, since it forms its gradient with the loss and keeps no "
         "input, whatever the method. Step time: median over the log, on a machine that may have done other work beside."
     ]
+    if any(row["state"] for row in rows):
+        notes.append("State: what layers hold between steps, on top of what is kept; the optimiser's is not in it.")
+    stored = sorted({g.method for g in groups if (kind := ESTIMATORS.get(g.method)) and kind.state_replaces_input})
+    if stored:
+        notes.append(
+            f"{' and '.join(stored)}: the state stands in for the layers' inputs, so what it keeps of them is both columns "
+            "together, kept by dense layers and state; a budget counts both."
+        )
     if any(row["paper_val"] for row in rows):
         notes.append(
             f"The paper's columns: {TEXT}; its train loss is of the last step, its validation text is also training text."
+        )
+    if any(group.options for group in groups):
+        unnamed = f" (where they are not named: {groups[0].usual})" if groups[0].usual else ""
+        notes.append(
+            f"So many options vary that a row names only those in which it differs from most rows{unnamed}; all of them stand in "
+            "the .csv of this table, column `options`."
         )
     if any(row["seeds"] == 1 for row in rows):
         notes.append("A row with one seed carries no interval: nothing is known about other seeds.")

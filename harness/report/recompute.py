@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from data import Sampler, validation_windows
 from data.options import DataOptions
@@ -25,8 +27,8 @@ from harness.checkpoint import CheckpointError, Checkpoints
 from harness.device import resolve
 from harness.evaluate import validation_loss
 from harness.report.paper import EVALUATION_EVERY, EVALUATION_WINDOWS
-from harness.results import RunResult
-from harness.rundir import CHECKPOINT_FOLDER
+from harness.results import RunResult, copies, loss_options
+from harness.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, known_options
 from harness.trained import plain_weights
 from models import GPT, GPTConfig
 
@@ -47,11 +49,44 @@ class Losses:
         return abs(self.held_out - self.logged) <= TOLERANCE
 
 
+def usable(found: Sequence[RunResult], progress: bool = True) -> tuple[list[RunResult], dict[str, Losses], list[str]]:
+    """Runs that count, their losses by id, and one sentence for each that is left out or whose loss is not the logged one.
+
+    A diverged run has no losses, and of one that only tuned the log is enough. Of copies of a run the furthest counts whose
+    losses can be computed again: a damaged copy must not take the place of a sound one.
+    """
+    runs: list[RunResult] = []
+    losses: dict[str, Losses] = {}
+    complaints: list[str] = []
+    same = copies(found)
+    for members in tqdm(same, desc="losses from checkpoints", unit="run", leave=False, disable=None if progress else True):
+        counts: RunResult | None = None
+        for run in members:
+            if counts is not None:
+                complaints.append(f"{run.folder} is left out: the same run as {counts.folder}, which counts once")
+                continue
+            if not run.diverged and not run.tuning:
+                try:
+                    losses[run.id] = recompute(run)
+                except ValueError as error:
+                    complaints.append(f"{run.folder} is left out: {error}")
+                    continue
+                if not losses[run.id].agrees:
+                    new, old = losses[run.id].held_out, losses[run.id].logged
+                    complaints.append(
+                        f"{run.folder}: the validation loss computed again is {new!r}, the logged one {old!r}; they differ by "
+                        f"more than {TOLERANCE:g} (another machine, version, number of threads, or a compiled run?)"
+                    )
+            counts = run
+        runs += [counts] if counts is not None else []
+    return runs, losses, complaints
+
+
 def recompute(run: RunResult) -> Losses:
     """Rebuild the model of a finished run and compute its losses again.
 
-    Raises ValueError, in words, if there is no sound checkpoint of the run's last step, if its text can't be had any more, or
-    if the checkpoint is of a version that this one can't read.
+    Raises ValueError, in words, if there is no sound checkpoint of the run's last step, if it is of other options than the
+    run's, if its text can't be had any more, or if the checkpoint is of a version that this one can't read.
     """
     try:
         return _recompute(run)
@@ -66,6 +101,13 @@ def _recompute(run: RunResult) -> Losses:
     if loaded.step != run.summary["step"]:
         raise ValueError(f"its newest checkpoint is of step {loaded.step:,}, and the run ended at {run.summary['step']:,}")
     config = loaded.state["config"]
+    trained, said = (loss_options(o) | {"seed": o["seed"]} for o in (known_options(config), run.options))
+    if said["model.vocab_size"] is None:  # the tokenizer's: known only once the text was read
+        said["model.vocab_size"] = trained["model.vocab_size"]
+    if differing := [name for name in sorted(trained.keys() | said.keys()) if trained.get(name) != said.get(name)]:
+        raise ValueError(
+            f"{run.folder / CONFIG_FILE}: not what its checkpoint was trained with ({', '.join(differing)} differ)"
+        )
     prepared = _prepared(json.dumps(config["data"]))
     model_config = GPTConfig(**config["model"])
     held_out = validation_windows(

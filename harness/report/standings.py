@@ -67,13 +67,29 @@ def is_arena(groups: Sequence[Group]) -> bool:
     return any(group.runs[0].options.get("method.budget") for group in groups) or len({g.method for g in groups}) > 2
 
 
-def reference(groups: Sequence[Group]) -> Group | None:
-    """The runs of plain exact backpropagation with the largest batch, of several lengths the shortest; their best rate.
+def _precision(groups: Sequence[Group]) -> str:
+    """Of the runs to compare with: that of the methods that have a budget, which all share; without any float32."""
+    return next((str(g.runs[0].options["precision"]) for g in groups if g.runs[0].options.get("method.budget")), "float32")
 
-    In the precision of the methods that have a budget, which all share; without any in float32.
-    """
-    budgeted = [group.runs[0].options["precision"] for group in groups if group.runs[0].options.get("method.budget")]
-    precision = budgeted[0] if budgeted else "float32"
+
+def unranked(groups: Sequence[Group]) -> list[str]:
+    """Sentences about what the ranking had to leave out, all of it or some rows; none if every group is in it."""
+    exact = reference(groups)
+    if exact is None:
+        return [
+            "No ranking of methods at their bytes: it needs finished runs of exact backpropagation to compare with, of the same "
+            f"model and text, and here are none of method=exact activations=plain precision={_precision(groups)} "
+            "tokens_per_step=null."
+        ]
+    others = [group.label for group in groups if world(group.runs[0]) != world(exact.runs[0])]
+    if not others:
+        return []
+    return [f"Not ranked, being of another model or text than {exact.label}: {', '.join(others)}."]
+
+
+def reference(groups: Sequence[Group]) -> Group | None:
+    """The runs of plain exact backpropagation with the largest batch, of several lengths the shortest; their best rate."""
+    precision = _precision(groups)
 
     def plain(group: Group) -> bool:
         o = group.runs[0].options

@@ -15,12 +15,16 @@ from harness.report.statistics import Estimate, p_text
 
 @dataclass(frozen=True)
 class Column:
-    """A heading with its unit, and how its values are shown. digits: after the point; sign: a plus too; p: as a p-value."""
+    """A heading with its unit, and how its values are shown. digits: after the point; sign: a plus too; p: as a p-value.
+
+    data: for programs only, in CSV and JSON.
+    """
 
     heading: str
     digits: int = 3
     sign: bool = False
     p: bool = False
+    data: bool = False
 
     def text(self, value: Any) -> str:
         """A value as a reader sees it; None, NaN and empty stay empty."""
@@ -53,7 +57,7 @@ class Table:
 
     def markdown(self) -> str:
         """An aligned Markdown table without its title, notes below."""
-        keys = self._shown()
+        keys = [key for key in self._shown() if not self.columns[key].data]
         cells = [[self.columns[key].heading for key in keys]]
         cells += [[self.columns[key].text(row.get(key)) for key in keys] for row in self.rows]
         cells = [[cell.replace("|", r"\|") for cell in line] for line in cells]

@@ -16,12 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from harness.arena import LEDGER, read_ledger
 from harness.files import write_atomic
 from harness.report import arena, claims, figures, losses, stability
-from harness.report.recompute import TOLERANCE, Losses, recompute
+from harness.report.recompute import Losses, usable
 from harness.report.standings import Standing, is_arena
 from harness.report.tables import Column, Table
 from harness.results import Group, RunResult, find_runs, group_runs, setting
@@ -46,33 +44,13 @@ def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False
     steps, for these tables, see step_times.py.
     """
     found, complaints = find_runs(folders)
-    tuning, found = [run for run in found if run.tuning], [run for run in found if not run.tuning]
-    runs: list[RunResult] = []
-    recomputed: dict[str, Losses] = {}
-    for run in tqdm(found, desc="losses from checkpoints", unit="run", leave=False, disable=None if progress else True):
-        if not run.diverged:
-            try:
-                recomputed[run.id] = recompute(run)
-            except ValueError as error:
-                complaints.append(f"{run.folder} is left out: {error}")
-                continue
-            if not recomputed[run.id].agrees:
-                new, old = recomputed[run.id].held_out, recomputed[run.id].logged
-                complaints.append(
-                    f"{run.folder}: the validation loss computed again is {new!r}, the logged one {old!r}; they differ by more "
-                    f"than {TOLERANCE:g} (another machine, version, number of threads, or a compiled run?)"
-                )
-        runs.append(run)
+    counted, recomputed, more = usable(found, progress)
+    complaints += more
+    tuning, runs = [run for run in counted if run.tuning], [run for run in counted if not run.tuning]
     if not runs:
         raise ValueError("\n".join([f"runs={[str(f) for f in folders]}: no finished run in these folders", *complaints]))
     groups = group_runs(runs)
     compare = compare or is_arena(groups)
-    settings = {setting(group.runs[0]) for group in groups}
-    if len(settings) > 1 and not compare:
-        complaints.append(
-            f"The runs are of {len(settings)} settings (they differ in more than the method, see their labels); differences to "
-            "exact are formed within each setting only"
-        )
     tables = [losses.final_losses(groups, recomputed), losses.differences(groups, recomputed), stability.stability(groups)]
     tables.append(run_list(groups, recomputed))
     sentences, standings = claims.claims(groups, recomputed), list[Standing]()
@@ -80,6 +58,12 @@ def gather(folders: Sequence[Path], progress: bool = True, compare: bool = False
         ledgers = [read_ledger(file.parent) for folder in folders for file in sorted(folder.rglob(LEDGER))]
         standings, first, said = arena.tables(groups, tuning, recomputed, ledgers, times)
         tables, sentences = first + tables, said + sentences
+    settings = {setting(group.runs[0]) for group in groups}
+    if len(settings) > 1 and not standings:
+        complaints.append(
+            f"The runs are of {len(settings)} settings (they differ in more than the method, see their labels); differences to "
+            "exact are formed within each setting only"
+        )
     return Report(groups, complaints, [table for table in tables if table.rows], sentences, standings)
 
 
