@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 import basis
 from basis.options import check_types, whole_number
@@ -54,3 +55,28 @@ def test_whole_numbers_have_a_least_one() -> None:
     assert whole_number("step", np.uint8(7), least=0) == 7
     with pytest.raises(ValueError, match=r"^step=-1: must be at least 0"):
         whole_number("step", -1, least=0)
+
+
+@pytest.mark.parametrize("name", ["seed", "step", "micro_batch", "rank", "since"])
+@pytest.mark.parametrize("value", [1.5, -1, True])
+def test_noise_is_a_function_of_whole_numbers_only(name: str, value: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    basis.convert(model, basis.BalancedSketch(1))
+    with pytest.raises(ValueError, match=f"^{name}={value}"):
+        basis.set_noise_key(model, **({"seed": 0, "step": 0} | {name: value}))
+    assert model[0].noise_key is None
+
+
+def test_a_seed_of_numpy_draws_the_same_noise() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    basis.convert(model, basis.BalancedSketch(1))
+    keys = []
+    for seed in (3, np.int64(3)):
+        basis.set_noise_key(model, seed=seed, step=np.int32(1))
+        keys.append(model[0].noise_key)
+    assert keys[0] == keys[1]
+
+
+def test_the_adaptive_rank_is_held_to_its_types() -> None:
+    with pytest.raises(ValueError, match=r"^rank=2\.5: must be a whole number"):
+        basis.AdaptiveRank(rank=2.5, low=0.1, high=0.3)  # type: ignore[arg-type]
