@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from basis.budget import with_knob
 from basis.convert import convert, sketched_layers
 from basis.linear import SketchedLinear
+from basis.matrix import has_values
 from basis.noise import fold
+from basis.options import check_types
 
 
 @dataclass
@@ -51,6 +53,7 @@ class AdaptiveRank:
     below: int = field(default=0, init=False)  # checks below `low` since the last one that was not, or step down
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 1 <= self.minimum <= self.rank <= self.maximum:
             raise ValueError(
                 f"rank={self.rank}: must be in [minimum, maximum] = [{self.minimum}, {self.maximum}], from 1 on"
@@ -96,13 +99,15 @@ def set_rank(model: nn.Module, rank: int) -> None:
 def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: int = 0) -> float:
     """|X^ - X| / |X|, Frobenius, of the inputs of all sketched layers together in `forward()`, which runs `model`.
 
-    X^ is what the layer's method would give for dY = I if X were all it had ever seen. NaN where all inputs are zero.
+    X^ is what the layer's method would give for dY = I if X were all it had ever seen. NaN where all inputs are zero or empty.
     Nothing is learned and nothing kept. Inputs are what they are in `forward`, under autocast too; the rest is in float32.
     """
     squares = []
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, SketchedLinear)
+        if not has_values(inputs[0]):
+            return
         x = inputs[0].flatten(0, -2).float()
         key = torch.full((), fold("reconstruction", seed), dtype=torch.int64, device=x.device)
         identity = torch.eye(x.shape[0], device=x.device)
@@ -116,5 +121,5 @@ def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: 
     finally:
         for handle in handles:
             handle.remove()
-    error, whole = torch.stack(squares).sum(0).tolist()
+    error, whole = torch.stack(squares).sum(0).tolist() if squares else (0.0, 0.0)
     return math.sqrt(error / whole) if whole else math.nan

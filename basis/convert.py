@@ -14,8 +14,9 @@ from torch import nn
 
 from basis.estimator import Estimator
 from basis.keyed import Keyed
-from basis.linear import SketchedLinear
+from basis.linear import WANTED, SketchedLinear
 from basis.noise import fold
+from basis.options import whole_number
 
 # Modules that hold the real one under a name of their own, by class name (so that none of them need be imported).
 _WRAPPERS = {
@@ -46,25 +47,42 @@ def convert(
     """Replace each nn.Linear whose name matches `include` and not `exclude` by a SketchedLinear. Returns the names changed.
 
     estimator: one for all layers, or a function of a layer's name and the layer, where layers differ (budget.py).
-    Layers already sketched take the new estimator. Raises ValueError, before anything is changed, if a pattern matches no
-    dense layer, if nothing is left to convert, or if `model` is itself a dense layer.
+    Layers already sketched take the new estimator.
+
+    Left as they are, whatever the patterns: subclasses of nn.Linear, whose own forward would be lost. Those are the out_proj of
+    nn.MultiheadAttention (which never calls it), nn.LazyLinear before its first forward, layers under
+    torch.nn.utils.parametrizations (weight_norm, spectral_norm, ...) and other libraries' layers. So are dense layers that
+    are no nn.Linear at all.
+
+    With a method that learns, the state_dict has `estimator_...` buffers besides. A plain model's is loaded all the same, and
+    leaves what the layers have learned (after `convert`: nothing) as it is; the other way `strict=True` is refused by PyTorch:
+    save `revert`ed, or load with `strict=False`.
+
+    Raises, before anything is changed: ValueError if a pattern matches no layer that can be converted (the message says why those
+    that it does match can't), if nothing is left to convert, if `model` is itself a dense layer, or if a chosen layer's weight is
+    computed by a hook (the older torch.nn.utils.weight_norm and spectral_norm); TypeError for an `estimator` that is neither an
+    Estimator nor a function that gives one.
     """
     if isinstance(model, nn.Linear):
         raise ValueError("convert: the model is itself a dense layer; use SketchedLinear.from_linear")
-    # Subclasses of nn.Linear have a forward of their own that must not be thrown away; the exact type is asked for. All
-    # names of a shared layer are listed, and all of them are to be exchanged.
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in (nn.Linear, SketchedLinear)
-    }
+    if isinstance(estimator, type) or not (isinstance(estimator, Estimator) or callable(estimator)):
+        raise TypeError(
+            f"convert: estimator must be {WANTED}, or a function of a layer's name and the layer that returns one; "
+            f"got {estimator!r}"
+        )
+    # All names of a shared layer are listed, and all of them are to be exchanged.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {name: module for name, module in modules.items() if type(module) in (nn.Linear, SketchedLinear)}
     names = {name: plain_name(model, name) for name in layers}
+    others = {plain_name(model, name): why for name, module in modules.items() if (why := _why_not(module))}
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(plain, pattern) for plain in names.values()):
-                known = ", ".join(sorted(set(names.values()))[:12]) or "none"
-                raise ValueError(f"{option}={pattern!r}: matches no dense layer; the model's are {known}")
+                known = _listed(names.values())
+                left = _listed(f"{name} ({why})" for name, why in others.items() if fnmatchcase(name, pattern))
+                but = f"; it matches, and they are left as they are: {left}" if left else ""
+                raise ValueError(f"{option}={pattern!r}: matches no dense layer; the model's are {known or 'none'}{but}")
     chosen = [
         name
         for name, plain in names.items()
@@ -73,11 +91,12 @@ def convert(
     if not chosen:
         raise ValueError(f"include={include}, exclude={exclude}: no dense layer is left to convert")
     made: dict[int, nn.Module] = {}
-    for (
-        name
-    ) in chosen:  # all are made before the first is put in place: a layer that can't be changed leaves the model as it was
+    # All are made before the first is put in place: a layer that can't be changed leaves the model as it was.
+    for name in chosen:
         if id(layers[name]) not in made:
             chosen_for = estimator if isinstance(estimator, Estimator) else estimator(names[name], layers[name])
+            if not isinstance(chosen_for, Estimator):
+                raise TypeError(f"convert: the function must return {WANTED}; for {names[name]} it gave {chosen_for!r}")
             try:
                 made[id(layers[name])] = SketchedLinear.from_linear(layers[name], chosen_for)
             except ValueError as error:
@@ -112,8 +131,10 @@ def set_noise_key(model: nn.Module, *, seed: int, step: int, micro_batch: int = 
     Call it before each forward of a training step. Recomputing or resuming with the same numbers draws the same noise, and a
     layer's noise does not depend on which other layers are sketched. It also decides which layers learn in that forward: those
     whose method learns at `step`, in its first micro-batch. since: the step at which the layers knew nothing, from which
-    methods count.
+    methods count. Raises ValueError, beginning with the name, for what is no whole number from 0 on.
     """
+    given = {"seed": seed, "step": step, "micro_batch": micro_batch, "rank": rank, "since": since}
+    seed, step, micro_batch, rank, since = (whole_number(name, value, least=0) for name, value in given.items())
     for name, module in model.named_modules():
         if isinstance(module, SketchedLinear):
             module.learning = micro_batch == 0 and not module.frozen and module.estimator.learns_at(step - since)
@@ -136,6 +157,25 @@ def not_learning(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, (frozen, learning) in zip(layers, before, strict=True):
             layer.frozen, layer.learning = frozen, learning
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a layer that looks dense is never exchanged; None for those that are, and for all that don't look it."""
+    kind = type(module).__name__
+    if type(module) in (nn.Linear, SketchedLinear):
+        return None
+    if isinstance(module, nn.LazyLinear):
+        return f"{kind}: has no weight before its first forward"
+    if nn.utils.parametrize.is_parametrized(module) and isinstance(module, nn.Linear):
+        return f"{kind}: its weight is computed by a parametrization"
+    if isinstance(module, nn.Linear):
+        return f"{kind}: a subclass of nn.Linear, whose own forward would be lost"
+    return f"{kind}: no nn.Linear" if "Linear" in kind or kind == "Conv1D" else None  # such as transformers' Conv1D
+
+
+def _listed(items: Iterable[str]) -> str:
+    """Some of them, in order."""
+    return ", ".join(sorted(set(items))[:12])
 
 
 def _patterns(option: str, patterns: Iterable[str]) -> list[str]:

@@ -35,6 +35,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from basis.options import check_types
+
 State = Mapping[str, Tensor]
 """What a layer has learned so far, by name."""
 
@@ -57,7 +59,7 @@ class Estimator(abc.ABC):
     """Base of all methods. Shapes: B rows (tokens), N in_features, M out_features.
 
     A wrong option raises ValueError at construction; its message begins with the option's name, so that a configuration
-    system can put its own prefix before it.
+    system can put its own prefix before it. A method with checks of its own calls `super().__post_init__()` first.
     """
 
     uses_noise: ClassVar[bool] = True
@@ -72,6 +74,10 @@ class Estimator(abc.ABC):
 
     state_replaces_input: ClassVar[bool] = False
     """True if the state is what stands in for X in backward: a budget is then for the state too, else nothing would limit it."""
+
+    def __post_init__(self) -> None:
+        """Called by dataclasses once the options are there: they must have the types that they are declared with."""
+        check_types(self)
 
     @abc.abstractmethod
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:

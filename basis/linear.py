@@ -7,7 +7,8 @@ nobody asked for are neither prepared nor computed: without grad mode, or with a
 Under autocast the input is cast first and sketched in the low precision, so what is kept is small too; the weight
 is kept as the parameter itself and cast again in backward, so no copy of it is kept.
 
-Double backward is refused: a second derivative would have to go through X, which is gone.
+Double backward is refused: a second derivative would have to go through X, which is gone. So is forward mode (torch.func.jvp): it
+has no backward, hence no dW to estimate.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from torch.autograd.function import once_differentiable
 from basis.estimator import Estimator, State
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.keyed import Keyed
+from basis.learning import Learning, learned
+from basis.matrix import cast_for_autocast, has_values
 from basis.noise import draw_key, encode_hashing
 
+WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"
 Layer = TypeVar("Layer", nn.Linear, "SketchedLinear", nn.LayerNorm)
 
 
@@ -31,14 +35,6 @@ def refuse_nested_transforms() -> None:
     """Raise RuntimeError inside nested transforms: a second derivative would silently be zero, since autograd never asks."""
     if not torch.compiler.is_compiling() and (torch._C._functorch.maybe_current_level() or 0) > 1:
         raise RuntimeError("sketched linear: nested transforms of torch.func (second derivatives, vmap) are not supported")
-
-
-def cast_for_autocast(input: Tensor) -> Tensor:
-    """`input` in the precision of autocast, if that is on: what is kept of it is then small too."""
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return input.to(torch.get_autocast_dtype(device))
-    return input
 
 
 class _SketchedLinearFunction(torch.autograd.Function):
@@ -94,31 +90,20 @@ def sketched_linear(
 
     input (..., N), of which all leading dimensions count as B rows; weight (M, N); bias (M,) or None; key: int64 tensor on
     the input's device (noise.py); state: what the layer has learned, None for a method that does not learn, or that shall
-    learn from this input alone. Returns (..., M). Raises ValueError for an input that is not floating point, has another
-    last dimension than the weight, or has no rows.
+    learn from this input alone. Returns (..., M). An input without rows, or on the meta device, is F.linear's: dW is zero, or
+    has no values. Raises ValueError for an input that is not floating point or has another last dimension than the weight.
     """
     if not input.is_floating_point():
         raise ValueError(f"sketched linear: input must be floating point, got {input.dtype}")
     if input.ndim == 0 or input.shape[-1] != weight.shape[-1]:
         raise ValueError(f"sketched linear: input {tuple(input.shape)} does not fit weight {tuple(weight.shape)}")
-    if input.numel() == 0:
-        raise ValueError(f"sketched linear: empty batch, input has shape {tuple(input.shape)}")
-    if not wants_weight_grad(weight):
+    if not wants_weight_grad(weight) or not has_values(input):
         return F.linear(input, weight, bias)
     input = cast_for_autocast(input)
     if state is None:
         rows = input.detach().reshape(-1, input.shape[-1])
         state = learned(estimator, estimator.initial_state(rows.shape[-1], rows.device), rows, key)
     return _SketchedLinearFunction.apply(input, weight, bias, key, estimator, tuple(state), *state.values())
-
-
-@torch.no_grad()
-def learned(estimator: Estimator, state: State, rows: Tensor, key: Tensor) -> State:
-    """The state after a look at `rows` (B, N); in full precision also under autocast, and without graph."""
-    if not state:
-        return state
-    with torch.autocast(rows.device.type, enabled=False):
-        return estimator.learn(state, rows, key)
 
 
 def basis_linear(
@@ -163,17 +148,12 @@ def basis_linear(
     return sketched_linear(input, weight, bias, encode_hashing(bins, signs).to(input.device), estimator)
 
 
-class SketchedLinear(Keyed, nn.Linear):
+class SketchedLinear(Keyed, Learning, nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
     Same parameters, same forward; the same state_dict, unless the estimator learns: then with what it has learned, in buffers
-    named `estimator_<name>`. For `noise_key` see keyed.py.
+    named `estimator_<name>` (learning.py). For `noise_key` see keyed.py. Raises TypeError if `estimator` is none.
     """
-
-    learning: bool | None = None
-    """Whether the next training forward learns; None: each one does. Set for a step by `basis.set_noise_key`."""
-    frozen: bool = False
-    """Whether `basis.set_noise_key` leaves it at not learning; see `basis.not_learning`."""
 
     def __init__(
         self,
@@ -185,31 +165,16 @@ class SketchedLinear(Keyed, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(estimator, Estimator):
+            raise TypeError(f"sketched linear: estimator must be {WANTED}, got {estimator!r}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.estimator = estimator
-        self._state_names = self._make_state(self.weight.device)
+        self.forget()
 
-    def _make_state(self, device: torch.device) -> tuple[str, ...]:
-        state = self.estimator.initial_state(self.in_features, device)
-        for name, tensor in state.items():
-            self.register_buffer(f"estimator_{name}", tensor)
-        return tuple(state)
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """What the layer has learned, by the estimator's names; empty for methods that don't learn."""
-        return {name: getattr(self, f"estimator_{name}") for name in self._state_names}
-
-    def learn(self, input: Tensor, key: Tensor) -> State:
-        """The state with which a training forward on `input` compresses, after a look at it if this is a step to learn at."""
-        state = self.state
-        if state and self.training and self.learning is not False:
-            rows = cast_for_autocast(input.detach()).reshape(-1, input.shape[-1])
-            for name, tensor in learned(self.estimator, state, rows, key).items():
-                state[name].copy_(tensor)
-            if self.learning:
-                self.learning = False  # once a step: a recomputed forward finds what the first one has learned
-        return state
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "estimator" in vars(self):  # not yet, when nn.Linear's own constructor calls it
+            self.forget()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
@@ -220,7 +185,7 @@ class SketchedLinear(Keyed, nn.Linear):
         if linear._parameters.get("weight") is None:
             raise ValueError("sketched linear: the layer's weight is computed by a hook, not a parameter")
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, estimator=estimator, device="meta")
-        new._make_state(linear.weight.device)
+        new.forget(linear.weight.device)
         return take_over(new, linear)
 
     def to_linear(self) -> nn.Linear:

@@ -38,8 +38,8 @@ from torch.autograd.function import once_differentiable
 
 from basis.estimator import Estimator, State
 from basis.estimators.exact import Exact
-from basis.linear import SketchedLinear, cast_for_autocast, refuse_nested_transforms, wants_weight_grad
-from basis.matrix import frobenius_norm, reduce_columns, tall_product
+from basis.linear import SketchedLinear, refuse_nested_transforms, wants_weight_grad
+from basis.matrix import cast_for_autocast, frobenius_norm, has_values, reduce_columns, tall_product
 from basis.tied import graph_is_released
 
 BLOCK_BYTES = 64 * 2**20
@@ -83,7 +83,7 @@ class _WeightGradient:
         if self.factors is None:
             self.whole.append(grad_y)
             return
-        left = self.factors.left[block]  # (V, block) (block, k)
+        left = self.factors.left[block].to(grad_y.dtype)  # (V, block) (block, k)
         if self.projected is None:
             self.projected = (grad_y @ left).to(self.weight.dtype)  # summed up in the precision of the weight
         elif self.projected.dtype == grad_y.dtype == left.dtype:
@@ -194,8 +194,9 @@ def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor, *, we
     """`F.cross_entropy(layer(input), targets)` in nats, a scalar, with dW by the layer's estimator.
 
     layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0, V). Without gradients to
-    form, where the layer has a bias or hooks that must see its output (all but `HeadHook`s), and in float16 (whose small
-    gradients live by a scaled loss, and the scale is not known in forward), PyTorch's own functions do it, from whole logits.
+    form, where the layer has a bias or hooks that must see its output (all but `HeadHook`s), in float16 (whose small gradients
+    live by a scaled loss, and the scale is not known in forward), and for an input without rows or on the meta device,
+    PyTorch's own functions do it, from whole logits.
     weight: what `tied_embedding` returned, through which dW then flows. Raises ValueError if the shapes do not fit.
     """
     if input.shape[:-1] != targets.shape:
@@ -208,7 +209,7 @@ def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor, *, we
     fusible = type(layer) in (nn.Linear, SketchedLinear) and layer.bias is None and not hooked
     needs_grad = torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
     x = cast_for_autocast(input)
-    if not fusible or not needs_grad or x.dtype == torch.float16:
+    if not fusible or not needs_grad or x.dtype == torch.float16 or not has_values(x):
         logits = layer(input).flatten(0, -2)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
     wanted = wants_weight_grad(layer.weight)

@@ -1,4 +1,5 @@
-"""Work on the rows of a matrix that several methods share: signed sums by bin, norms, blocks of rows, sums down a tall matrix.
+"""Work on the rows of a matrix that several methods share: precision, signed sums by bin, norms, blocks of rows, sums down a
+tall matrix.
 
 A matrix here is X (B, N) or dY (B, M), rows being tokens. In a loss head dY lies in memory column by column; what is faster
 there is told apart by the strides.
@@ -20,6 +21,21 @@ from torch import Tensor
 _CACHED = 1 << 18  # numbers: a megabyte of float32
 _HELD = 1 << 22
 _PIECE = 1024  # rows of a tall matrix that one core reduces
+
+
+def cast_for_autocast(input: Tensor) -> Tensor:
+    """`input` in the precision of autocast, if that is on: what is kept of it is then small too."""
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device):  # the meta device
+        return input
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return input.to(torch.get_autocast_dtype(device))
+    return input
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything to sketch: a batch may be empty (an expert without tokens), the meta device has shapes only."""
+    return x.numel() > 0 and not x.is_meta
 
 
 def transposed(x: Tensor) -> bool:

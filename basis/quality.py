@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from basis.convert import sketched_layers
 from basis.estimator import Estimator, State
 from basis.noise import fold
+from basis.options import whole_number
 
 TOTAL = "all"
 """The name under which `gradient_quality` reports all sketched layers as one long vector."""
@@ -174,10 +175,18 @@ def gradient_quality(model: nn.Module, loss: Callable[[], Tensor], *, masks: int
     loss: runs `model` and returns a scalar with graph, not scaled (a head fused with its loss sees the loss before any scaling,
     other layers after it). masks: further noises per layer, 0 or at least 2. Returns one
     `Quality` per layer that took part, by name, and all of them together as "all"; an empty dict if no layer is sketched.
-    Raises ValueError for a wrong `masks`, and for a layer that is used twice in one forward.
+    Raises ValueError for a wrong `masks`, and for a layer that is used twice in one forward; TypeError if `loss` is no function
+    or returns no such scalar; RuntimeError where gradients are off.
     """
-    if masks < 0 or masks == 1:
+    if not callable(loss):
+        raise TypeError(
+            "gradient_quality: loss must be a function that computes the loss, such as lambda: loss_fn(model(x), y); "
+            f"got a {type(loss).__name__}"
+        )
+    if whole_number("masks", masks) < 0 or masks == 1:
         raise ValueError(f"masks={masks}: must be 0, or at least 2 to tell bias from variance")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("gradient_quality: compares gradients, and they are off here (torch.no_grad or inference_mode)")
     layers = dict(sketched_layers(model))
     if not layers:
         return {}
@@ -189,7 +198,11 @@ def gradient_quality(model: nn.Module, loss: Callable[[], Tensor], *, masks: int
             layer.estimator = recorders[name]
         with torch.random.fork_rng(sorted(device.index for device in devices)):
             parameters = [p for p in model.parameters() if p.requires_grad]
-            torch.autograd.grad(loss(), parameters, allow_unused=True)
+            value = loss()
+            if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise TypeError(f"gradient_quality: loss must return a scalar tensor with graph, got {got}")
+            torch.autograd.grad(value, parameters, allow_unused=True)
     finally:
         for name, layer in layers.items():
             layer.estimator, layer.learning = recorders[name].estimator, learning[name]

@@ -37,9 +37,9 @@ def initial_directions(width: int, count: int, device: torch.device, groups: int
     directions (N, count), variances (groups * count,), looks (), all float32.
     """
     return {
-        "directions": torch.eye(-(-width // groups), count, device=device).repeat(groups, 1),
-        "variances": torch.ones(groups * count, device=device),
-        "looks": torch.zeros((), device=device),
+        "directions": torch.eye(-(-width // groups), count, dtype=torch.float32, device=device).repeat(groups, 1),
+        "variances": torch.ones(groups * count, dtype=torch.float32, device=device),
+        "looks": torch.zeros((), dtype=torch.float32, device=device),
     }
 
 

@@ -58,6 +58,10 @@ def test_the_error_is_that_of_the_projection_and_nothing_is_learned() -> None:
     assert math.isnan(reconstruction_error(model[:1], lambda: model[:1](torch.zeros(20, 12))))
     basis.convert(model, BalancedSketch(4, invariant_scalars=False))
     assert reconstruction_error(model, lambda: model(low_rank)) > 0.1
+    basis.convert(model, basis.Quantized(2))  # which cannot round no rows
+    assert math.isnan(reconstruction_error(model, lambda: model(low_rank[:0])))
+    some = reconstruction_error(model, lambda: model(low_rank))
+    assert reconstruction_error(model, lambda: (model(low_rank), model(low_rank[:0]))) == some
 
 
 def test_a_new_rank_keeps_parameters_and_forgets_the_average() -> None:

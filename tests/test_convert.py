@@ -1,6 +1,7 @@
 """Conversion by name: what is changed, what stays, what is refused."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def test_refusals_change_nothing(options: dict, message: str) -> None:
     assert not list(basis.sketched_layers(model))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("basis", r"an Estimator, such as basis\.BalancedSketch\(rank=32\), or a function of a layer's name.*got 'basis'"),
+        (BalancedSketch, r"an Estimator, such as .*got <class"),
+        (
+            lambda name, layer: BalancedSketch if name == "head" else SKETCH,
+            "must return an Estimator.* for head it gave <class",
+        ),
+    ],
+)
+def test_what_is_no_estimator_is_refused_with_nothing_changed(wrong, message: str) -> None:
+    model = gpt()
+    with pytest.raises(TypeError, match=message):
+        basis.convert(model, wrong)
+    assert not list(basis.sketched_layers(model))
+
+
 def test_a_bare_linear_is_refused() -> None:
     with pytest.raises(ValueError, match="from_linear"):
         basis.convert(nn.Linear(2, 2), SKETCH)
@@ -93,9 +112,40 @@ def test_a_shared_layer_is_exchanged_under_all_its_names() -> None:
     assert type(model[0]) is nn.Linear
 
 
-def test_subclasses_of_linear_are_left_alone() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4))
-    assert basis.convert(model, SKETCH) == ["0"]
+class Conv1D(nn.Module):
+    """Looks like the dense layer of transformers' GPT-2."""
+
+
+SKIPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "attention": (lambda: nn.MultiheadAttention(4, 2).out_proj, "NonDynamicallyQuantizableLinear: a subclass of nn.Linear"),
+    "lazy": (lambda: nn.LazyLinear(4), "LazyLinear: has no weight before its first forward"),
+    "normed": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        "its weight is computed by a parametrization",
+    ),
+    "foreign": (Conv1D, "Conv1D: no nn.Linear"),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_what_looks_dense_and_is_no_plain_linear_is_left_alone_and_said_if_asked_for(name: str) -> None:
+    make, why = SKIPPED[name]
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), name: make()})
+    before = type(model[name])
+    for patterns in ([name], ["plain", f"{name[:2]}*"]):
+        with pytest.raises(ValueError, match=rf"matches no dense layer; the model's are plain; .*{name} \(.*{why}"):
+            basis.convert(model, SKETCH, include=patterns)
+    assert basis.convert(model, SKETCH) == ["plain"]
+    assert type(model[name]) is before
+
+
+def test_where_nothing_is_found_all_that_looks_dense_is_listed() -> None:
+    model = nn.ModuleDict({name: make() for name, (make, _) in SKIPPED.items()})
+    with pytest.raises(ValueError, match="the model's are none") as refused:
+        basis.convert(model, SKETCH)
+    assert all(f"{name} (" in str(refused.value) and why in str(refused.value) for name, (_, why) in SKIPPED.items())
+    with pytest.raises(ValueError, match=r"the model's are none$"):
+        basis.convert(nn.Sequential(nn.Tanh()), SKETCH)
 
 
 def test_keys_depend_on_each_number_and_on_the_name_only() -> None:

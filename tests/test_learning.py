@@ -1,5 +1,6 @@
 """Methods that learn between steps: where their state lives, when it changes, and what leaves it alone."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -137,3 +138,105 @@ def test_a_fused_head_learns_too() -> None:
     # dY has rows that sum to zero over the vocabulary: so has the estimate, whatever was learned.
     torch.testing.assert_close(model.head.weight.grad.sum(0), torch.zeros(4))
     assert model.head.weight.grad.abs().sum() > 0
+
+
+STATEFUL = [basis.Subspace(3), basis.Transform(3.0), basis.EMASketch(2, rows=6)]
+every_method = pytest.mark.parametrize("estimator", STATEFUL, ids=lambda estimator: type(estimator).__name__)
+
+
+def network(estimator: basis.Estimator | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
+    if estimator is not None:
+        basis.convert(model, estimator)
+    return model
+
+
+def train(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    model(batch(0).to(dtype)).square().sum().backward()
+
+
+def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_cast_of_the_model_is_none_of_the_state(estimator: basis.Estimator, dtype: torch.dtype) -> None:
+    model = network(estimator)
+    train(model)
+    before = copied(model[0].state)
+    model.zero_grad()
+    model.to(dtype)
+    assert model[0].weight.dtype == dtype
+    torch.testing.assert_close(model[0].state, before, rtol=0, atol=0)  # dtypes too: not a digit is lost
+    train(model, dtype)
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.parameters())
+    targets = torch.zeros(6, dtype=torch.int64)
+    basis.linear_cross_entropy(model[2], model[1](model[0](batch(1).to(dtype))), targets).backward()
+    assert model[2].weight.grad.isfinite().all()
+    # As well as a model of that precision from the start, which makes its own state.
+    for model in (network(estimator).to(dtype), network().to(dtype)):
+        basis.convert(model, estimator)
+        train(model, dtype)
+        assert {name: t.dtype for name, t in model[0].state.items()} == {name: t.dtype for name, t in before.items()}
+
+
+def test_a_count_goes_on_in_a_low_precision_model() -> None:
+    model = network(basis.Subspace(2)).bfloat16()
+    for _ in range(260):
+        train(model, torch.bfloat16)
+    assert model[0].state["looks"] == 260
+
+
+@every_method
+def test_state_made_without_memory_is_the_initial_one_once_it_has_some(estimator: basis.Estimator) -> None:
+    expected = network(estimator)
+    with torch.device("meta"):
+        empty = network()
+    basis.convert(empty, estimator)
+    assigned = copy.deepcopy(empty)
+    assigned.load_state_dict(network().state_dict(), assign=True)
+    allocated = empty.to_empty(device="cpu")
+    allocated.load_state_dict(network().state_dict())
+    for model in (allocated, assigned):
+        torch.testing.assert_close(model[0].state, expected[0].state, rtol=0, atol=0)
+        train(model)
+    train(expected)
+    torch.testing.assert_close(allocated[0].state, expected[0].state)
+    expected[0].reset_parameters()
+    torch.testing.assert_close(expected[0].state, network(estimator)[0].state, rtol=0, atol=0)
+    expected.share_memory()
+    copy.deepcopy(expected).to("meta")
+
+
+@every_method
+def test_a_plain_checkpoint_is_loaded_and_a_part_of_the_state_is_refused(estimator: basis.Estimator) -> None:
+    plain, model = network().state_dict(), network(estimator)
+    model[0].weight.data.zero_()
+    before = copied(model[0].state)
+    model.load_state_dict(plain)
+    assert torch.equal(model[0].weight, plain["0.weight"])
+    torch.testing.assert_close(model[0].state, before, rtol=0, atol=0)
+    whole = model.state_dict()
+    name = next(key for key in whole if key.startswith("0.estimator_"))
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{name}"'):
+        model.load_state_dict({key: value for key, value in whole.items() if key != name})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0\.weight"'):
+        model.load_state_dict({key: value for key, value in plain.items() if key != "0.weight"})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        network().load_state_dict(whole)
+
+
+@every_method
+def test_an_empty_batch_teaches_nothing(estimator: basis.Estimator) -> None:
+    model = network(estimator)
+    train(model)
+    before = copied(model[0].state)
+    model.zero_grad()
+    basis.set_noise_key(model, seed=0, step=0)
+    model(torch.empty(0, 4)).sum().backward()
+    assert torch.equal(model[0].weight.grad, torch.zeros(5, 4))
+    torch.testing.assert_close(model[0].state, before, rtol=0, atol=0)
+    train(model)  # the step is one to learn at, and the first rows come now
+    assert any(not torch.equal(new, before[name]) for name, new in model[0].state.items())

@@ -259,18 +259,53 @@ def test_non_contiguous_input() -> None:
     expanded.sum().backward()
 
 
+@pytest.mark.parametrize("estimator", [BalancedSketch(RANK), basis.Quantized(4), basis.Subspace(2)], ids=str)
+@pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_empty_batch_is_that_of_linear(estimator: basis.Estimator, shape: tuple[int, ...], autocast: bool) -> None:
+    sketched = layer(estimator)
+    plain = sketched.to_linear()
+    for one in (sketched, plain):
+        x = batch(*shape)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = one(x)
+        assert (y.shape, y.dtype) == ((*shape[:-1], OUT), torch.bfloat16 if autocast else torch.float32)
+        gradients = torch.autograd.grad(y.sum(), (x, one.weight, one.bias))
+        assert gradients[0].shape == shape
+        assert torch.equal(gradients[1], torch.zeros(OUT, IN))
+        assert torch.equal(gradients[2], torch.zeros(OUT))
+    explicit = {"bins": torch.zeros(0, dtype=torch.int64), "signs": torch.zeros(0)}
+    assert basis.basis_linear(batch(*shape), sketched.weight, rank=2, **explicit).shape == (*shape[:-1], OUT)
+
+
+@pytest.mark.parametrize("estimator", [BalancedSketch(RANK), basis.LowRank(2), basis.Transform(2.0)], ids=str)
+def test_on_the_meta_device_there_are_shapes(estimator: basis.Estimator) -> None:
+    sketched = layer(estimator, device="meta")
+    y = sketched(torch.empty(3, ROWS, IN, device="meta"))
+    y.sum().backward()
+    assert (y.shape, y.device.type) == ((3, ROWS, OUT), "meta")
+    assert sketched.weight.grad.shape == (OUT, IN)
+    assert sketched.to_empty(device="cpu")(batch()).shape == (ROWS, OUT)
+
+
 def test_refusals() -> None:
     sketched = layer()
     with pytest.raises(ValueError, match=r"floating point, got torch\.int64"):
         sketched(torch.zeros(3, IN, dtype=torch.int64))
-    with pytest.raises(ValueError, match="empty batch"):
-        sketched(torch.zeros(0, IN))
     with pytest.raises(ValueError, match="does not fit weight"):
         sketched(torch.zeros(3, IN + 1))
     x = batch()
     (grad,) = torch.autograd.grad(sketched(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
+    with pytest.raises(TypeError, match="estimator must be an Estimator"):
+        SketchedLinear(IN, OUT, estimator="basis")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own decompositions
+def test_forward_mode_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(layer(), (torch.zeros(3, IN),), (torch.ones(3, IN),))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,16 @@ def test_never_more_than_a_block_of_logits(blocks: int) -> None:
     assert largest == max(blocks, 2)  # or the sketch's own R rows
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_without_rows_or_values_it_is_pytorchs(device: str) -> None:
+    layer = head(BalancedSketch(5)).to(device)
+    x = torch.empty(0 if device == "cpu" else 3, IN, dtype=torch.float64, device=device, requires_grad=True)
+    loss = linear_cross_entropy(layer, x, torch.empty(len(x), dtype=torch.int64, device=device))
+    grad, grad_x = torch.autograd.grad(loss, (layer.weight, x))
+    assert (grad.shape, grad_x.shape) == ((CLASSES, IN), x.shape)
+    assert device == "meta" or (loss.isnan() and torch.equal(grad, torch.zeros_like(grad)))
+
+
 def test_refusals() -> None:
     layer, (x, targets) = head(), batch()
     with pytest.raises(ValueError, match="do not fit"):

@@ -101,3 +101,18 @@ def test_edges() -> None:
     with pytest.raises(ValueError, match="used twice"):
         gradient_quality(twice, lambda: twice(x).sum())
     assert type(twice[0].estimator) is Exact
+
+
+def test_a_loss_that_cannot_be_compared_is_refused_in_words() -> None:
+    model, x = mlp()
+    basis.convert(model, BalancedSketch(3))
+    with pytest.raises(TypeError, match=r"a function that computes the loss.* got a Tensor"):
+        gradient_quality(model, model(x).sum())  # type: ignore[arg-type]
+    for loss, got in ((lambda: model(x).sum().item(), "a float"), (lambda: model(x), r"shape \(12, 4\)")):
+        with pytest.raises(TypeError, match=f"a scalar tensor with graph, got {got}"):
+            gradient_quality(model, loss)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="gradients, and they are off"):
+        gradient_quality(model, lambda: model(x).sum())
+    with pytest.raises(ValueError, match=r"^masks=2\.5"):
+        gradient_quality(model, lambda: model(x).sum(), masks=2.5)  # type: ignore[arg-type]
+    assert [layer.estimator for _, layer in basis.sketched_layers(model)] == [BalancedSketch(3)] * 2

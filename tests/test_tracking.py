@@ -61,3 +61,12 @@ def test_groups_are_followed_as_if_each_were_alone() -> None:
     for name in ("directions", "variances"):
         torch.testing.assert_close(whole[name], torch.cat([part[name] for part in parts]))
     assert whole["looks"] == 5
+
+
+def test_state_is_float32_whatever_the_default_is() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        state = tracking.initial_directions(4, 2, DEVICE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}

@@ -75,6 +75,7 @@ class BalancedSketch(Estimator):
     center: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
         if self.hashing not in ("balanced", "uniform"):

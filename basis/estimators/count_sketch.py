@@ -41,6 +41,7 @@ class CountSketch(Estimator):
     rank: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
 

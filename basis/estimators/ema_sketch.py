@@ -70,6 +70,7 @@ class EMASketch(LearningEstimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
         if self.rows < 1:

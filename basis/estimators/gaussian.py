@@ -49,6 +49,7 @@ class Gaussian(Estimator):
     distribution: str = "gaussian"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
         if self.distribution not in ("gaussian", "rademacher"):

@@ -62,6 +62,7 @@ class LowRank(Estimator):
     core: str = "sketched"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
         if self.core not in ("sketched", "exact"):

@@ -83,6 +83,7 @@ class Quantized(Estimator):
     dither: str = "subtractive"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits}: must be 1 to 8")
         if self.group < 1:

@@ -71,6 +71,7 @@ class RowSampling(Estimator):
     draws: str = "independent"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rows < 1:
             raise ValueError(f"rows={self.rows}: must be at least 1")
         if self.scheme not in ("uniform", "crs", "wta_crs"):

@@ -52,6 +52,7 @@ class Subspace(LearningEstimator):
     energy: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
         if self.every < 1:

@@ -73,6 +73,7 @@ class Transform(LearningEstimator):
     group: int = 768
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 < self.bits <= gaussian_code.MOST_BITS:
             raise ValueError(f"bits={self.bits}: must be in (0, {gaussian_code.MOST_BITS}]")
         if self.directions is not None and not 0.0 < self.directions <= 1.0:

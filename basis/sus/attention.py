@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from basis.keyed import Keyed
-from basis.linear import cast_for_autocast
+from basis.matrix import cast_for_autocast
 from basis.sus.blocks import Heads
 from basis.sus.dense import dense_gradients
 from basis.sus.sparse import sparse_gradients

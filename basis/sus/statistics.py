@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.convert import plain_name
-from basis.linear import cast_for_autocast
+from basis.matrix import cast_for_autocast
 from basis.sus.attention import SusAttention
 from basis.sus.blocks import Heads, causal_probabilities
 from basis.sus.masks import Noise, independent_mask, keep_probabilities, systematic_entries, width
