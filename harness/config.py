@@ -127,7 +127,9 @@ class Config:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
         if self.optim.warmup_steps > self.steps:
-            raise ValueError(f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed steps={self.steps}")
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed steps={self.steps}; for so few give it too"
+            )
         if self.attention.name == "sus" and self.model.dropout:
             raise ValueError(
                 f"model.dropout={self.model.dropout}: must be 0 with attention=sus, which knows no dropout of attention"
