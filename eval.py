@@ -6,11 +6,12 @@
     python eval.py runs=runs/arena/2000 times=step.csv       # the same, with step times of scripts/bench_step.py
     python eval.py complexity=true out=runs/complexity       # Table 1, measured: needs no runs
 
-Takes folders; every run in or below them that finished (or diverged) is used, the others are named with the reason; of copies of
-a run the furthest that is sound. Runs that differ in their seed alone are averaged. Models are rebuilt from their checkpoints and
-their validation losses computed again.
-Writes report.md with tables, sentences and figures, the same as report.json, each table as .md and .csv, each figure as .png and
-.svg, into `out` (default: the first folder). What each number means stands in harness/report/.
+Takes folders; every run in or below them that finished (or diverged) is used, the others are named
+with the reason; of copies of a run the furthest that is sound. Runs that differ in their seed alone
+are averaged. Models are rebuilt from their checkpoints and their validation losses computed again.
+Writes report.md with tables, sentences and figures, the same as report.json, each table as .md and
+.csv, each figure as .png and .svg, into `out` (default: the first folder). What each number means
+stands in harness/report/.
 """
 
 from __future__ import annotations
@@ -22,27 +23,40 @@ import hydra
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, ListConfig
 
-from harness.report import complexity, write
+from experiments.paper import complexity
+from report import write
 
 
 def evaluate(values: DictConfig) -> None:
-    """Do what `values` asks for. Raises ValueError if that is nothing, or if there is nothing to report on."""
+    """Do what `values` asks for. Raises ValueError if that is nothing, or if there is nothing to
+    report on.
+    """
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     out = Path(values.out) if values.out else None
     if values.runs is None and not values.complexity:
-        raise ValueError("runs=null: give a folder or a list of folders, as in `python eval.py runs=runs/demo`")
+        raise ValueError(
+            "runs=null: give a folder or a list of folders, as in `python eval.py runs=runs/demo`"
+        )
     if values.runs is None and out is None:
         raise ValueError("out=null: complexity=true measures no run; give a folder to write to")
     folders: list[Path] = []
     if values.runs is not None:
-        folders = [Path(str(folder)) for folder in (values.runs if isinstance(values.runs, ListConfig) else [values.runs])]
-        report = write.gather(folders, compare=values.arena, times=Path(str(values.times)) if values.times else None)
+        folders = [
+            Path(str(folder))
+            for folder in (values.runs if isinstance(values.runs, ListConfig) else [values.runs])
+        ]
+        report = write.gather(
+            folders, compare=values.arena, times=Path(str(values.times)) if values.times else None
+        )
         for complaint in report.complaints:
             print(complaint, file=sys.stderr)
         for table in report.tables[:2]:
             print(f"{table.title}\n\n{table.markdown()}")
         print("".join(f"- {sentence}\n" for sentence in report.sentences))
-        print("Written:", *write.write(report, out or folders[0], command=command, metrics=values.metrics))
+        print(
+            "Written:",
+            *write.write(report, out or folders[0], command=command, metrics=values.metrics),
+        )
     if values.complexity:
         slopes, written = complexity.report(out or folders[0], command=command)
         print(f"{slopes.title}\n\n{slopes.markdown()}")

@@ -5,10 +5,12 @@
     python train.py -m method=basis method.rank=1,8,32 seed=0,1,2
     python train.py --help                                  # every option and its default
 
-The same command continues an interrupted run and skips a finished one. A run leaves config.yaml, metrics.jsonl,
-summary.json and checkpoints in its directory, runs/<overrides>. Of what it is made: harness/set_up.py; here is the loop.
+The same command continues an interrupted run and skips a finished one. A run leaves config.yaml,
+metrics.jsonl, summary.json and checkpoints in its directory, runs/<overrides>. Of what it is made:
+harness/set_up.py; here is the loop.
 
-Exit codes: 0 finished, 1 refused or failed (the message says why), 128 + signal when stopped by Ctrl-C or SIGTERM after saving.
+Exit codes: 0 finished, 1 refused or failed (the message says why), 128 + signal when stopped by
+Ctrl-C or SIGTERM after saving.
 """
 
 from __future__ import annotations
@@ -31,12 +33,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from harness import memory, rundir
 from harness.checkpoint import CheckpointError
 from harness.config import load
-from harness.evaluate import validation_loss
 from harness.method import make_estimator
 from harness.metrics import read_metrics
 from harness.optim import learning_rate, momentum_norm
 from harness.provenance import provenance
-from harness.run import NonFiniteError, Run
+from harness.run import NonFiniteError, Run, validation_loss
 from harness.set_up import set_up
 from harness.signals import StopRequest
 
@@ -51,20 +52,30 @@ def train(run: Run) -> dict[str, Any]:
     config, model, optimizer = run.config, run.model, run.optimizer
     table = run.measure_memory()
     describe(run, table)
-    progress = tqdm(total=config.steps, initial=run.step, unit="step", disable=None if config.log.progress else True)
+    progress = tqdm(
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        disable=None if config.log.progress else True,
+    )
     if run.runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # else a sweep's later runs would show the peak of an earlier one
+        # else a sweep's later runs would show the peak of an earlier one
+        torch.cuda.reset_peak_memory_stats()
     with StopRequest() as stop, logging_redirect_tqdm(), progress:
         if run.step == 0:
             record(run, table | ({} if run.rank is None else run.rank.metrics()) | evaluate(run))
-        mark, first = time.perf_counter(), run.step  # of the interval that the next row's timings are about
+        mark, first = (
+            time.perf_counter(),
+            run.step,
+        )  # of the interval that the next row's timings are about
         while run.step < config.steps and stop.code is None:
             lr = learning_rate(config.optim, run.step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             done = run.step + 1
             log_now, eval_now, save_now, look_now = (
-                due(done, g.every, config.steps) for g in (config.log, config.eval, config.checkpoint, config.diagnostics)
+                due(done, g.every, config.steps)
+                for g in (config.log, config.eval, config.checkpoint, config.diagnostics)
             )
             row: dict[str, Any] = {}
             if look_now and config.diagnostics.every:
@@ -82,9 +93,13 @@ def train(run: Run) -> dict[str, Any]:
                     losses.append(loss.detach())
             grad_norm = None
             if config.optim.grad_clip is not None:
-                grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+                grad_norm = torch.nn.utils.clip_grad_norm_(
+                    model.parameters(), config.optim.grad_clip
+                )
             elif log_now:  # a pass over all gradients, so only where it is shown
-                grad_norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+                grad_norm = torch.nn.utils.get_total_norm(
+                    p.grad for p in model.parameters() if p.grad is not None
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step = done
@@ -113,7 +128,8 @@ def train(run: Run) -> dict[str, Any]:
                 row |= run.readings()
                 if run.runtime.device.type == "cuda":
                     row["mem/peak_bytes"] = torch.cuda.max_memory_allocated()
-            # A step's time is with logging; that of diagnostics, evaluation, rank and checkpoint is taken out by moving the mark.
+            # A step's time is with logging; that of diagnostics, evaluation, rank and checkpoint is
+            # taken out by moving the mark.
             paused = time.perf_counter()
             if eval_now:
                 row |= evaluate(run)
@@ -124,24 +140,35 @@ def train(run: Run) -> dict[str, Any]:
             if row:
                 show(progress, record(run, row), table["mem/saved_bytes"])
             paused = time.perf_counter()
-            if save_now or (eval_now and config.checkpoint.best and run.val_loss == run.best_val_loss):
-                run.save()  # after the row is written: a resumed run has the rows up to its checkpoint
+            if save_now or (
+                eval_now and config.checkpoint.best and run.val_loss == run.best_val_loss
+            ):
+                # after the row is written: a resumed run has the rows up to its checkpoint
+                run.save()
             mark += time.perf_counter() - paused
         if stop.code is not None:
             run.save()
-            log.warning("stopped by a signal at step %d, checkpoint saved; the same command continues", run.step)
+            log.warning(
+                "stopped by a signal at step %d, checkpoint saved; the same command continues",
+                run.step,
+            )
             raise SystemExit(stop.code)
     return {"memory": table}
 
 
 def due(done: int, every: int, steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
+    """Whether something that happens every so many steps, and at the end, happens after `done`
+    steps.
+    """
     return done == steps or (every > 0 and done % every == 0)
 
 
 def evaluate(run: Run) -> dict[str, float]:
     """Validation loss of the present weights; the run remembers the last and the best."""
-    run.val_step, run.val_loss = run.step, validation_loss(run.model, run.validation, run.runtime, run.forward)
+    run.val_step, run.val_loss = (
+        run.step,
+        validation_loss(run.model, run.validation, run.runtime, run.forward),
+    )
     if run.runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the peak that is logged is training's
     if math.isfinite(run.val_loss):
@@ -150,7 +177,9 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def record(run: Run, row: dict[str, Any]) -> dict[str, Any]:
-    """Write one row of metrics to the run directory and to the tracker; returns it with its step and tokens."""
+    """Write one row of metrics to the run directory and to the tracker; returns it with its step
+    and tokens.
+    """
     row = {"step": run.step, "tokens": run.step * run.config.step_tokens} | row
     run.metrics.log(row)
     run.tracker.log(row)
@@ -170,7 +199,9 @@ def show(progress: tqdm[Any], row: dict[str, Any], kept: int) -> None:
 def describe(run: Run, table: dict[str, int]) -> None:
     """Say what is about to run, and where its bytes are."""
     config = run.config
-    sketch = f"{len(run.sketched)} dense layers sketched" if run.sketched else "all dense layers exact"
+    sketch = (
+        f"{len(run.sketched)} dense layers sketched" if run.sketched else "all dense layers exact"
+    )
     if run.zeroth_order is not None:
         sketch = "no backward"
     telling = config.adaptive_rank.telling() | config.attention.telling()
@@ -189,41 +220,58 @@ def describe(run: Run, table: dict[str, int]) -> None:
         lines = [f"  {name:<24}{value:>10g}" for name, value in run.knobs.items()]
         knob = make_estimator(config.method).knob
         log.info(
-            "method.budget=%s, divided by the error of dW, gives the layers that keep an input these values of %s:\n%s",
+            "method.budget=%s, divided by the error of dW, gives the layers that keep an input "
+            "these values of %s:\n%s",
             config.method.budget,
             knob,
             "\n".join(lines),
         )
     if run.zeroth_order is not None and config.optim.name == "sgd":
         log.warning(
-            "zeroth_order: its gradient is about %.0f times as long as the true one (the root of the number of parameters), so "
-            "optim.lr=%g acts like one that much larger",
+            "zeroth_order: its gradient is about %.0f times as long as the true one (the root of "
+            "the number of parameters), so optim.lr=%g acts like one that much larger",
             math.sqrt(run.model.parameter_count()),
             config.optim.lr,
         )
-    if run.sketched and config.micro_batches > 1 and make_estimator(config.method).state_replaces_input:
+    if (
+        run.sketched
+        and config.micro_batches > 1
+        and make_estimator(config.method).state_replaces_input
+    ):
         log.warning(
-            "%s pairs each of the %d micro-batches with a sketch of the first: their dW is little but the mean's; prefer one "
-            "micro-batch a step",
+            "%s pairs each of the %d micro-batches with a sketch of the first: their dW is little "
+            "but the mean's; prefer one micro-batch a step",
             config.method.name,
             config.micro_batches,
         )
     prefix = "mem/saved_bytes/"
-    saved = {name.removeprefix(prefix): size for name, size in table.items() if name.startswith(prefix)}
+    saved = {
+        name.removeprefix(prefix): size for name, size in table.items() if name.startswith(prefix)
+    }
     others = {"parameters": table["mem/parameter_bytes"], "gradients": table["mem/gradient_bytes"]}
     if run.runtime.compile:
         others = {"kept when compiled": table["mem/saved_bytes"]} | others
     if "mem/peak_bytes" in table:
         others["peak of a step"] = table["mem/peak_bytes"]
-    log.info("%s\n%srun directory: %s", memory.memory_table(saved, others), inputs_line(run, table), run.folder)
+    log.info(
+        "%s\n%srun directory: %s",
+        memory.memory_table(saved, others),
+        inputs_line(run, table),
+        run.folder,
+    )
 
 
 def inputs_line(run: Run, table: dict[str, int]) -> str:
-    """What the sketched layers keep of their inputs, as method.budget counts it, and what lives between steps; a line."""
+    """What the sketched layers keep of their inputs, as method.budget counts it, and what lives
+    between steps; a line.
+    """
     inputs, state = table["mem/input_bytes"], table["mem/estimator_bytes"]
     if not inputs:
         return ""
-    kept, beside = table.get("mem/saved_bytes/sketches", 0), f", and {memory.format_bytes(state)} of state between steps"
+    kept, beside = (
+        table.get("mem/saved_bytes/sketches", 0),
+        f", and {memory.format_bytes(state)} of state between steps",
+    )
     if make_estimator(run.config.method).state_replaces_input:
         kept, beside = kept + state, ", as state between steps"
     of = f"{memory.format_bytes(kept)} of {memory.format_bytes(inputs)} of inputs, {kept / inputs:.4f}"
@@ -237,24 +285,45 @@ def execute(values: DictConfig, folder: Path) -> None:
         config = load(values)
         if summary.get("status") == "finished" and summary["step"] >= config.steps:
             rundir.check_same_run(folder, config)
-            log.info("%s is finished (step %d, val/loss %.4f)", folder, summary["step"], summary["val/loss"])
+            log.info(
+                "%s is finished (step %d, val/loss %.4f)",
+                folder,
+                summary["step"],
+                summary["val/loss"],
+            )
             if config.tracker.mode == "online":
                 log.info("to upload it: python scripts/sync.py %s --mode online", folder)
             return
-        if summary.get("status") == "diverged":  # it would do so again: a run is a function of its configuration
+        if (
+            summary.get("status") == "diverged"
+        ):  # it would do so again: a run is a function of its configuration
             rundir.check_same_run(folder, config)
-            raise ValueError(f"{folder} holds a run that diverged: {summary['reason']}; delete it to run it again")
+            raise ValueError(
+                f"{folder} holds a run that diverged: {summary['reason']}; delete it to run it "
+                "again"
+            )
         run = set_up(config, folder)
     except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
         remove_if_empty(folder)
         raise CompactHydraException(str(error)) from error
 
-    summary = {"status": "running", "run_id": run.id, "method": config.method.name, "runtime": run.runtime.describe()}
-    summary |= {"data": run.data_hashes, "parameters": run.model.parameter_count(), "sketched_layers": run.sketched}
+    summary = {
+        "status": "running",
+        "run_id": run.id,
+        "method": config.method.name,
+        "runtime": run.runtime.describe(),
+    }
+    summary |= {
+        "data": run.data_hashes,
+        "parameters": run.model.parameter_count(),
+        "sketched_layers": run.sketched,
+    }
     if run.knobs:
         summary["knobs"] = run.knobs
     summary |= provenance()
-    rundir.write_summary(folder, summary)  # a run that is killed from here on is not taken for finished
+    rundir.write_summary(
+        folder, summary
+    )  # a run that is killed from here on is not taken for finished
     summary["status"] = "failed"
     with run.metrics, run.tracker:
         try:
@@ -266,8 +335,8 @@ def execute(values: DictConfig, folder: Path) -> None:
         except torch.OutOfMemoryError as error:
             summary["reason"] = "out of memory"
             raise CompactHydraException(
-                f"out of memory on {run.runtime.device}: halve micro_batch_size (tokens_per_step stays), sketch more layers "
-                "(method.include=['*']), or set precision=bfloat16"
+                f"out of memory on {run.runtime.device}: halve micro_batch_size (tokens_per_step "
+                "stays), sketch more layers (method.include=['*']), or set precision=bfloat16"
             ) from error
         except (KeyboardInterrupt, SystemExit):
             summary["status"] = "interrupted"
@@ -277,15 +346,27 @@ def execute(values: DictConfig, folder: Path) -> None:
                 k: v for row in read_metrics(folder / rundir.METRICS_FILE) for k, v in row.items()
             }  # of each metric the last value
             best = run.best_val_loss if math.isfinite(run.best_val_loss) else None
-            summary |= last | {"step": run.step, "val/loss_best": best, "wall_seconds": run.wall_seconds()}
+            summary |= last | {
+                "step": run.step,
+                "val/loss_best": best,
+                "wall_seconds": run.wall_seconds(),
+            }
             rundir.write_summary(folder, summary)
-            run.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+            run.tracker.summary(
+                {k: v for k, v in summary.items() if isinstance(v, int | float | str)}
+            )
             run.lock.release()
-    log.info("finished: val/loss %.4f, best %.4f, %.0f s", summary["val/loss"], best, summary["wall_seconds"])
+    log.info(
+        "finished: val/loss %.4f, best %.4f, %.0f s",
+        summary["val/loss"],
+        best,
+        summary["wall_seconds"],
+    )
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Hydra makes the run directory before anything is checked; a refused run should leave nothing behind.
+    """Hydra makes the run directory before anything is checked; a refused run should leave nothing
+    behind.
 
     Empty parents go too, as far as they lie below the working directory.
     """

@@ -1,4 +1,5 @@
-"""basis: backpropagation that keeps a sketch of each dense layer's input instead of the input. Needs torch alone.
+"""basis: backpropagation that keeps a sketch of each dense layer's input instead of the input.
+Needs torch alone.
 
     import basis
 
@@ -6,16 +7,20 @@
     ...train as before: forward, input gradients and bias gradients are exact, weight gradients are estimates...
     basis.revert(model)                              # a plain model again, the same parameters
 
-`convert` swaps nn.Linear layers by name; `SketchedLinear` is one such layer; `basis_linear` is the bare formula. A method
-is an `Estimator`: what to keep of X, and how to form dW from it. Noise comes from PyTorch's default generator, or, after
-`set_noise_key(model, seed=, step=, ...)`, is a pure function of those numbers.
+`convert` swaps nn.Linear layers by name; `SketchedLinear` is one such layer; `basis_linear` is the
+bare formula. A method is an `Estimator`: what to keep of X, and how to form dW from it. Noise comes
+from PyTorch's default generator, or, after `set_noise_key(model, seed=, step=, ...)`, is a pure
+function of those numbers.
 
 Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16324.
 """
 
-from basis.adaptive_rank import AdaptiveRank
-from basis.budget import fit, kept_bytes, within_budget
 from basis.convert import convert, not_learning, revert, set_noise_key, sketched_layers
+from basis.diagnostics.adaptive_rank import AdaptiveRank
+from basis.diagnostics.budget import fit, kept_bytes, within_budget
+from basis.diagnostics.monitor import Monitor
+from basis.diagnostics.quality import Quality, gradient_quality
+from basis.embedding import tied_embedding
 from basis.estimator import Estimator, LearningEstimator
 from basis.estimators import (
     ESTIMATORS,
@@ -32,10 +37,7 @@ from basis.estimators import (
 )
 from basis.linear import SketchedLinear, basis_linear, sketched_linear
 from basis.loss_head import linear_cross_entropy
-from basis.monitor import Monitor
-from basis.noise import encode_hashing
-from basis.quality import Quality, gradient_quality
-from basis.tied import tied_embedding
+from basis.ops.noise import encode_hashing
 
 __all__ = [
     "ESTIMATORS",

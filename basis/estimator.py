@@ -1,16 +1,19 @@
 """What a method is: two functions, `compress` and `weight_grad`.
 
-A dense layer has three products, Y = X W^T, dX = dY W and dW = dY^T X. All methods here keep the first two exact. They
-differ in *what is kept of X* for the third, and in *how dW is formed from it*. So a method is an estimator with
+A dense layer has three products, Y = X W^T, dX = dY W and dW = dY^T X. All methods here keep the
+first two exact. They differ in *what is kept of X* for the third, and in *how dW is formed from
+it*. So a method is an estimator with
 
     compress(x, key)          -> the tensors to keep instead of x         (runs in forward)
     weight_grad(kept, grad_y) -> an estimate of grad_y^T x                (runs in backward)
 
-Estimators are frozen dataclasses: their fields are the method's options, checked when the object is made, and they print,
-compare and hash as values. They hold no tensors. What they draw at random is a function of the key alone (noise.py).
+Estimators are frozen dataclasses: their fields are the method's options, checked when the object is
+made, and they print, compare and hash as values. They hold no tensors. What they draw at random is
+a function of the key alone (noise.py).
 
-Some methods learn between steps: where X lies, how its variance is spread. What they have learned is the layer's, not the
-estimator's: buffers of the SketchedLinear, saved and moved with it. Such a method has four more functions,
+Some methods learn between steps: where X lies, how its variance is spread. What they have learned
+is the layer's, not the estimator's: buffers of the SketchedLinear, saved and moved with it. Such a
+method has four more functions,
 
     initial_state(width, device)        -> named tensors that live between steps
     learns_at(step)                     -> whether a step's first forward learns
@@ -19,8 +22,9 @@ estimator's: buffers of the SketchedLinear, saved and moved with it. Such a meth
 
 so that its own bytes can be counted, and a resumed run goes on from where it was.
 
-Where dY is too large to be held whole, as at a language model's head, dW has to be formed from some rows of it at a time.
-Nearly every method can be written as X ~ L Z with a left factor L (B, k) that is known row by row, so that dW ~ (L^T dY)^T Z:
+Where dY is too large to be held whole, as at a language model's head, dW has to be formed from some
+rows of it at a time. Nearly every method can be written as X ~ L Z with a left factor L (B, k) that
+is known row by row, so that dW ~ (L^T dY)^T Z:
 
     factors(kept, rows)       -> L, Z and a scale, or None if the method has no such form: dY is then held whole
 """
@@ -35,7 +39,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from basis.options import check_types
+from basis.checks import check_types
 
 State = Mapping[str, Tensor]
 """What a layer has learned so far, by name."""
@@ -43,10 +47,11 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Factors:
-    """weight_grad(kept, grad_y) = scale(|grad_y|, |L^T grad_y|) (L^T grad_y)^T Z + (sum of grad_y's rows) mean^T.
+    """weight_grad(kept, grad_y) = scale(|grad_y|, |L^T grad_y|) (L^T grad_y)^T Z + (sum of grad_y's
+    rows) mean^T.
 
-    left: L (B, k). right: Z (k, N), None for the identity. scale: of two 0-dimensional tensors, Frobenius norms, None for 1.
-    mean: (N,), None for 0.
+    left: L (B, k). right: Z (k, N), None for the identity. scale: of two 0-dimensional tensors,
+    Frobenius norms, None for 1. mean: (N,), None for 0.
     """
 
     left: Tensor
@@ -58,8 +63,9 @@ class Factors:
 class Estimator(abc.ABC):
     """Base of all methods. Shapes: B rows (tokens), N in_features, M out_features.
 
-    A wrong option raises ValueError at construction; its message begins with the option's name, so that a configuration
-    system can put its own prefix before it. A method with checks of its own calls `super().__post_init__()` first.
+    A wrong option raises ValueError at construction; its message begins with the option's name, so
+    that a configuration system can put its own prefix before it. A method with checks of its own
+    calls `super().__post_init__()` first.
     """
 
     uses_noise: ClassVar[bool] = True
@@ -69,14 +75,20 @@ class Estimator(abc.ABC):
     """The option that decides how many bytes are kept, if there is one: what budget.py turns."""
 
     error_tells_rank: ClassVar[bool] = False
-    """True if `knob` is a rank and X^ errs by what that leaves out of X: a small error then says that the rank is enough, and
-    adaptive_rank.py can follow it. An unbiased sketch of rows errs by about sqrt(B / R) whatever X is."""
+    """True if `knob` is a rank and X^ errs by what that leaves out of X: a small error then says
+    that the rank is enough, and adaptive_rank.py can follow it. An unbiased sketch of rows errs by
+    about sqrt(B / R) whatever X is.
+    """
 
     state_replaces_input: ClassVar[bool] = False
-    """True if the state is what stands in for X in backward: a budget is then for the state too, else nothing would limit it."""
+    """True if the state is what stands in for X in backward: a budget is then for the state too,
+    else nothing would limit it.
+    """
 
     def __post_init__(self) -> None:
-        """Called by dataclasses once the options are there: they must have the types that they are declared with."""
+        """Called by dataclasses once the options are there: they must have the types that they are
+        declared with.
+        """
         check_types(self)
 
     @abc.abstractmethod
@@ -88,7 +100,9 @@ class Estimator(abc.ABC):
         """The estimate of dW = grad_y^T x, shape (M, N), from `kept` and `grad_y` (B, M)."""
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors | None:
-        """`weight_grad(kept, .)` as a product, for `rows` = B rows; None, the default, if there is no such form."""
+        """`weight_grad(kept, .)` as a product, for `rows` = B rows; None, the default, if there is
+        no such form.
+        """
         return None
 
     def knob_values(self, rows: int, width: int) -> Sequence[Any]:
@@ -96,11 +110,15 @@ class Estimator(abc.ABC):
         return range(1, rows + 1)
 
     def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]:
-        """What a layer of `width` = N in_features knows before the first step; empty, the default: it never learns."""
+        """What a layer of `width` = N in_features knows before the first step; empty, the default:
+        it never learns.
+        """
         return {}
 
     def learns_at(self, step: int) -> bool:
-        """Whether `step` (0 is the first) is one to learn at. Where no step is known, every forward is."""
+        """Whether `step` (0 is the first) is one to learn at. Where no step is known, every forward
+        is.
+        """
         return True
 
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
@@ -108,12 +126,16 @@ class Estimator(abc.ABC):
         return state
 
     def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
-        """`compress` with what the layer has learned. Tensors of `state` among those kept cost nothing more."""
+        """`compress` with what the layer has learned. Tensors of `state` among those kept cost
+        nothing more.
+        """
         return self.compress(x, key)
 
 
 class LearningEstimator(Estimator):
-    """Base of methods that learn. Without a layer, `compress` learns from the very X that it compresses."""
+    """Base of methods that learn. Without a layer, `compress` learns from the very X that it
+    compresses.
+    """
 
     def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         state = self.learn(self.initial_state(x.shape[-1], x.device), x, key)

@@ -1,8 +1,8 @@
 """Modules whose noise can be fixed: sketched layers, and lean layers that round at random.
 
-`noise_key` decides the noise; while it is None, each training forward draws a key from PyTorch's default generator.
-`basis.set_noise_key` sets it for a whole model. It is no buffer: it is not saved, and DistributedDataParallel does not
-overwrite it with rank 0's.
+`noise_key` decides the noise; while it is None, each training forward draws a key from PyTorch's
+default generator. `basis.set_noise_key` sets it for a whole model. It is no buffer: it is not
+saved, and DistributedDataParallel does not overwrite it with rank 0's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from basis.noise import draw_key
+from basis.ops.noise import draw_key
 
 
 class Keyed(nn.Module):
@@ -19,7 +19,9 @@ class Keyed(nn.Module):
     noise_key: Tensor | None = None
 
     def set_noise_key(self, key: int | Tensor, device: torch.device | None = None) -> None:
-        """Fix the noise: an integer in [0, 2^63) is a seed, a tensor of B codes an explicit hashing (`encode_hashing`)."""
+        """Fix the noise: an integer in [0, 2^63) is a seed, a tensor of B codes an explicit hashing
+        (`encode_hashing`).
+        """
         # A new tensor each time: a compiled graph may keep the one it was given until backward.
         if isinstance(key, Tensor):
             self.noise_key = key if device is None else key.to(device)

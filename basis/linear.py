@@ -1,14 +1,16 @@
 """The dense layer with an exact forward, an exact dX and an estimated dW.
 
-One autograd Function serves all estimators. What autograd keeps between forward and backward is W (a parameter, there
-anyway) and the tensors that the estimator's `compress` returns; X is let go as soon as nobody else holds it. Gradients that
-nobody asked for are neither prepared nor computed: without grad mode, or with a frozen weight, the layer is F.linear.
+One autograd Function serves all estimators. What autograd keeps between forward and backward is W
+(a parameter, there anyway) and the tensors that the estimator's `compress` returns; X is let go as
+soon as nobody else holds it. Gradients that nobody asked for are neither prepared nor computed:
+without grad mode, or with a frozen weight, the layer is F.linear.
 
-Under autocast the input is cast first and sketched in the low precision, so what is kept is small too; the weight
-is kept as the parameter itself and cast again in backward, so no copy of it is kept.
+Under autocast the input is cast first and sketched in the low precision, so what is kept is small
+too; the weight is kept as the parameter itself and cast again in backward, so no copy of it is
+kept.
 
-Double backward is refused: a second derivative would have to go through X, which is gone. So is forward mode (torch.func.jvp): it
-has no backward, hence no dW to estimate.
+Double backward is refused: a second derivative would have to go through X, which is gone. So is
+forward mode (torch.func.jvp): it has no backward, hence no dW to estimate.
 """
 
 from __future__ import annotations
@@ -23,18 +25,23 @@ from torch.autograd.function import once_differentiable
 from basis.estimator import Estimator, State
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.keyed import Keyed
-from basis.learning import Learning, learned
-from basis.matrix import cast_for_autocast, has_values
-from basis.noise import draw_key, encode_hashing
+from basis.ops.matrix import cast_for_autocast, has_values
+from basis.ops.noise import draw_key, encode_hashing
+from basis.state import Learning, learned
 
 WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"
 Layer = TypeVar("Layer", nn.Linear, "SketchedLinear", nn.LayerNorm)
 
 
 def refuse_nested_transforms() -> None:
-    """Raise RuntimeError inside nested transforms: a second derivative would silently be zero, since autograd never asks."""
+    """Raise RuntimeError inside nested transforms: a second derivative would silently be zero,
+    since autograd never asks.
+    """
     if not torch.compiler.is_compiling() and (torch._C._functorch.maybe_current_level() or 0) > 1:
-        raise RuntimeError("sketched linear: nested transforms of torch.func (second derivatives, vmap) are not supported")
+        raise RuntimeError(
+            "sketched linear: nested transforms of torch.func (second derivatives, vmap) are not "
+            "supported"
+        )
 
 
 class _SketchedLinearFunction(torch.autograd.Function):
@@ -58,7 +65,9 @@ class _SketchedLinearFunction(torch.autograd.Function):
         refuse_nested_transforms()
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
-            kept = estimator.compress_with(input.reshape(-1, input.shape[-1]), key, dict(zip(names, state, strict=True)))
+            kept = estimator.compress_with(
+                input.reshape(-1, input.shape[-1]), key, dict(zip(names, state, strict=True))
+            )
         ctx.inputs = len(inputs)
         ctx.estimator = estimator
         ctx.save_for_backward(weight, *kept)
@@ -72,38 +81,53 @@ class _SketchedLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = grad_output @ weight.to(grad_output.dtype)  # (..., M) (M, N) -> (..., N)
         if ctx.needs_input_grad[1]:
-            grad_weight = ctx.estimator.weight_grad(tuple(kept), grad_rows).to(weight.dtype)  # (M, N)
+            grad_weight = ctx.estimator.weight_grad(tuple(kept), grad_rows).to(
+                weight.dtype
+            )  # (M, N)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
         return grad_input, grad_weight, grad_bias, *(None,) * (ctx.inputs - 3)
 
 
 def wants_weight_grad(weight: Tensor) -> bool:
-    """Whether a forward now will be asked for dW; if not, there is nothing to keep and no noise to draw."""
+    """Whether a forward now will be asked for dW; if not, there is nothing to keep and no noise to
+    draw.
+    """
     return torch.is_grad_enabled() and weight.requires_grad
 
 
 def sketched_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, key: Tensor, estimator: Estimator, state: State | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    key: Tensor,
+    estimator: Estimator,
+    state: State | None = None,
 ) -> Tensor:
     """`F.linear(input, weight, bias)` whose weight gradient is `estimator`'s.
 
-    input (..., N), of which all leading dimensions count as B rows; weight (M, N); bias (M,) or None; key: int64 tensor on
-    the input's device (noise.py); state: what the layer has learned, None for a method that does not learn, or that shall
-    learn from this input alone. Returns (..., M). An input without rows, or on the meta device, is F.linear's: dW is zero, or
-    has no values. Raises ValueError for an input that is not floating point or has another last dimension than the weight.
+    input (..., N), of which all leading dimensions count as B rows; weight (M, N); bias (M,) or
+    None; key: int64 tensor on the input's device (noise.py); state: what the layer has learned,
+    None for a method that does not learn, or that shall learn from this input alone. Returns (...,
+    M). An input without rows, or on the meta device, is F.linear's: dW is zero, or has no values.
+    Raises ValueError for an input that is not floating point or has another last dimension than the
+    weight.
     """
     if not input.is_floating_point():
         raise ValueError(f"sketched linear: input must be floating point, got {input.dtype}")
     if input.ndim == 0 or input.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"sketched linear: input {tuple(input.shape)} does not fit weight {tuple(weight.shape)}")
+        raise ValueError(
+            f"sketched linear: input {tuple(input.shape)} does not fit weight {tuple(weight.shape)}"
+        )
     if not wants_weight_grad(weight) or not has_values(input):
         return F.linear(input, weight, bias)
     input = cast_for_autocast(input)
     if state is None:
         rows = input.detach().reshape(-1, input.shape[-1])
         state = learned(estimator, estimator.initial_state(rows.shape[-1], rows.device), rows, key)
-    return _SketchedLinearFunction.apply(input, weight, bias, key, estimator, tuple(state), *state.values())
+    return _SketchedLinearFunction.apply(
+        input, weight, bias, key, estimator, tuple(state), *state.values()
+    )
 
 
 def basis_linear(
@@ -119,10 +143,10 @@ def basis_linear(
 ) -> Tensor:
     """BASIS as a formula (arXiv 2604.16324, Algorithm 1), with the hashing in the caller's hands.
 
-    input (..., N), leading dimensions are flattened to B rows; weight (M, N); bias (M,) or None. `bins` (B integers in
-    [0, min(rank, B))) and `signs` (B values, +1 or -1) come together; without them a balanced hashing is drawn from
-    PyTorch's default generator. Returns (..., M). Raises ValueError for options out of range, and for bins or signs that
-    do not fit.
+    input (..., N), leading dimensions are flattened to B rows; weight (M, N); bias (M,) or None.
+    `bins` (B integers in [0, min(rank, B))) and `signs` (B values, +1 or -1) come together; without
+    them a balanced hashing is drawn from PyTorch's default generator. Returns (..., M). Raises
+    ValueError for options out of range, and for bins or signs that do not fit.
     """
     estimator = BalancedSketch(rank, invariant_scalars=invariant_scalars, shrinkage=shrinkage)
     if input.ndim == 0:
@@ -130,29 +154,39 @@ def basis_linear(
     if (bins is None) != (signs is None):
         raise ValueError("basis_linear: bins and signs go together; give both or neither")
     if bins is None or signs is None:
-        key = draw_key(input.device) if wants_weight_grad(weight) else torch.zeros((), dtype=torch.int64)
+        key = (
+            draw_key(input.device)
+            if wants_weight_grad(weight)
+            else torch.zeros((), dtype=torch.int64)
+        )
         return sketched_linear(input, weight, bias, key, estimator)
     if bins.is_floating_point():
         raise ValueError(f"basis_linear: bins must be integers, got {bins.dtype}")
     rows = input.numel() // max(input.shape[-1], 1)
     if bins.shape != (rows,) or signs.shape != (rows,):
         raise ValueError(
-            f"basis_linear: bins {tuple(bins.shape)} and signs {tuple(signs.shape)} must have shape ({rows},), one per row"
+            f"basis_linear: bins {tuple(bins.shape)} and signs {tuple(signs.shape)} must have shape "
+            f"({rows},), one per row"
         )
-    if not torch.compiler.is_compiling() and rows > 0:  # the values can't be looked at while a graph is traced
+    if (
+        not torch.compiler.is_compiling() and rows > 0
+    ):  # the values can't be looked at while a graph is traced
         effective = min(rank, rows)
         if not ((bins >= 0) & (bins < effective)).all():
             raise ValueError(f"basis_linear: bins must lie in [0, min(rank, B)) = [0, {effective})")
         if not (signs.abs() == 1).all():
             raise ValueError("basis_linear: signs must be +1 or -1")
-    return sketched_linear(input, weight, bias, encode_hashing(bins, signs).to(input.device), estimator)
+    return sketched_linear(
+        input, weight, bias, encode_hashing(bins, signs).to(input.device), estimator
+    )
 
 
 class SketchedLinear(Keyed, Learning, nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
-    Same parameters, same forward; the same state_dict, unless the estimator learns: then with what it has learned, in buffers
-    named `estimator_<name>` (learning.py). For `noise_key` see keyed.py. Raises TypeError if `estimator` is none.
+    Same parameters, same forward; the same state_dict, unless the estimator learns: then with what
+    it has learned, in buffers named `estimator_<name>` (learning.py). For `noise_key` see keyed.py.
+    Raises TypeError if `estimator` is none.
     """
 
     def __init__(
@@ -178,27 +212,47 @@ class SketchedLinear(Keyed, Learning, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
-        """The same layer, sharing `linear`'s parameters (the very Parameter objects: optimisers and ties stay valid) and hooks.
+        """The same layer, sharing `linear`'s parameters (the very Parameter objects: optimisers and
+        ties stay valid) and hooks.
 
-        Raises ValueError if the weight is not a parameter of its own but computed by a hook (old-style weight_norm).
+        Raises ValueError if the weight is not a parameter of its own but computed by a hook
+        (old-style weight_norm).
         """
         if linear._parameters.get("weight") is None:
-            raise ValueError("sketched linear: the layer's weight is computed by a hook, not a parameter")
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, estimator=estimator, device="meta")
+            raise ValueError(
+                "sketched linear: the layer's weight is computed by a hook, not a parameter"
+            )
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            estimator=estimator,
+            device="meta",
+        )
         new.forget(linear.weight.device)
         return take_over(new, linear)
 
     def to_linear(self) -> nn.Linear:
         """The plain layer again, sharing this layer's parameters and hooks."""
-        return take_over(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"), self)
+        return take_over(
+            nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"),
+            self,
+        )
 
     def key_for(self, input: Tensor) -> Tensor:
-        """The key of a forward now, on the input's device: `noise_key`, else a fresh one if this forward may be trained on."""
+        """The key of a forward now, on the input's device: `noise_key`, else a fresh one if this
+        forward may be trained on.
+        """
         if self.noise_key is not None:
             return self.noise_key.to(input.device)
-        if self.estimator.uses_noise and self.weight.requires_grad and (self.training or torch.is_grad_enabled()):
-            # Before the look at the grad mode: a reentrant checkpoint runs its first forward without, and its recomputation
-            # must find that the generator has moved on, else all steps and layers would share one key.
+        if (
+            self.estimator.uses_noise
+            and self.weight.requires_grad
+            and (self.training or torch.is_grad_enabled())
+        ):
+            # Before the look at the grad mode: a reentrant checkpoint runs its first forward
+            # without, and its recomputation must find that the generator has moved on, else all
+            # steps and layers would share one key.
             return draw_key(input.device)
         return torch.zeros((), dtype=torch.int64, device=input.device)
 

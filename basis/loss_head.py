@@ -1,25 +1,29 @@
-"""The last dense layer and the cross-entropy as one step: the logits of all rows never exist at once, and none outlive forward.
+"""The last dense layer and the cross-entropy as one step: the logits of all rows never exist at
+once, and none outlive forward.
 
-At a vocabulary of 50,257 the head is most of a small GPT's step, and its logits are most of what backward would keep. But
-the gradient of a mean cross-entropy is known as soon as a row's logits are,
+At a vocabulary of 50,257 the head is most of a small GPT's step, and its logits are most of what
+backward would keep. But the gradient of a mean cross-entropy is known as soon as a row's logits
+are,
 
     dY = (softmax(Y) - onehot(targets)) / B,        Y = X W^T                          (B rows, V classes)
 
-so forward takes the rows in blocks of at most `BLOCK_BYTES` of logits, turns each block of Y into dY in place, forms its rows of
-dX = dY W (exact), adds what it contributes to dW (by the layer's estimator, exact or sketched), and lets it go. Backward
-multiplies dX and dW by the gradient of the loss, which is 1 in a plain training step. One path for every method, so that
-comparisons between methods compare the methods.
+so forward takes the rows in blocks of at most `BLOCK_BYTES` of logits, turns each block of Y into
+dY in place, forms its rows of dX = dY W (exact), adds what it contributes to dW (by the layer's
+estimator, exact or sketched), and lets it go. Backward multiplies dX and dW by the gradient of the
+loss, which is 1 in a plain training step. One path for every method, so that comparisons between
+methods compare the methods.
 
-dW from blocks: an estimator says X ~ L Z (`Estimator.factors`), so dW = (L^T dY)^T Z, and L^T dY, (k, V), is a sum over blocks.
-The exact one has L = X; a sketch has L = S^T with k = R. An estimator without factors is given dY whole, held in X's precision.
+dW from blocks: an estimator says X ~ L Z (`Estimator.factors`), so dW = (L^T dY)^T Z, and L^T dY,
+(k, V), is a sum over blocks. The exact one has L = X; a sketch has L = S^T with k = R. An estimator
+without factors is given dY whole, held in X's precision.
 
-Layout: Y is made vocabulary-major, as W X^T. Its product, the one with L and the one that forms dW then read W and Y row by
-row; with few rows (B = 64) that is up to twice as fast as X W^T on a CPU.
+Layout: Y is made vocabulary-major, as W X^T. Its product, the one with L and the one that forms dW
+then read W and Y row by row; with few rows (B = 64) that is up to twice as fast as X W^T on a CPU.
 
-What is exact: the loss, dX. What is estimated: dW, if the estimator says so.
-Kept until backward: dX (B N elements) and dW (V N, the gradient itself, there a little earlier than usual).
-Held during forward: one block of Y in float32 at least, where F.linear and F.cross_entropy hold two Y, and three in backward.
-FLOPs: as without it.
+What is exact: the loss, dX. What is estimated: dW, if the estimator says so. Kept until backward:
+dX (B N elements) and dW (V N, the gradient itself, there a little earlier than usual). Held during
+forward: one block of Y in float32 at least, where F.linear and F.cross_entropy hold two Y, and
+three in backward. FLOPs: as without it.
 
 With a head tied to an embedding, tied.py lets dW flow on to it.
 """
@@ -36,14 +40,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from basis.embedding import graph_is_released
 from basis.estimator import Estimator, State
 from basis.estimators.exact import Exact
 from basis.linear import SketchedLinear, refuse_nested_transforms, wants_weight_grad
-from basis.matrix import cast_for_autocast, frobenius_norm, has_values, reduce_columns, tall_product
-from basis.tied import graph_is_released
+from basis.ops.matrix import (
+    cast_for_autocast,
+    frobenius_norm,
+    has_values,
+    reduce_columns,
+    tall_product,
+)
 
 BLOCK_BYTES = 64 * 2**20
-"""Most bytes of logits (in float32) that exist at once. Larger blocks gain nothing on a CPU; a row at least is taken."""
+"""Most bytes of logits (in float32) that exist at once. Larger blocks gain nothing on a CPU; a row
+at least is taken.
+"""
 
 
 def _blocks(rows: int, classes: int) -> list[slice]:
@@ -54,9 +66,13 @@ def _blocks(rows: int, classes: int) -> list[slice]:
 
 
 def _loss_and_gradient(x: Tensor, w: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of a block of rows divided by `rows`, and dY^T (V, block) in the precision of `x`."""
+    """Sum of the losses of a block of rows divided by `rows`, and dY^T (V, block) in the precision
+    of `x`.
+    """
     y = w @ x.t()
-    y = y.to(torch.promote_types(y.dtype, torch.float32))  # softmax of low-precision logits is taken in float32
+    y = y.to(
+        torch.promote_types(y.dtype, torch.float32)
+    )  # softmax of low-precision logits is taken in float32
     index = targets[None]
     at_target = y.gather(0, index)[0]
     largest = reduce_columns(torch.amax, y)
@@ -69,7 +85,9 @@ def _loss_and_gradient(x: Tensor, w: Tensor, targets: Tensor, rows: int) -> tupl
 class _WeightGradient:
     """dW of the head, from blocks of dY^T."""
 
-    def __init__(self, estimator: Estimator, x: Tensor, key: Tensor, weight: Tensor, state: State) -> None:
+    def __init__(
+        self, estimator: Estimator, x: Tensor, key: Tensor, weight: Tensor, state: State
+    ) -> None:
         self.estimator, self.weight = estimator, weight
         self.kept = estimator.compress_with(x, key, state)
         self.factors = estimator.factors(self.kept, x.shape[0])
@@ -85,7 +103,9 @@ class _WeightGradient:
             return
         left = self.factors.left[block].to(grad_y.dtype)  # (V, block) (block, k)
         if self.projected is None:
-            self.projected = (grad_y @ left).to(self.weight.dtype)  # summed up in the precision of the weight
+            self.projected = (grad_y @ left).to(
+                self.weight.dtype
+            )  # summed up in the precision of the weight
         elif self.projected.dtype == grad_y.dtype == left.dtype:
             self.projected.addmm_(grad_y, left)
         else:
@@ -98,19 +118,25 @@ class _WeightGradient:
     def result(self) -> Tensor:
         """dW (V, N) in the precision of the weight."""
         if self.factors is None:
-            return self.estimator.weight_grad(self.kept, torch.cat(self.whole, 1).t()).to(self.weight.dtype)
+            return self.estimator.weight_grad(self.kept, torch.cat(self.whole, 1).t()).to(
+                self.weight.dtype
+            )
         assert self.projected is not None
         result, right, scale = self.projected, self.factors.right, self.factors.scale
         right = None if right is None else right.to(result.dtype)
         if scale is not None:
-            factor = scale(torch.stack(self.squares).sum().sqrt(), frobenius_norm(result)).to(result.dtype)
+            factor = scale(torch.stack(self.squares).sum().sqrt(), frobenius_norm(result)).to(
+                result.dtype
+            )
             if right is None:
                 result = result * factor
             else:
                 right = right * factor  # k x N and not V x N numbers
         result = result if right is None else result @ right
         if self.factors.mean is not None:
-            result = torch.addr(result, torch.stack(self.sums).sum(0), self.factors.mean.to(result.dtype))
+            result = torch.addr(
+                result, torch.stack(self.sums).sum(0), self.factors.mean.to(result.dtype)
+            )
         return result
 
 
@@ -119,9 +145,11 @@ Look = Callable[[slice, Tensor], None]
 
 
 class HeadHook(abc.ABC):
-    """A forward hook for a layer that may be fused with its loss: called as any hook where it is not, and as `fused` where it is.
+    """A forward hook for a layer that may be fused with its loss: called as any hook where it is
+    not, and as `fused` where it is.
 
-    Other hooks must see the layer's output, which a fused head never has whole: with them the head runs unfused.
+    Other hooks must see the layer's output, which a fused head never has whole: with them the head
+    runs unfused.
     """
 
     @abc.abstractmethod
@@ -130,12 +158,15 @@ class HeadHook(abc.ABC):
 
     @abc.abstractmethod
     def fused(self, x: Tensor) -> tuple[Look, Callable[[Tensor], None]]:
-        """Before a fused forward on `x` (B, N). The first function is shown dY block by block, for a loss whose gradient is 1;
-        the second one the gradient of the loss, in backward."""
+        """Before a fused forward on `x` (B, N). The first function is shown dY block by block, for
+        a loss whose gradient is 1; the second one the gradient of the loss, in backward.
+        """
 
 
 class _LinearCrossEntropyFunction(torch.autograd.Function):
-    """(loss, dX, dW) of the mean cross-entropy of X W^T; the last two are kept for backward, not differentiated."""
+    """(loss, dX, dW) of the mean cross-entropy of X W^T; the last two are kept for backward, not
+    differentiated.
+    """
 
     @staticmethod
     def forward(
@@ -152,7 +183,9 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         rows = x.shape[0]
         w = weight.to(x.dtype)
         learned = dict(zip(names, state, strict=True))
-        gradient = _WeightGradient(estimator, x, key, weight, learned) if needs_weight_grad else None
+        gradient = (
+            _WeightGradient(estimator, x, key, weight, learned) if needs_weight_grad else None
+        )
         losses, grad_x = [], torch.empty_like(x)
         for block in _blocks(rows, weight.shape[0]):
             loss, grad_y = _loss_and_gradient(x[block], w, targets[block], rows)
@@ -167,7 +200,9 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         return torch.stack(losses).sum(), grad_x, grad_weight
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]
+    ) -> None:
         refuse_nested_transforms()
         _, grad_x, grad_weight = output
         ctx.inputs = len(inputs)
@@ -177,41 +212,60 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         if grad_loss is None:
             return (None,) * ctx.inputs
-        # A look at the value spares a pass over dW. Not on a GPU, where looking waits for it, nor where there is no value.
-        may_look = type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+        # A look at the value spares a pass over dW. Not on a GPU, where looking waits for it, nor
+        # where there is no value.
+        may_look = (
+            type(grad_loss) is Tensor
+            and grad_loss.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        )
         if not (may_look and float(grad_loss) == 1.0):
             multiply = Tensor.mul_ if graph_is_released() else Tensor.mul
             grad_x = None if grad_x is None else multiply(grad_x, grad_loss.to(grad_x.dtype))
-            grad_weight = None if grad_weight is None else multiply(grad_weight, grad_loss.to(grad_weight.dtype))
+            grad_weight = (
+                None
+                if grad_weight is None
+                else multiply(grad_weight, grad_loss.to(grad_weight.dtype))
+            )
         return grad_x, grad_weight, *(None,) * (ctx.inputs - 2)
 
 
-def linear_cross_entropy(layer: nn.Linear, input: Tensor, targets: Tensor, *, weight: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(
+    layer: nn.Linear, input: Tensor, targets: Tensor, *, weight: Tensor | None = None
+) -> Tensor:
     """`F.cross_entropy(layer(input), targets)` in nats, a scalar, with dW by the layer's estimator.
 
-    layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0, V). Without gradients to
-    form, where the layer has a bias or hooks that must see its output (all but `HeadHook`s), in float16 (whose small gradients
-    live by a scaled loss, and the scale is not known in forward), and for an input without rows or on the meta device,
-    PyTorch's own functions do it, from whole logits.
-    weight: what `tied_embedding` returned, through which dW then flows. Raises ValueError if the shapes do not fit.
+    layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0,
+    V). Without gradients to form, where the layer has a bias or hooks that must see its output (all
+    but `HeadHook`s), in float16 (whose small gradients live by a scaled loss, and the scale is not
+    known in forward), and for an input without rows or on the meta device, PyTorch's own functions
+    do it, from whole logits. weight: what `tied_embedding` returned, through which dW then flows.
+    Raises ValueError if the shapes do not fit.
     """
     if input.shape[:-1] != targets.shape:
         raise ValueError(
-            f"linear_cross_entropy: targets {tuple(targets.shape)} do not fit the rows of input {tuple(input.shape)}"
+            f"linear_cross_entropy: targets {tuple(targets.shape)} do not fit the rows of input "
+            f"{tuple(input.shape)}"
         )
     hooks = [hook for hook in layer._forward_hooks.values() if isinstance(hook, HeadHook)]
     others = len(layer._forward_hooks) > len(hooks)
-    hooked = others or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    hooked = (
+        others or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
     fusible = type(layer) in (nn.Linear, SketchedLinear) and layer.bias is None and not hooked
     needs_grad = torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
     x = cast_for_autocast(input)
     if not fusible or not needs_grad or x.dtype == torch.float16 or not has_values(x):
         logits = layer(input).flatten(0, -2)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+        return F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
+        )
     wanted = wants_weight_grad(layer.weight)
     state: State = {}
     if isinstance(layer, SketchedLinear):

@@ -1,8 +1,9 @@
 """What a source of text is, and the two rules by which text is held out for validation.
 
-A source yields `Document`s, each already assigned to "train" or "val", in an order that never changes, and can go on from
-a remembered position, so that an interrupted preparation continues. It says what it is (`identity`) without touching
-the network, so that prepared token files are found again on a machine that has no other copy.
+A source yields `Document`s, each already assigned to "train" or "val", in an order that never
+changes, and can go on from a remembered position, so that an interrupted preparation continues. It
+says what it is (`identity`) without touching the network, so that prepared token files are found
+again on a machine that has no other copy.
 """
 
 import abc
@@ -17,7 +18,9 @@ Position = dict[str, Any]
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text for one split. ends: an end-of-text token belongs after it (False for a text cut in running prose)."""
+    """A piece of text for one split. ends: an end-of-text token belongs after it (False for a text
+    cut in running prose).
+    """
 
     text: str
     split: str
@@ -25,17 +28,23 @@ class Document:
 
 
 class Source(Protocol):
-    """name: for people and folder names. held_out: titles of the works kept for validation, or one line on the rule."""
+    """name: for people and folder names. held_out: titles of the works kept for validation, or one
+    line on the rule.
+    """
 
     name: str
     held_out: tuple[str, ...]
 
     def identity(self) -> dict[str, Any]:
-        """What distinguishes this source's documents from any other's, as JSON values. Touches no network."""
+        """What distinguishes this source's documents from any other's, as JSON values. Touches no
+        network.
+        """
         ...
 
     def documents(self, position: Position | None = None) -> Generator[Document, None, None]:
-        """Documents in their fixed order, from the beginning or from `position`. Close it when stopping early."""
+        """Documents in their fixed order, from the beginning or from `position`. Close it when
+        stopping early.
+        """
         ...
 
     def position(self) -> Position:
@@ -44,7 +53,9 @@ class Source(Protocol):
 
 
 class Counted(abc.ABC):
-    """A source cheap enough to read again from its start: its position is the number of documents yielded."""
+    """A source cheap enough to read again from its start: its position is the number of documents
+    yielded.
+    """
 
     _yielded = 0
 
@@ -64,7 +75,9 @@ class Counted(abc.ABC):
 
 
 def split_by_characters(text: str, val_fraction: float, *, ends: bool) -> Iterator[Document]:
-    """The text's first 1 - val_fraction of characters for training, the rest for validation; the latter comes first."""
+    """The text's first 1 - val_fraction of characters for training, the rest for validation; the
+    latter comes first.
+    """
     cut = int(len(text) * (1.0 - val_fraction))
     for part, split in ((text[cut:], "val"), (text[:cut], "train")):
         if part:
@@ -74,9 +87,11 @@ def split_by_characters(text: str, val_fraction: float, *, ends: bool) -> Iterat
 def split_by_hash(text: str, val_fraction: float) -> str:
     """ "val" for about `val_fraction` of all texts, decided by the text alone.
 
-    So the split needs no count of the documents, survives any interruption, keeps exact duplicates on one side, and more
-    training tokens only ever append to the validation file. (nanoGPT's split of OpenWebText shuffles the whole dataset and
-    can't be reproduced while streaming.)
+    So the split needs no count of the documents, survives any interruption, keeps exact duplicates
+    on one side, and more training tokens only ever append to the validation file. (nanoGPT's split
+    of OpenWebText shuffles the whole dataset and can't be reproduced while streaming.)
     """
-    leading = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    leading = int.from_bytes(
+        hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big"
+    )
     return "val" if leading < val_fraction * 2.0**64 else "train"

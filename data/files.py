@@ -1,7 +1,8 @@
 """Your own text: .txt, .jsonl and .parquet files, one or a folder of them.
 
-A .txt file is one document, read whole, and its last characters are held out; rows of .jsonl and .parquet files stream, each
-a document, held out by the hash of its text. For corpora of many gigabytes use rows: a .txt must fit in memory.
+A .txt file is one document, read whole, and its last characters are held out; rows of .jsonl and
+.parquet files stream, each a document, held out by the hash of its text. For corpora of many
+gigabytes use rows: a .txt must fit in memory.
 """
 
 import json
@@ -16,7 +17,9 @@ PARQUET_ROWS = 1000  # rows decoded at a time
 
 
 class Text(Counted):
-    """Local files: `path` is one .txt, .jsonl or .parquet file, or a folder that is searched for them, in sorted order."""
+    """Local files: `path` is one .txt, .jsonl or .parquet file, or a folder that is searched for
+    them, in sorted order.
+    """
 
     def __init__(self, path: Path, val_fraction: float, text_column: str) -> None:
         self.path = path
@@ -24,7 +27,8 @@ class Text(Counted):
         self.text_column = text_column
         self.name = f"text-{path.stem}"
         self.held_out: tuple[str, ...] = (
-            f"the last {val_fraction:g} of each .txt file; rows whose text's sha256 falls below {val_fraction:g}",
+            f"the last {val_fraction:g} of each .txt file; rows whose text's sha256 falls below "
+            f"{val_fraction:g}",
         )
         self.files = local_files(path, TEXT_SUFFIXES)
 
@@ -56,11 +60,18 @@ class Text(Counted):
                     try:
                         row = json.loads(line)
                     except ValueError as error:  # not JSON, or not UTF-8
-                        raise ValueError(f"data.path: {file} line {number} is not JSON ({error})") from error
+                        raise ValueError(
+                            f"data.path: {file} line {number} is not JSON ({error})"
+                        ) from error
                     if not isinstance(row, dict) or not isinstance(row.get(self.text_column), str):
                         raise ValueError(
-                            f"data.text_column={self.text_column!r}: {file} line {number} has no string of that name"
-                            + (f", only {', '.join(row)}" if isinstance(row, dict) and self.text_column not in row else "")
+                            f"data.text_column={self.text_column!r}: {file} line {number} has no "
+                            "string of that name"
+                            + (
+                                f", only {', '.join(row)}"
+                                if isinstance(row, dict) and self.text_column not in row
+                                else ""
+                            )
                         )
                     yield row[self.text_column]
 
@@ -74,28 +85,40 @@ class Text(Counted):
         with table:
             if self.text_column not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names)
-                raise ValueError(f"data.text_column={self.text_column!r}: {file} has only the columns {names}")
+                raise ValueError(
+                    f"data.text_column={self.text_column!r}: {file} has only the columns {names}"
+                )
             kind = table.schema_arrow.field(self.text_column).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise ValueError(f"data.text_column={self.text_column!r}: in {file} it holds {kind}, not text")
+                raise ValueError(
+                    f"data.text_column={self.text_column!r}: in {file} it holds {kind}, not text"
+                )
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[self.text_column]):
                 yield from batch.column(0).to_pylist()
 
 
 def local_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """`path` itself, or the files below it with one of the suffixes, sorted. Raises ValueError if there is none."""
+    """`path` itself, or the files below it with one of the suffixes, sorted. Raises ValueError if
+    there is none.
+    """
     if not path.exists():
         raise ValueError(f"data.path={str(path)!r}: no such file or folder")
     files = (
-        sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file()) if path.is_dir() else [path]
+        sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        if path.is_dir()
+        else [path]
     )
     if not files or files[0].suffix not in suffixes:
-        raise ValueError(f"data.path={str(path)!r}: must be or hold files ending in {', '.join(suffixes)}")
+        raise ValueError(
+            f"data.path={str(path)!r}: must be or hold files ending in {', '.join(suffixes)}"
+        )
     return files
 
 
 def describe_files(root: Path, files: list[Path]) -> list[list[Any]]:
-    """[relative name, bytes, time of change] of each: enough to notice another corpus without reading gigabytes."""
+    """[relative name, bytes, time of change] of each: enough to notice another corpus without
+    reading gigabytes.
+    """
     described = []
     for file in files:
         name = file.name if file == root else file.relative_to(root).as_posix()

@@ -1,12 +1,14 @@
 """Datasets of the Hugging Face hub (OpenWebText, FineWeb-Edu), streamed at a pinned commit.
 
-Nobody should have to fetch 54 GB to train on 10 million tokens, so documents stream, in the order of the dataset's Parquet
-files, and reading stops at `data.max_tokens`. `data.path` takes a folder of the same Parquet files through the same code.
-The commit is pinned in `conf/data/*.yaml`: a branch name would let the text change under a published result, and the scripts
-that these datasets once needed are gone from `datasets` (no `trust_remote_code` here or anywhere).
+Nobody should have to fetch 54 GB to train on 10 million tokens, so documents stream, in the order
+of the dataset's Parquet files, and reading stops at `data.max_tokens`. `data.path` takes a folder
+of the same Parquet files through the same code. The commit is pinned in `conf/data/*.yaml`: a
+branch name would let the text change under a published result, and the scripts that these datasets
+once needed are gone from `datasets` (no `trust_remote_code` here or anywhere).
 
-Interrupted, the stream goes on where it stood: `datasets` can say which file and row it has reached and return there without
-reading the files before it. Validation documents are chosen by the hash of their text (`sources.split_by_hash`).
+Interrupted, the stream goes on where it stood: `datasets` can say which file and row it has reached
+and return there without reading the files before it. Validation documents are chosen by the hash of
+their text (`sources.split_by_hash`).
 """
 
 from collections.abc import Generator
@@ -31,7 +33,9 @@ class Hub:
         self.files = [] if path is None else local_files(path, (".parquet",))
         self.val_fraction = val_fraction
         self.name = "-".join(part for part in (options.repo.split("/")[-1], options.subset) if part)
-        self.held_out: tuple[str, ...] = (f"documents whose text's sha256 falls below {val_fraction:g}",)
+        self.held_out: tuple[str, ...] = (
+            f"documents whose text's sha256 falls below {val_fraction:g}",
+        )
         self._dataset: IterableDataset | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -48,9 +52,11 @@ class Hub:
         }
 
     def documents(self, position: Position | None = None) -> Generator[Document, None, None]:
-        """See `Source`. Close the generator when stopping early: Arrow's threads must not outlive it.
+        """See `Source`. Close the generator when stopping early: Arrow's threads must not outlive
+        it.
 
-        Raises ConnectionError if the hub can't be reached, ValueError if the text column does not exist.
+        Raises ConnectionError if the hub can't be reached, ValueError if the text column does not
+        exist.
         """
         dataset = self._dataset = self._load()
         if position is not None:
@@ -60,11 +66,15 @@ class Hub:
         try:
             for row in rows:
                 if column not in row:
-                    raise ValueError(f"data.text_column={column!r}: the columns of {self.name} are {', '.join(row)}")
+                    raise ValueError(
+                        f"data.text_column={column!r}: the columns of {self.name} are "
+                        f"{', '.join(row)}"
+                    )
                 if row[column]:
                     yield Document(row[column], split_by_hash(row[column], self.val_fraction))
         finally:
-            # A half-read Parquet stream that is left to the interpreter's end aborts the process (apache/arrow#45214).
+            # A half-read Parquet stream that is left to the interpreter's end aborts the process
+            # (apache/arrow#45214).
             rows.close()
 
     def position(self) -> Position:
@@ -80,9 +90,15 @@ class Hub:
             return load_dataset("parquet", data_files=names, split="train", streaming=True)
         options = self.options
         try:
-            return load_dataset(options.repo, options.subset, split=options.split, streaming=True, revision=options.revision)
+            return load_dataset(
+                options.repo,
+                options.subset,
+                split=options.split,
+                streaming=True,
+                revision=options.revision,
+            )
         except ConnectionError as error:
             raise ConnectionError(
-                f"data.repo={options.repo!r} at revision {options.revision} could not be reached ({error}). "
-                "data.path= takes a local folder with its Parquet files instead"
+                f"data.repo={options.repo!r} at revision {options.revision} could not be reached "
+                f"({error}). data.path= takes a local folder with its Parquet files instead"
             ) from error

@@ -1,8 +1,8 @@
 """What a reader can choose about the data: one plain dataclass, checked where it is declared.
 
-The same class is the schema of `conf/data/*.yaml` (as an OmegaConf structured config, hence plain types only) and the
-argument of `data.prepare.prepare`. Checks that need no file run on construction and name the dotted option; whether a path
-exists is `prepare`'s business.
+The same class is the schema of `conf/data/*.yaml` (as an OmegaConf structured config, hence plain
+types only) and the argument of `data.prepare.prepare`. Checks that need no file run on construction
+and name the dotted option; whether a path exists is `prepare`'s business.
 """
 
 import re
@@ -21,14 +21,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 class DataOptions:
     """The group `data`. Raises ValueError on a value that no preparation could use.
 
-    source: shakespeare, tinyshakespeare, hub (a dataset of the Hugging Face hub), or text (local files).
-    path: local files instead of the network (source=text: required).
-    tokenizer: gpt2 or char. order: in which training reads the tokens, paper or random (see data/sampler.py).
-    max_tokens: stop after that many training tokens; None means all.
-    val_fraction: share held out for validation; None where whole works are (shakespeare).
-    cache_dir: where downloads and token files live; a relative one is below the repository's root.
-    repo, subset, revision, split: which dataset of the hub, at which commit. text_column: its column (and that of local
-    .jsonl and .parquet files) with the text.
+    source: shakespeare, tinyshakespeare, hub (a dataset of the Hugging Face hub), or text (local
+    files). path: local files instead of the network (source=text: required). tokenizer: gpt2 or
+    char. order: in which training reads the tokens, paper or random (see data/sampler.py).
+    max_tokens: stop after that many training tokens; None means all. val_fraction: share held out
+    for validation; None where whole works are (shakespeare). cache_dir: where downloads and token
+    files live; a relative one is below the repository's root. repo, subset, revision, split: which
+    dataset of the hub, at which commit. text_column: its column (and that of local .jsonl and
+    .parquet files) with the text.
     """
 
     source: str = "shakespeare"
@@ -53,7 +53,9 @@ class DataOptions:
             if value not in allowed:
                 raise ValueError(f"data.{option}={value!r}: must be one of {', '.join(allowed)}")
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"data.max_tokens={self.max_tokens}: must be at least 1, or null for all")
+            raise ValueError(
+                f"data.max_tokens={self.max_tokens}: must be at least 1, or null for all"
+            )
         self._check_val_fraction()
         self._check_source()
 
@@ -61,8 +63,8 @@ class DataOptions:
         if self.source == "shakespeare":
             if self.val_fraction is not None:
                 raise ValueError(
-                    f"data.val_fraction={self.val_fraction}: must be null for data.source='shakespeare', "
-                    "which holds out whole works"
+                    f"data.val_fraction={self.val_fraction}: must be null for "
+                    "data.source='shakespeare', which holds out whole works"
                 )
         elif self.val_fraction is None or not 0.0 < self.val_fraction < 1.0:
             raise ValueError(f"data.val_fraction={self.val_fraction}: must be between 0 and 1")
@@ -70,12 +72,20 @@ class DataOptions:
     def _check_source(self) -> None:
         if self.source == "text" and not self.path:
             raise ValueError(
-                "data.path=null: data.source='text' needs data.path, a .txt, .jsonl or .parquet file or a folder of them"
+                "data.path=null: data.source='text' needs data.path, a .txt, .jsonl or .parquet "
+                "file or a folder of them"
             )
         if self.source != "hub":
-            for option, value in (("repo", self.repo), ("subset", self.subset), ("revision", self.revision)):
+            for option, value in (
+                ("repo", self.repo),
+                ("subset", self.subset),
+                ("revision", self.revision),
+            ):
                 if value is not None:
-                    raise ValueError(f"data.{option}={value!r}: must be null unless data.source='hub', not {self.source!r}")
+                    raise ValueError(
+                        f"data.{option}={value!r}: must be null unless data.source='hub', not "
+                        f"{self.source!r}"
+                    )
             return
         if not self.repo:
             raise ValueError("data.repo=null: data.source='hub' needs a dataset's id, owner/name")
@@ -86,10 +96,12 @@ class DataOptions:
             )
         if self.tokenizer == "char":
             raise ValueError(
-                "data.tokenizer='char': must be gpt2 for data.source='hub', as a character vocabulary would need "
-                "a first pass over the whole dataset"
+                "data.tokenizer='char': must be gpt2 for data.source='hub', as a character "
+                "vocabulary would need a first pass over the whole dataset"
             )
 
     def cache_path(self) -> Path:
-        """`cache_dir` as an absolute path; a relative one counts from the repository's root, wherever the process runs."""
+        """`cache_dir` as an absolute path; a relative one counts from the repository's root,
+        wherever the process runs.
+        """
         return REPOSITORY / Path(self.cache_dir).expanduser()

@@ -1,11 +1,13 @@
-"""Prepared data: a folder with train.bin, val.bin and a metadata.json that says what they are, made once and found again.
+"""Prepared data: a folder with train.bin, val.bin and a metadata.json that says what they are, made
+once and found again.
 
     <data.cache_dir>/tokens/<source>-<tokenizer>-<hash>/
 
-The hash covers what decides the tokens (source, its revision or files, the split, the tokenizer, `data.max_tokens`) and
-nothing else, so a change of order or of cache folder reuses them. `metadata.json` is written last: a folder that has one is
-complete and is opened at once, without a tokenizer, a network or the original text; one without is continued. One process
-at a time works on a folder, the others wait for it.
+The hash covers what decides the tokens (source, its revision or files, the split, the tokenizer,
+`data.max_tokens`) and nothing else, so a change of order or of cache folder reuses them.
+`metadata.json` is written last: a folder that has one is complete and is opened at once, without a
+tokenizer, a network or the original text; one without is continued. One process at a time works on
+a folder, the others wait for it.
 
 On the command line, ahead of training (train.py does the same on first use):
 
@@ -35,7 +37,9 @@ METADATA = "metadata.json"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A complete folder. metadata: source, tokenizer, vocabulary size, counts, hashes and held-out works."""
+    """A complete folder. metadata: source, tokenizer, vocabulary size, counts, hashes and held-out
+    works.
+    """
 
     folder: Path
     train: TokenFile
@@ -44,9 +48,11 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path) -> "Prepared":
-        """Open a complete folder and compare its files with its metadata (cheaply; `TokenFile.verify` reads everything).
+        """Open a complete folder and compare its files with its metadata (cheaply;
+        `TokenFile.verify` reads everything).
 
-        Raises ValueError if a file is missing, cut short or not the one that the metadata describes.
+        Raises ValueError if a file is missing, cut short or not the one that the metadata
+        describes.
         """
         metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         files = {}
@@ -56,20 +62,27 @@ class Prepared:
                 raise ValueError(f"{path} is missing: delete {folder} and prepare it again")
             files[split] = TokenFile.open(path)
             if files[split].sha256 != metadata[split]["sha256"]:
-                raise ValueError(f"{path} is not the file that {METADATA} describes: delete {folder} and prepare it again")
+                raise ValueError(
+                    f"{path} is not the file that {METADATA} describes: delete {folder} and prepare "
+                    "it again"
+                )
         return cls(folder, files["train"], files["val"], metadata)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Loaded when first asked for: training and evaluating need none."""
-        return load_tokenizer(self.metadata["tokenizer"], self.folder.parents[1], folder=self.folder)
+        return load_tokenizer(
+            self.metadata["tokenizer"], self.folder.parents[1], folder=self.folder
+        )
 
 
 def prepare(options: DataOptions, *, progress: bool = True) -> Prepared:
-    """Open the prepared folder of these options, making it first if it is not there (see the module).
+    """Open the prepared folder of these options, making it first if it is not there (see the
+    module).
 
-    progress: show a bar on stderr. Raises ValueError for options that can't be served (before anything is written, as far
-    as they can be checked without reading the text) and ConnectionError if something could not be fetched.
+    progress: show a bar on stderr. Raises ValueError for options that can't be served (before
+    anything is written, as far as they can be checked without reading the text) and ConnectionError
+    if something could not be fetched.
     """
     source = make_source(options)
     folder = prepared_folder(options, source)
@@ -105,7 +118,9 @@ def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -
             raise ValueError(f"data.path={options.path!r}: holds no text")
         if manifest.tokens[split] == 0:
             remove(shards)
-            raise ValueError(f"data.val_fraction={options.val_fraction}: no token for {split}; {advice}")
+            raise ValueError(
+                f"data.val_fraction={options.val_fraction}: no token for {split}; {advice}"
+            )
     files = join(manifest, shards, folder, tokenizer.vocab_size)
     metadata = {
         "format": FORMAT,
@@ -127,7 +142,9 @@ def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -
 
 
 def _tokenizer(options: DataOptions, source: Source, folder: Path) -> Tokenizer:
-    """The tokenizer to encode with; a character vocabulary is collected from the corpus and saved into the folder."""
+    """The tokenizer to encode with; a character vocabulary is collected from the corpus and saved
+    into the folder.
+    """
     if options.tokenizer != "char":
         return load_tokenizer(options.tokenizer, options.cache_path())
     characters = {CharTokenizer.separator}
@@ -142,7 +159,8 @@ def _tokenizer(options: DataOptions, source: Source, folder: Path) -> Tokenizer:
 def load_options(overrides: Sequence[str], conf: Path = REPOSITORY / "conf") -> DataOptions:
     """The `data` group of `conf`/config.yaml under Hydra overrides, as train.py would see it.
 
-    Raises ValueError for a value out of range; Hydra's and OmegaConf's own errors for a misspelt option or a wrong type.
+    Raises ValueError for a value out of range; Hydra's and OmegaConf's own errors for a misspelt
+    option or a wrong type.
     """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -158,7 +176,9 @@ def load_options(overrides: Sequence[str], conf: Path = REPOSITORY / "conf") -> 
 
 
 def main(overrides: Sequence[str]) -> int:
-    """The command line. Prints folder, counts and hashes; 1 after a mistake of the user's or a failed download."""
+    """The command line. Prints folder, counts and hashes; 1 after a mistake of the user's or a
+    failed download.
+    """
     import logging
 
     if {"-h", "--help"} & set(overrides):
@@ -182,7 +202,10 @@ def main(overrides: Sequence[str]) -> int:
     print(f"tokenizer   {metadata['tokenizer']}, vocabulary {metadata['vocab_size']:,}")
     for split in SPLITS:
         part = metadata[split]
-        print(f"{split:10}  {part['tokens']:,} tokens of {part['documents']:,} documents, sha256 {part['sha256']}")
+        print(
+            f"{split:10}  {part['tokens']:,} tokens of {part['documents']:,} documents, sha256 "
+            f"{part['sha256']}"
+        )
     print(f"held out    {', '.join(metadata['held_out'])}")
     return 0
 

@@ -1,19 +1,22 @@
 """Which tokens a step trains on, as a pure function of (seed, step, micro-batch, rank).
 
-There is no iterator and no state: `batch(step)` computes its offsets from the numbers in its key and reads them from the
-token file. So a resumed run needs one integer to see exactly the batches it would have seen, two runs that differ in their
-method see the same text, and evaluating in between disturbs nothing.
+There is no iterator and no state: `batch(step)` computes its offsets from the numbers in its key
+and reads them from the token file. So a resumed run needs one integer to see exactly the batches it
+would have seen, two runs that differ in their method see the same text, and evaluating in between
+disturbs nothing.
 
-Number the samples of a step 0 .. S - 1, S = micro_batches * world_size * batch_size, sample (micro, rank, row) being
-`(micro * world_size + rank) * batch_size + row`. The text of sample s at a step depends on s alone, so the same S samples
-make up the step whether one process accumulates four micro-batches or four ranks take one each.
+Number the samples of a step 0 .. S - 1, S = micro_batches * world_size * batch_size, sample (micro,
+rank, row) being `(micro * world_size + rank) * batch_size + row`. The text of sample s at a step
+depends on s alone, so the same S samples make up the step whether one process accumulates four
+micro-batches or four ranks take one each.
 
-- `paper`: consecutive, non-overlapping windows of T + 1 tokens read in order, as the code published with BASIS does. Sample
-  s of step t is window `(t * S + s) mod W` of the file's W = count // (T + 1) whole windows; the last, incomplete window is
-  never read. The seed plays no part.
-- `random`: nanoGPT's order, every window starting at a uniformly random token. The offsets are the raw 64-bit output of a
-  counter-based generator (Philox, keyed by seed and step) modulo the number of possible starts; numpy guarantees that raw
-  stream for all its versions, as it does not for `Generator.integers`. The modulo's bias is below count / 2^64.
+- `paper`: consecutive, non-overlapping windows of T + 1 tokens read in order, as the code published
+  with BASIS does. Sample s of step t is window `(t * S + s) mod W` of the file's W = count // (T +
+  1) whole windows; the last, incomplete window is never read. The seed plays no part.
+- `random`: nanoGPT's order, every window starting at a uniformly random token. The offsets are the
+  raw 64-bit output of a counter-based generator (Philox, keyed by seed and step) modulo the number
+  of possible starts; numpy guarantees that raw stream for all its versions, as it does not for
+  `Generator.integers`. The modulo's bias is below count / 2^64.
 
 A batch of one window costs about 50 microseconds, which a training step does not notice.
 """
@@ -35,9 +38,9 @@ KEY_HALF = 1 << 64  # Philox takes a 128-bit key: the seed in the high half, the
 class Sampler:
     """Training batches of `batch_size` windows from one token file.
 
-    order: "paper" or "random" (see the module). micro_batches, world_size: how many batches of this size make one step over
-    all ranks; `rank` is this process's place among them.
-    Raises ValueError (naming `data.order`, `model.block_size` ...) for values that cannot be served.
+    order: "paper" or "random" (see the module). micro_batches, world_size: how many batches of this
+    size make one step over all ranks; `rank` is this process's place among them. Raises ValueError
+    (naming `data.order`, `model.block_size` ...) for values that cannot be served.
     """
 
     def __init__(
@@ -54,7 +57,11 @@ class Sampler:
     ) -> None:
         if order not in ORDERS:
             raise ValueError(f"data.order={order!r}: must be one of {', '.join(ORDERS)}")
-        for name, value in (("batch_size", batch_size), ("micro_batches", micro_batches), ("world_size", world_size)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("micro_batches", micro_batches),
+            ("world_size", world_size),
+        ):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         if not 0 <= rank < world_size:
@@ -75,7 +82,8 @@ class Sampler:
         return self.micro_batches * self.world_size * self.batch_size
 
     def batch(self, step: int, micro_batch: int = 0) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of one micro-batch: two int64 CPU tensors (batch_size, block_size), targets one token later.
+        """Inputs and targets of one micro-batch: two int64 CPU tensors (batch_size, block_size),
+        targets one token later.
 
         A pure function of (seed, step, micro_batch, rank); `paper` order ignores the seed.
         """
@@ -91,7 +99,9 @@ class Sampler:
             windows = self.tokens.count // length
             base = step * self.samples_per_step + first
             return [(base + row) % windows * length for row in range(self.batch_size)]
-        raw = np.random.Philox(key=self.seed % KEY_HALF * KEY_HALF + step).random_raw(self.samples_per_step)
+        raw = np.random.Philox(key=self.seed % KEY_HALF * KEY_HALF + step).random_raw(
+            self.samples_per_step
+        )
         possible = np.uint64(self.tokens.count - self.block_size)
         chosen: list[int] = (raw[first : first + self.batch_size] % possible).tolist()
         return chosen
@@ -99,9 +109,11 @@ class Sampler:
 
 @dataclass(frozen=True)
 class ValidationWindows:
-    """The fixed text of every evaluation: `batches` of (inputs, targets), each int64 (batch_size, block_size).
+    """The fixed text of every evaluation: `batches` of (inputs, targets), each int64 (batch_size,
+    block_size).
 
-    hash: sha256 (hex) of the tokens used, as stored in the file. Equal hashes mean comparable losses.
+    hash: sha256 (hex) of the tokens used, as stored in the file. Equal hashes mean comparable
+    losses.
     """
 
     batches: tuple[tuple[Tensor, Tensor], ...]
@@ -114,21 +126,32 @@ class ValidationWindows:
         return iter(self.batches)
 
 
-def validation_windows(tokens: TokenFile, *, block_size: int, batch_size: int, batches: int) -> ValidationWindows:
-    """The first batches * batch_size windows of block_size + 1 tokens: consecutive, non-overlapping, always the same.
+def validation_windows(
+    tokens: TokenFile, *, block_size: int, batch_size: int, batches: int
+) -> ValidationWindows:
+    """The first batches * batch_size windows of block_size + 1 tokens: consecutive,
+    non-overlapping, always the same.
 
-    Held in memory (8 bytes a token, twice), so that an evaluation reads no file. Raises ValueError if the file is too short.
+    Held in memory (8 bytes a token, twice), so that an evaluation reads no file. Raises ValueError
+    if the file is too short.
     """
     _check_block_size(tokens, block_size)
     if batches < 1 or batch_size < 1:
-        raise ValueError(f"eval.batches={batches}, batch size {batch_size}: both must be at least 1")
+        raise ValueError(
+            f"eval.batches={batches}, batch size {batch_size}: both must be at least 1"
+        )
     length = block_size + 1
     available, needed = tokens.count // length, batches * batch_size
     if needed > available:
         raise ValueError(
             f"eval.batches={batches}: {batches} batches of {batch_size} windows of {length} tokens "
-            f"(model.block_size + 1) need {needed * length:,} tokens and {tokens.path} holds {tokens.count:,}; "
-            + (f"at most eval.batches={available // batch_size} fit" if available >= batch_size else "lower eval.batch_size")
+            f"(model.block_size + 1) need {needed * length:,} tokens and {tokens.path} holds "
+            f"{tokens.count:,}; "
+            + (
+                f"at most eval.batches={available // batch_size} fit"
+                if available >= batch_size
+                else "lower eval.batch_size"
+            )
             + ", or hold out more text (data.val_fraction)"
         )
     flat = tokens.read(0, needed * length)
@@ -148,6 +171,6 @@ def _check_block_size(tokens: TokenFile, block_size: int) -> None:
         raise ValueError(f"model.block_size={block_size}: must be at least 1")
     if tokens.count < block_size + 1:
         raise ValueError(
-            f"model.block_size={block_size}: one window needs {block_size + 1} tokens and {tokens.path} "
-            f"holds {tokens.count:,}"
+            f"model.block_size={block_size}: one window needs {block_size + 1} tokens and "
+            f"{tokens.path} holds {tokens.count:,}"
         )

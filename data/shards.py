@@ -1,14 +1,16 @@
 """Documents to token files, in steps that a kill cannot undo.
 
-Tokenizing OpenWebText takes hours, and whatever takes hours gets interrupted. So tokens are collected in shards of some
-16 million (32 MB): each shard's two files (train, val) are written under temporary names and renamed, then a manifest that
-counts them and remembers the source's position is replaced in one rename. What the manifest does not count never happened:
-a rerun goes on from the manifest's position and writes over it. The bytes of the result depend on the documents alone, not on
-where shards end or how often the work was interrupted. At the end the shards are joined into `train.bin` and `val.bin`,
-for which the disk must briefly hold the tokens twice.
+Tokenizing OpenWebText takes hours, and whatever takes hours gets interrupted. So tokens are
+collected in shards of some 16 million (32 MB): each shard's two files (train, val) are written
+under temporary names and renamed, then a manifest that counts them and remembers the source's
+position is replaced in one rename. What the manifest does not count never happened: a rerun goes on
+from the manifest's position and writes over it. The bytes of the result depend on the documents
+alone, not on where shards end or how often the work was interrupted. At the end the shards are
+joined into `train.bin` and `val.bin`, for which the disk must briefly hold the tokens twice.
 
-Between documents stands the tokenizer's end-of-text token, appended to each as nanoGPT does, or, where there is none, its
-separator. A few threads encode at a time (tiktoken releases the interpreter's lock); their results are used in order.
+Between documents stands the tokenizer's end-of-text token, appended to each as nanoGPT does, or,
+where there is none, its separator. A few threads encode at a time (tiktoken releases the
+interpreter's lock); their results are used in order.
 """
 
 import json
@@ -30,7 +32,9 @@ from data.tokens import TokenFile, write_tokens
 
 SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 24
-GROUP_CHARACTERS = 1 << 22  # documents are handed to the encoding threads in groups of about this size
+GROUP_CHARACTERS = (
+    1 << 22
+)  # documents are handed to the encoding threads in groups of about this size
 GROUP_DOCUMENTS = 256
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -39,7 +43,9 @@ Ids = npt.NDArray[np.uint16]
 
 @dataclass
 class Manifest:
-    """What is safely on the disk: shards 0 .. shards - 1, their totals per split, and where the source goes on."""
+    """What is safely on the disk: shards 0 .. shards - 1, their totals per split, and where the
+    source goes on.
+    """
 
     shards: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -58,11 +64,18 @@ class Manifest:
 
 
 def tokenize(
-    source: Source, tokenizer: Tokenizer, folder: Path, *, max_tokens: int | None = None, progress: bool = True
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    max_tokens: int | None = None,
+    progress: bool = True,
 ) -> Manifest:
-    """Write the source's tokens as shards into `folder`, continuing what is there, and return the finished manifest.
+    """Write the source's tokens as shards into `folder`, continuing what is there, and return the
+    finished manifest.
 
-    max_tokens: stop once that many training tokens are written, the last document cut to hit it exactly.
+    max_tokens: stop once that many training tokens are written, the last document cut to hit it
+    exactly.
     """
     from tqdm import tqdm
 
@@ -84,7 +97,9 @@ def tokenize(
         closing(_groups(source.documents(manifest.position))) as groups,
     ):
         for group in groups:
-            for document, ids in zip(group, threads.map(tokenizer.encode, [d.text for d in group]), strict=True):
+            for document, ids in zip(
+                group, threads.map(tokenizer.encode, [d.text for d in group]), strict=True
+            ):
                 ids = _joined(ids, document, tokenizer, first=manifest.tokens[document.split] == 0)
                 if document.split == "train":
                     if max_tokens is not None:
@@ -113,7 +128,9 @@ def join(manifest: Manifest, shards: Path, folder: Path, vocab_size: int) -> dic
             shard.verify()
             yield from shard.chunks()
 
-    return {split: write_tokens(folder / f"{split}.bin", pieces(split), vocab_size) for split in SPLITS}
+    return {
+        split: write_tokens(folder / f"{split}.bin", pieces(split), vocab_size) for split in SPLITS
+    }
 
 
 def remove(folder: Path) -> None:
@@ -129,8 +146,10 @@ def _joined(ids: Ids, document: Document, tokenizer: Tokenizer, *, first: bool) 
 
 
 def _groups(documents: Generator[Document, None, None]) -> Generator[list[Document], None, None]:
-    """Documents in groups worth handing to threads. Reads no document ahead of the group, so that the source's position
-    after a group is exactly behind its last document; closing this closes the source."""
+    """Documents in groups worth handing to threads. Reads no document ahead of the group, so that
+    the source's position after a group is exactly behind its last document; closing this closes the
+    source.
+    """
     group: list[Document] = []
     characters = 0
     with closing(documents):
@@ -145,7 +164,11 @@ def _groups(documents: Generator[Document, None, None]) -> Generator[list[Docume
 
 
 def _flush(
-    pending: dict[str, list[Ids]], manifest: Manifest, vocab_size: int, folder: Path, position: Position | None
+    pending: dict[str, list[Ids]],
+    manifest: Manifest,
+    vocab_size: int,
+    folder: Path,
+    position: Position | None,
 ) -> None:
     """Write the pending tokens as the next shard, then the manifest that makes it count."""
     for split in SPLITS:

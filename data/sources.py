@@ -17,7 +17,9 @@ from data.shakespeare import Shakespeare, TinyShakespeare
 
 
 def make_source(options: DataOptions) -> Source:
-    """The source that the options name. Raises ValueError if `data.path` does not hold what it should."""
+    """The source that the options name. Raises ValueError if `data.path` does not hold what it
+    should.
+    """
     path = None if options.path is None else Path(options.path).expanduser().absolute()
     if path is not None and not path.exists():
         raise ValueError(f"data.path={options.path!r}: no such file or folder")

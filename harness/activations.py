@@ -9,7 +9,7 @@
 | budget | torch.compile decides what to compute again, to keep this share of bytes | compilation, up to a forward |
 
 A block that is computed again draws the same sketch noise, since noise is a function of the step and the layer's name.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import basis.lean
-from basis.kept import announce
+from basis.diagnostics.saved import announce
 from basis.sus import SusAttention
 from models import GPT
 from models.gpt import CausalAttention
@@ -47,7 +51,9 @@ class ActivationsOptions:
             raise ValueError(f"activations.name={self.name!r}: must be one of {', '.join(NAMES)}")
         if self.gelu_bits not in (None, *basis.lean.gelu.BITS):
             allowed = ", ".join(map(str, basis.lean.gelu.BITS))
-            raise ValueError(f"activations.gelu_bits={self.gelu_bits}: must be one of {allowed}, or null for plain GELU")
+            raise ValueError(
+                f"activations.gelu_bits={self.gelu_bits}: must be one of {allowed}, or null for plain GELU"
+            )
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"activations.budget={self.budget}: must be in [0, 1]")
 
@@ -66,7 +72,9 @@ def apply(model: GPT, options: ActivationsOptions) -> None:
             block.forward = _checkpointed(block.forward, options.selective)
 
 
-def _checkpointed(forward: Callable[[Tensor], Tensor], selective: bool) -> Callable[[Tensor], Tensor]:
+def _checkpointed(
+    forward: Callable[[Tensor], Tensor], selective: bool
+) -> Callable[[Tensor], Tensor]:
     contexts: dict[str, Any] = {}
     if selective:
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
@@ -92,7 +100,9 @@ _PRODUCTS = {
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 def compiled(model: nn.Module, options: ActivationsOptions) -> Callable[..., Tensor]:
@@ -103,7 +113,9 @@ def compiled(model: nn.Module, options: ActivationsOptions) -> Callable[..., Ten
     import torch._functorch.config as functorch
 
     def run_with_budget(*args: Any) -> Tensor:
-        with functorch.patch(activation_memory_budget=options.budget):  # read when a graph is compiled
+        with functorch.patch(
+            activation_memory_budget=options.budget
+        ):  # read when a graph is compiled
             result: Tensor = within(*args)
             return result
 

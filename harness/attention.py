@@ -1,14 +1,17 @@
-"""`attention`: which entries of the attention matrix the gradient follows, orthogonal to method and activations.
+"""`attention`: which entries of the attention matrix the gradient follows, orthogonal to method and
+activations.
 
 | name | backward | costs |
 |---|---|---|
 | exact | PyTorch's own | |
 | sus | SUS backprop (basis/sus/): about c entries of a row, drawn without bias; forward is exact | noise in the gradient |
 
-With `activations=lean` q, k, v and output are kept in 8 bits, and SUS forms its probabilities from these.
+With `activations=lean` q, k, v and output are kept in 8 bits, and SUS forms its probabilities from
+these.
 
-c and mode mean nothing to exact attention, so they are refused there: a run whose label says c = 10 has followed 10. How c and
-the variance of the gradient go together is not logged beside training: it takes many windows (scripts/sus_variance.py).
+c and mode mean nothing to exact attention, so they are refused there: a run whose label says c = 10
+has followed 10. How c and the variance of the gradient go together is not logged beside training:
+it takes many windows (scripts/sus_variance.py).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import basis.sus
-from basis.quality import TOTAL
+from basis.diagnostics.quality import TOTAL
 from basis.sus.attention import check_options
 from models import GPT
 from models.gpt import CausalAttention
@@ -29,7 +32,9 @@ OF_SUS = ("c", "mode")
 
 @dataclass
 class AttentionOptions:
-    """c (entries of a row, at most and on average; None: 25) and mode (None: sparse; dense for the reference) are of sus."""
+    """c (entries of a row, at most and on average; None: 25) and mode (None: sparse; dense for the
+    reference) are of sus.
+    """
 
     name: str = "exact"
     c: float | None = None
@@ -44,8 +49,9 @@ class AttentionOptions:
                 if value is not None:
                     given = f"{value:g}" if isinstance(value, float) else value
                     raise ValueError(
-                        f"attention.{option}={given}: is of attention=sus only, {self.name} attention follows every entry; "
-                        f"give attention=sus, or leave attention.{option} null"
+                        f"attention.{option}={given}: is of attention=sus only, {self.name} "
+                        "attention follows every entry; give attention=sus, or leave "
+                        f"attention.{option} null"
                     )
             return
         self.c = 25.0 if self.c is None else self.c
@@ -56,7 +62,9 @@ class AttentionOptions:
             raise ValueError(f"attention.{error}") from None
 
     def telling(self) -> dict[str, object]:
-        """What a run's labels say of it: nothing of exact attention, "sus c=25" as two settings, the mode if it isn't sparse."""
+        """What a run's labels say of it: nothing of exact attention, "sus c=25" as two settings,
+        the mode if it isn't sparse.
+        """
         if self.name == "exact":
             return {}
         telling: dict[str, object] = {"attention": self.name, "c": self.c}
@@ -64,7 +72,9 @@ class AttentionOptions:
 
 
 def apply(model: GPT, options: AttentionOptions) -> None:
-    """Change `model` in place as `options` say; before `activations.apply`, which wraps whatever attends."""
+    """Change `model` in place as `options` say; before `activations.apply`, which wraps whatever
+    attends.
+    """
     if options.name == "sus":
         assert options.c is not None, options
         assert options.mode is not None, options
@@ -72,10 +82,19 @@ def apply(model: GPT, options: AttentionOptions) -> None:
 
 
 def kept_metrics(model: GPT, forward: Callable[[], object]) -> dict[str, float]:
-    """What the SUS attention of each block keeps in `forward()`, and all of them together, as `sus/<layer>/<name>`.
+    """What the SUS attention of each block keeps in `forward()`, and all of them together, as
+    `sus/<layer>/<name>`.
 
-    `forward` runs `model`. A layer is called as its block's attention, blocks.0.attn, whatever is wrapped around what attends.
+    `forward` runs `model`. A layer is called as its block's attention, blocks.0.attn, whatever is
+    wrapped around what attends.
     """
-    found = {name.partition(".attend")[0]: kept for name, kept in basis.sus.kept_statistics(model, forward).items()}
+    found = {
+        name.partition(".attend")[0]: kept
+        for name, kept in basis.sus.kept_statistics(model, forward).items()
+    }
     found[TOTAL] = basis.sus.Kept.together(found.values())
-    return {f"sus/{layer}/{name}": value for layer, kept in found.items() for name, value in kept.metrics().items()}
+    return {
+        f"sus/{layer}/{name}": value
+        for layer, kept in found.items()
+        for name, value in kept.metrics().items()
+    }

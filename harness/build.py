@@ -1,4 +1,6 @@
-"""From configuration to text and model: weights from the seed, then the method put into the layers that it names."""
+"""From configuration to text and model: weights from the seed, then the method put into the layers
+that it names.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,25 @@ import torch
 from torch import Tensor, nn
 
 import basis
-from basis.budget import split_by_error, with_knob
+from basis.diagnostics.budget import split_by_error, with_knob
 from data import Sampler
 from data.prepare import Prepared, prepare
 from data.tokens import TokenFile
-from harness import activations, adaptive_rank, attention
+from harness import activations, attention, rank_control
 from harness.config import Config
 from harness.method import WHOLE_MODEL, make_estimator, share_of
 from models import GPT, GPTConfig
 
 LOOKS, MEASURED = 10, 4
-"""Batches that a method learns from, and batches that are measured, where a budget is divided by the error of dW."""
+"""Batches that a method learns from, and batches that are measured, where a budget is divided by
+the error of dW.
+"""
 
 
 def fill_vocabulary(config: GPTConfig, tokens: TokenFile) -> GPTConfig:
-    """`config` with the data's vocabulary where it names none. Raises ValueError if the model's is too small."""
+    """`config` with the data's vocabulary where it names none. Raises ValueError if the model's is
+    too small.
+    """
     if config.vocab_size is None:
         return dataclasses.replace(config, vocab_size=tokens.vocab_size)
     tokens.check_vocabulary(config.vocab_size)
@@ -34,7 +40,9 @@ def fill_vocabulary(config: GPTConfig, tokens: TokenFile) -> GPTConfig:
 
 
 def training_text(config: Config, *, progress: bool) -> tuple[Prepared, Sampler]:
-    """The text of `config`, prepared, and the batches of its training. Fills in the model's vocabulary where it is open."""
+    """The text of `config`, prepared, and the batches of its training. Fills in the model's
+    vocabulary where it is open.
+    """
     prepared = prepare(config.data, progress=progress)
     config.model = fill_vocabulary(config.model, prepared.train)
     sampler = Sampler(
@@ -49,7 +57,9 @@ def training_text(config: Config, *, progress: bool) -> tuple[Prepared, Sampler]
 
 
 def check_method(config: Config) -> None:
-    """Raise ValueError, before anything is allocated, if the method can't be put into the model (see `build_model`)."""
+    """Raise ValueError, before anything is allocated, if the method can't be put into the model
+    (see `build_model`).
+    """
     with torch.device("meta"):
         model = GPT(dataclasses.replace(config.model, vocab_size=1))
         apply_method(model, config)
@@ -59,8 +69,9 @@ def check_method(config: Config) -> None:
 def build_model(config: Config) -> tuple[GPT, list[str]]:
     """The model on the CPU, and the names of its sketched layers.
 
-    Weights depend on the seed alone: two runs that differ only in the method start from the same point. Raises ValueError
-    naming `method.include` or `method.exclude` if a pattern matches no layer.
+    Weights depend on the seed alone: two runs that differ only in the method start from the same
+    point. Raises ValueError naming `method.include` or `method.exclude` if a pattern matches no
+    layer.
     """
     torch.manual_seed(config.seed)
     model = GPT(config.model)
@@ -70,7 +81,8 @@ def build_model(config: Config) -> tuple[GPT, list[str]]:
 
 
 def apply_method(model: GPT, config: Config) -> list[str]:
-    """Put the configuration's method and attention into `model`; the names of the dense layers changed.
+    """Put the configuration's method and attention into `model`; the names of the dense layers
+    changed.
 
     Raises ValueError as `build_model`.
     """
@@ -88,7 +100,9 @@ def apply_method(model: GPT, config: Config) -> list[str]:
     except ValueError as error:
         said = str(error)
         if method.budget is not None:
-            said = said.replace(f"budget={share_of(method):g}:", f"budget={method.budget}:")  # as it was given, 1/24
+            said = said.replace(
+                f"budget={share_of(method):g}:", f"budget={method.budget}:"
+            )  # as it was given, 1/24
         raise ValueError(f"method.{said}") from None
 
 
@@ -105,7 +119,10 @@ def _check_followed(estimator: basis.Estimator, config: Config) -> None:
 def layer_inputs(config: Config) -> dict[str, Any]:
     """Rows and precision of every layer's input."""
     rows = config.micro_batch_size * config.model.block_size
-    return {"rows": rows, "dtype": torch.bfloat16 if config.precision == "bfloat16" else torch.float32}
+    return {
+        "rows": rows,
+        "dtype": torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
+    }
 
 
 def rank_controller(model: GPT, config: Config) -> basis.AdaptiveRank | None:
@@ -115,15 +132,18 @@ def rank_controller(model: GPT, config: Config) -> basis.AdaptiveRank | None:
     """
     if not config.adaptive_rank.every:
         return None
-    return adaptive_rank.start(config.adaptive_rank, model, make_estimator(config.method), **layer_inputs(config))
+    return rank_control.start(
+        config.adaptive_rank, model, make_estimator(config.method), **layer_inputs(config)
+    )
 
 
 def measure_knobs(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[str, Any]:
-    """The budget divided by the error that dW has in each layer of the untrained `model`, see basis.budget.split_by_error.
+    """The budget divided by the error that dW has in each layer of the untrained `model`, see
+    basis.diagnostics.budget.split_by_error.
 
-    A fused head keeps no input and has no part in it. loss: of the training batch of a step, with graph and under the step's
-    noise. Methods that learn see LOOKS batches first; what they have learned is in `model` afterwards, which `apply_knobs`
-    undoes.
+    A fused head keeps no input and has no part in it. loss: of the training batch of a step, with
+    graph and under the step's noise. Methods that learn see LOOKS batches first; what they have
+    learned is in `model` afterwards, which `apply_knobs` undoes.
     """
     for step in range(LOOKS):
         loss(step)
@@ -131,13 +151,21 @@ def measure_knobs(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> 
     for step in range(MEASURED):
         for name, quality in basis.gradient_quality(model, functools.partial(loss, step)).items():
             squares.setdefault(name, []).append(quality.relative_error**2)
-    layers = {name: layer for name, layer in basis.sketched_layers(model) if layer is not model.head}
-    errors = {name: (layer.in_features, statistics.fmean(squares[name])) for name, layer in layers.items()}
-    return split_by_error(make_estimator(config.method), errors, share=share_of(config.method), **layer_inputs(config))
+    layers = {
+        name: layer for name, layer in basis.sketched_layers(model) if layer is not model.head
+    }
+    errors = {
+        name: (layer.in_features, statistics.fmean(squares[name])) for name, layer in layers.items()
+    }
+    return split_by_error(
+        make_estimator(config.method), errors, share=share_of(config.method), **layer_inputs(config)
+    )
 
 
 def apply_knobs(model: GPT, config: Config, knobs: Mapping[str, Any]) -> None:
-    """Give each layer of `knobs` its own setting; whatever sketched layers had learned is forgotten."""
+    """Give each layer of `knobs` its own setting; whatever sketched layers had learned is
+    forgotten.
+    """
 
     def choose(name: str, layer: nn.Linear) -> basis.Estimator:
         assert isinstance(layer, basis.SketchedLinear)  # `apply_method` was there before

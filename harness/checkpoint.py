@@ -1,29 +1,35 @@
 """Checkpoints that a kill, a full disk or a flipped bit cannot turn into a wrong run.
 
-A checkpoint is one directory, `step_00001000/`, with two files: `state.pt` (what `torch.save` makes of the state) and
-`manifest.json` (step, validation loss, and the size and SHA-256 of `state.pt`). Three things are promised.
+A checkpoint is one directory, `step_00001000/`, with two files: `state.pt` (what `torch.save` makes
+of the state) and `manifest.json` (step, validation loss, and the size and SHA-256 of `state.pt`).
+Three things are promised.
 
-*It is whole or it is not there.* Both files are written into a temporary directory beside the final one and flushed to
-the disk; only then does one rename give the directory its name. A process killed at any instant leaves either no new
-checkpoint or a whole one, and perhaps a temporary directory that the next save removes. One case needs more than a
-rename: saving a step that exists already, since a directory cannot be renamed over a full one. The old directory first
-moves to a reserved name (`.old-step_...`), and while the final name is missing the reserved one is read in its place.
+*It is whole or it is not there.* Both files are written into a temporary directory beside the final
+one and flushed to the disk; only then does one rename give the directory its name. A process killed
+at any instant leaves either no new checkpoint or a whole one, and perhaps a temporary directory
+that the next save removes. One case needs more than a rename: saving a step that exists already,
+since a directory cannot be renamed over a full one. The old directory first moves to a reserved
+name (`.old-step_...`), and while the final name is missing the reserved one is read in its place.
 
-*Damage is noticed.* `torch.load` reads a file with a flipped byte in a tensor without complaint, and training would go
-on from wrong weights. So sizes and hashes are compared before anything is unpickled (`harness/manifest.py`).
-`load_latest` reports a damaged checkpoint by name and turns to the one before; that is why two are kept by default.
+*Damage is noticed.* `torch.load` reads a file with a flipped byte in a tensor without complaint,
+and training would go on from wrong weights. So sizes and hashes are compared before anything is
+unpickled (`harness/manifest.py`). `load_latest` reports a damaged checkpoint by name and turns to
+the one before; that is why two are kept by default.
 
-*It can be read by anyone, safely.* Files are opened with `weights_only=True`, which runs no code from the file. That
-mode refuses most types, and would do so at load time, hours after the mistake; here they are refused when saving, with
-the path of the offending key. What may be stored: tensors, parameters, numbers, strings, None, torch's dtype, device
-and Size, and dict, OrderedDict, list, tuple and set of those.
+*It can be read by anyone, safely.* Files are opened with `weights_only=True`, which runs no code
+from the file. That mode refuses most types, and would do so at load time, hours after the mistake;
+here they are refused when saving, with the path of the offending key. What may be stored: tensors,
+parameters, numbers, strings, None, torch's dtype, device and Size, and dict, OrderedDict, list,
+tuple and set of those.
 
-Kept are the newest `keep` checkpoints and the one with the lowest validation loss. Saving step s also removes
-checkpoints of *later* steps: they can only be there because the run was restarted before them (they were damaged,
-say), and the next resume must not jump onto a history that this run has left.
+Kept are the newest `keep` checkpoints and the one with the lowest validation loss. Saving step s
+also removes checkpoints of *later* steps: they can only be there because the run was restarted
+before them (they were damaged, say), and the next resume must not jump onto a history that this run
+has left.
 
-Cost: a save writes the state once and reads it back once for its hash (from the page cache), a load reads it twice.
-Disk space: `keep` + 1 states, one more during a save. One process writes to a folder (rank 0); any number may read.
+Cost: a save writes the state once and reads it back once for its hash (from the page cache), a load
+reads it twice. Disk space: `keep` + 1 states, one more during a save. One process writes to a
+folder (rank 0); any number may read.
 """
 
 import logging
@@ -66,21 +72,26 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`; the newest `keep` and the best by validation loss stay on the disk."""
+    """The checkpoints of one run, in `folder`; the newest `keep` and the best by validation loss
+    stay on the disk.
+    """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
-        """Nothing is read or created before the first call. Raises ValueError if `keep` is less than 1."""
+        """Nothing is read or created before the first call. Raises ValueError if `keep` is less
+        than 1.
+        """
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint must be kept")
         self.folder = Path(folder)
         self.keep = keep
 
     def save(self, step: int, state: dict[str, Any], *, val_loss: float | None = None) -> Path:
-        """Write the checkpoint of `step` and drop those no longer needed; returns its directory, durable on the disk.
+        """Write the checkpoint of `step` and drop those no longer needed; returns its directory,
+        durable on the disk.
 
-        `val_loss` (nats per token) takes part in the choice of the best; None or NaN does not. Raises TypeError, naming
-        the key, for a type that could not be loaded again, and OSError or RuntimeError (torch's) if the disk is full;
-        the checkpoints of before are then untouched.
+        `val_loss` (nats per token) takes part in the choice of the best; None or NaN does not.
+        Raises TypeError, naming the key, for a type that could not be loaded again, and OSError or
+        RuntimeError (torch's) if the disk is full; the checkpoints of before are then untouched.
         """
         check_state(state)
         final = self.folder / f"step_{step:08d}"
@@ -100,7 +111,8 @@ class Checkpoints:
     def load_latest(self) -> Loaded | None:
         """The newest checkpoint that is whole, or None if there is none at all.
 
-        A damaged one is reported through `logging` and the one before is tried. Raises CheckpointError if all are.
+        A damaged one is reported through `logging` and the one before is tried. Raises
+        CheckpointError if all are.
         """
         complaints = []
         for path in reversed(self._existing().values()):
@@ -118,12 +130,19 @@ class Checkpoints:
         return None
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest validation loss (the earlier of equals), or None if none has one.
+        """The checkpoint with the lowest validation loss (the earlier of equals), or None if none
+        has one.
 
         Only manifests are read; `load` verifies the state.
         """
-        losses = {path: loss for path in self._existing().values() if (loss := _val_loss(path)) is not None}
-        return min(losses, key=losses.__getitem__, default=None)  # min takes the first of equals, and steps ascend
+        losses = {
+            path: loss
+            for path in self._existing().values()
+            if (loss := _val_loss(path)) is not None
+        }
+        return min(
+            losses, key=losses.__getitem__, default=None
+        )  # min takes the first of equals, and steps ascend
 
     def steps(self) -> list[int]:
         """The steps for which there is a checkpoint, ascending; they are not verified."""
@@ -131,20 +150,28 @@ class Checkpoints:
 
     @staticmethod
     def load(path: Path) -> Loaded:
-        """Verify and load one checkpoint directory. Raises CheckpointError if it is damaged or missing."""
+        """Verify and load one checkpoint directory. Raises CheckpointError if it is damaged or
+        missing.
+        """
         try:
             manifest = verify(Path(path))
         except DamagedError as error:
             raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
         state = torch.load(Path(path) / STATE_FILE, weights_only=True, map_location="cpu")
-        return Loaded(step=manifest["step"], state=state, path=Path(path), val_loss=manifest["val_loss"])
+        return Loaded(
+            step=manifest["step"], state=state, path=Path(path), val_loss=manifest["val_loss"]
+        )
 
     def _existing(self) -> dict[int, Path]:
-        """Step -> directory, ascending. One set aside by a replacement counts while the final name is missing."""
+        """Step -> directory, ascending. One set aside by a replacement counts while the final name
+        is missing.
+        """
         if not self.folder.is_dir():
             return {}
         found: dict[int, Path] = {}
-        for path in sorted(self.folder.iterdir()):  # ".old-..." sorts before "step_...", so the final name wins
+        for path in sorted(
+            self.folder.iterdir()
+        ):  # ".old-..." sorts before "step_...", so the final name wins
             reserved = _RESERVED.fullmatch(path.name)
             if reserved and reserved[1] == "old":
                 found[int(reserved[2])] = path
@@ -166,13 +193,17 @@ class Checkpoints:
             shutil.rmtree(replaced)
 
     def _clean_up(self) -> None:
-        """Settle what a killed save left: finish or undo its replacement, remove what it was writing, nothing else."""
+        """Settle what a killed save left: finish or undo its replacement, remove what it was
+        writing, nothing else.
+        """
         existing = self._existing()
         for path in sorted(self.folder.iterdir()):
             reserved = _RESERVED.fullmatch(path.name)
             if reserved is None:
                 continue
-            if existing.get(int(reserved[2])) == path:  # killed between the two renames: the only copy of its step
+            if (
+                existing.get(int(reserved[2])) == path
+            ):  # killed between the two renames: the only copy of its step
                 path.rename(self.folder / f"step_{reserved[2]}")
             else:
                 shutil.rmtree(path)
@@ -180,7 +211,9 @@ class Checkpoints:
     def _prune(self, saved: int) -> None:
         existing = self._existing()
         for step in [step for step in existing if step > saved]:
-            log.warning("removing checkpoint %s: the run now continues from step %d", existing[step], saved)
+            log.warning(
+                "removing checkpoint %s: the run now continues from step %d", existing[step], saved
+            )
             self._remove(existing.pop(step))
         kept = {*list(existing.values())[-self.keep :], self.best()}
         for path in existing.values():
@@ -188,16 +221,19 @@ class Checkpoints:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
-        # Under a temporary name first: killed half-way, a half-removed directory must not look like a checkpoint.
+        # Under a temporary name first: killed half-way, a half-removed directory must not look like
+        # a checkpoint.
         doomed = self._reserve("tmp", path)
         path.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def check_state(value: Any, path: str = "state") -> None:
-    """Raise TypeError, naming the key path, if `value` holds a type that `torch.load(weights_only=True)` would refuse.
+    """Raise TypeError, naming the key path, if `value` holds a type that
+    `torch.load(weights_only=True)` would refuse.
 
-    Types are compared exactly: `np.float64` is a float to `isinstance` and a stranger to the unpickler.
+    Types are compared exactly: `np.float64` is a float to `isinstance` and a stranger to the
+    unpickler.
     """
     kind = type(value)
     if kind in (dict, OrderedDict):
@@ -209,10 +245,12 @@ def check_state(value: Any, path: str = "state") -> None:
             check_state(item, f"{path}[{index}]")
     elif kind not in (torch.Tensor, torch.nn.Parameter, *_LEAVES):
         raise TypeError(
-            f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be stored, torch.load(weights_only=True) would"
-            " refuse it; store tensors and plain Python numbers, strings, lists and dicts"
+            f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be stored, "
+            "torch.load(weights_only=True) would refuse it; store tensors and plain Python "
+            "numbers, strings, lists and dicts"
         )
-    # Attributes travel with their object: `_metadata` of a module's state_dict, a flag that somebody hung on a tensor.
+    # Attributes travel with their object: `_metadata` of a module's state_dict, a flag that
+    # somebody hung on a tensor.
     if kind in (OrderedDict, torch.Tensor, torch.nn.Parameter):
         for name, item in vars(value).items():
             check_state(item, f"{path}.{name}")
@@ -224,11 +262,15 @@ def _write(folder: Path, step: int, state: dict[str, Any], val_loss: float | Non
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    write_manifest(folder, {"step": step, "val_loss": val_loss, "torch": str(torch.__version__)}, [STATE_FILE])
+    write_manifest(
+        folder, {"step": step, "val_loss": val_loss, "torch": str(torch.__version__)}, [STATE_FILE]
+    )
 
 
 def _val_loss(path: Path) -> float | None:
-    """The validation loss with which a checkpoint competes: None if it has none, or NaN, or a damaged manifest."""
+    """The validation loss with which a checkpoint competes: None if it has none, or NaN, or a
+    damaged manifest.
+    """
     try:
         loss: float | None = read_manifest(path)["val_loss"]
     except DamagedError:

@@ -1,9 +1,11 @@
-"""The typed configuration of a run: what conf/*.yaml and the command line may say, and what is refused.
+"""The typed configuration of a run: what conf/*.yaml and the command line may say, and what is
+refused.
 
-conf/ holds values, this module holds types. Hydra composes the values; `load` puts them into the dataclasses below before
-anything is allocated or written, so that a misspelt key, a wrong type or an impossible combination ends the program in a few
-lines that name the option. Each group's checks stand in its own `__post_init__`, next to the declaration; combinations of
-groups are checked in `Config.__post_init__`.
+conf/ holds values, this module holds types. Hydra composes the values; `load` puts them into the
+dataclasses below before anything is allocated or written, so that a misspelt key, a wrong type or
+an impossible combination ends the program in a few lines that name the option. Each group's checks
+stand in its own `__post_init__`, next to the declaration; combinations of groups are checked in
+`Config.__post_init__`.
 
 The options of a method stand in method.py.
 """
@@ -12,21 +14,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
-from harness.adaptive_rank import AdaptiveRankOptions
 from harness.attention import AttentionOptions
 from harness.device import DEVICES, PRECISIONS
 from harness.method import ZEROTH_ORDER, MethodOptions, make_method, method_schema
 from harness.optim import OptimOptions
+from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
 from models import GPTConfig
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 # For values that follow from others: ${product:${micro_batch_size},${model.block_size}}.
 OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
@@ -34,7 +44,9 @@ OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), 
 
 @dataclass
 class EvalOptions:
-    """Every `every` steps the loss of the first batches * batch_size windows of the validation file; 0: only at the end."""
+    """Every `every` steps the loss of the first batches * batch_size windows of the validation
+    file; 0: only at the end.
+    """
 
     every: int = 100
     batches: int = 8
@@ -47,7 +59,9 @@ class EvalOptions:
 
 @dataclass
 class CheckpointOptions:
-    """Every `every` steps (0: only at the end); the last `keep` and, if `best`, the one of lowest validation loss stay."""
+    """Every `every` steps (0: only at the end); the last `keep` and, if `best`, the one of lowest
+    validation loss stay.
+    """
 
     every: int = 1000
     keep: int = 2
@@ -71,10 +85,11 @@ class LogOptions:
 
 @dataclass
 class DiagnosticsOptions:
-    """Every `every` steps (0: never) exact dW beside the estimate, per sketched layer, and over `masks` further noises; with
-    attention=sus also the entries of a row that it keeps.
+    """Every `every` steps (0: never) exact dW beside the estimate, per sketched layer, and over
+    `masks` further noises; with attention=sus also the entries of a row that it keeps.
 
-    monitor: with every row of metrics, of each dense layer the gradient's norm and the activations' energy, from sketches.
+    monitor: with every row of metrics, of each dense layer the gradient's norm and the activations'
+    energy, from sketches.
     """
 
     every: int = 0
@@ -84,7 +99,9 @@ class DiagnosticsOptions:
     def __post_init__(self) -> None:
         _at_least(0, "diagnostics", every=self.every, masks=self.masks)
         if self.masks == 1:
-            raise ValueError("diagnostics.masks=1: must be 0, or at least 2 to tell bias from variance")
+            raise ValueError(
+                "diagnostics.masks=1: must be 0, or at least 2 to tell bias from variance"
+            )
 
 
 @dataclass
@@ -125,36 +142,44 @@ class Config:
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}")
+            raise ValueError(
+                f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}"
+            )
         if self.optim.warmup_steps > self.steps:
             raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed steps={self.steps}; for so few give it too"
+                f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed steps={self.steps}; "
+                "for so few give it too"
             )
         if self.attention.name == "sus" and self.model.dropout:
             raise ValueError(
-                f"model.dropout={self.model.dropout}: must be 0 with attention=sus, which knows no dropout of attention"
+                f"model.dropout={self.model.dropout}: must be 0 with attention=sus, which knows no "
+                "dropout of attention"
             )
         per_micro_batch = self.micro_batch_size * self.model.block_size
         tokens = self.tokens_per_step
         if tokens is not None and (tokens < 1 or tokens % per_micro_batch):
             below = max(tokens // per_micro_batch, 1) * per_micro_batch
             raise ValueError(
-                f"tokens_per_step={tokens}: must be a multiple of micro_batch_size * model.block_size = "
-                f"{self.micro_batch_size} * {self.model.block_size} = {per_micro_batch}; "
-                f"nearest are {below} and {below + per_micro_batch}"
+                f"tokens_per_step={tokens}: must be a multiple of micro_batch_size * "
+                f"model.block_size = {self.micro_batch_size} * {self.model.block_size} = "
+                f"{per_micro_batch}; nearest are {below} and {below + per_micro_batch}"
             )
 
     def _check_without_backward(self) -> None:
         """Zeroth order: what is about backward would be without effect."""
         if self.diagnostics.monitor:
-            raise ValueError("diagnostics.monitor=true: zeroth_order has no backward, and so no gradients to watch")
+            raise ValueError(
+                "diagnostics.monitor=true: zeroth_order has no backward, and so no gradients to "
+                "watch"
+            )
         for option, value, neutral in (
             ("attention", self.attention.name, "exact"),
             ("activations", self.activations.name, "plain"),
         ):
             if value != neutral:
                 raise ValueError(
-                    f"{option}={value}: method=zeroth_order has no backward, so it changes nothing; give {option}={neutral}"
+                    f"{option}={value}: method=zeroth_order has no backward, so it changes nothing; "
+                    f"give {option}={neutral}"
                 )
 
     @property
@@ -175,11 +200,15 @@ class Config:
 def _at_least(least: int, group: str, **values: int) -> None:
     for name, value in values.items():
         if value < least:
-            raise ValueError(f"{group + '.' if group else ''}{name}={value}: must be at least {least}")
+            raise ValueError(
+                f"{group + '.' if group else ''}{name}={value}: must be at least {least}"
+            )
 
 
 def load(values: DictConfig) -> Config:
-    """Typed, checked configuration from composed values. Raises ValueError in the words of the user's options."""
+    """Typed, checked configuration from composed values. Raises ValueError in the words of the
+    user's options.
+    """
     try:
         name = OmegaConf.select(values, "method.name")
         schema = OmegaConf.structured(Config)
@@ -191,3 +220,23 @@ def load(values: DictConfig) -> Config:
     assert isinstance(config, Config)
     make_method(config.method)  # its options are checked by making it once
     return config
+
+
+def configuration(overrides: Sequence[str]) -> Config:
+    """What train.py would run under `overrides`. Raises ValueError in one line for what can't be,
+    misspelt words too.
+
+    Inside a Hydra application too, whose own state is put aside: there can be one at a time.
+    """
+    outer = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            try:
+                values = compose("config", overrides=list(overrides))
+            except HydraException as error:
+                lines = [line for line in str(error).splitlines() if line.strip()]
+                raise ValueError(" ".join(lines[:2])) from error
+            return load(values)
+    finally:
+        restore_gh_from_backup(outer)

@@ -1,15 +1,17 @@
-"""Where and how a run computes: device, precision and compilation, decided in one place from one table.
+"""Where and how a run computes: device, precision and compilation, decided in one place from one
+table.
 
 | device | precisions | compile by default |
 |---|---|---|
 | cuda | float32, bfloat16 (autocast) where the card has it | yes |
 | cpu | float32, bfloat16 (autocast) | no: the C++ compiler takes a minute, and small models gain little |
 
-Parameters, gradients and optimiser state are float32 always; `precision=bfloat16` is autocast around forward. `float32` on
-CUDA allows TF32 in matrix products unless `deterministic=true`.
+Parameters, gradients and optimiser state are float32 always; `precision=bfloat16` is autocast
+around forward. `float32` on CUDA allows TF32 in matrix products unless `deterministic=true`.
 
-Bit-wise reproducible: on the CPU always, for the same machine, thread count, versions and `compile`. On CUDA with
-`deterministic=true`. Between devices, or with and without compile, losses agree only to rounding.
+Bit-wise reproducible: on the CPU always, for the same machine, thread count, versions and
+`compile`. On CUDA with `deterministic=true`. Between devices, or with and without compile, losses
+agree only to rounding.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ class Runtime:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Around every forward."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+        return (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if self.precision == "bfloat16"
+            else nullcontext()
+        )
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock may be read."""
@@ -48,14 +54,26 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
 
-def resolve(device: str, precision: str, compile: bool | None, *, deterministic: bool = False) -> Runtime:
-    """The table above. Raises ValueError naming the option if this machine lacks what was asked for."""
+def resolve(
+    device: str, precision: str, compile: bool | None, *, deterministic: bool = False
+) -> Runtime:
+    """The table above. Raises ValueError naming the option if this machine lacks what was asked
+    for.
+    """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
-        raise ValueError("device='cuda': PyTorch finds no CUDA device here; use device=cpu or device=auto")
+        raise ValueError(
+            "device='cuda': PyTorch finds no CUDA device here; use device=cpu or device=auto"
+        )
     kind = "cuda" if cuda and device != "cpu" else "cpu"
-    if precision == "bfloat16" and kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("precision='bfloat16': this CUDA device has no bfloat16; use precision=float32")
+    if (
+        precision == "bfloat16"
+        and kind == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ValueError(
+            "precision='bfloat16': this CUDA device has no bfloat16; use precision=float32"
+        )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     torch.use_deterministic_algorithms(deterministic)
@@ -69,16 +87,18 @@ def resolve(device: str, precision: str, compile: bool | None, *, deterministic:
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that a training step frees, for the next step to use again.
 
-    By default blocks of more than a few MB go back to the system when freed, and each page of the next one has to be mapped
-    and zeroed anew: a sixth of the paper model's step. The cost is that up to half a gigabyte stays with the process.
-    Elsewhere than on Linux with glibc nothing is done.
+    By default blocks of more than a few MB go back to the system when freed, and each page of the
+    next one has to be mapped and zeroed anew: a sixth of the paper model's step. The cost is that
+    up to half a gigabyte stays with the process. Elsewhere than on Linux with glibc nothing is
+    done.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        # Older versions take no more than 32 MiB. Trimming is left alone if neither is taken, or it would be for nothing.
-        # Larger ones, such as the logits of an evaluation, are seldom enough to be mapped anew each time.
+        # Older versions take no more than 32 MiB. Trimming is left alone if neither is taken, or it
+        # would be for nothing. Larger ones, such as the logits of an evaluation, are seldom enough
+        # to be mapped anew each time.
         if mallopt(m_mmap_threshold, 64 << 20) or mallopt(m_mmap_threshold, 32 << 20):
             mallopt(m_trim_threshold, 512 << 20)

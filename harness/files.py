@@ -1,13 +1,13 @@
 """Files that are either the old version or the new one, never half of each.
 
-A run can be killed between any two instructions, and a disk can fill up in the middle of a write. The way to survive
-both is old: write the new text under a temporary name in the same folder, `fsync` it, rename it over the old name
-(atomic within a file system), then `fsync` the folder so that the rename itself outlives a power cut. Without the
-first fsync some file systems commit the rename before the data, and a power cut leaves an empty file under the right
-name.
+A run can be killed between any two instructions, and a disk can fill up in the middle of a write.
+The way to survive both is old: write the new text under a temporary name in the same folder,
+`fsync` it, rename it over the old name (atomic within a file system), then `fsync` the folder so
+that the rename itself outlives a power cut. Without the first fsync some file systems commit the
+rename before the data, and a power cut leaves an empty file under the right name.
 
-The cost is two flushes to the disk, a few milliseconds on an SSD. So this is for files written now and then
-(`run.json`, `summary.json`), not for every line of a log.
+The cost is two flushes to the disk, a few milliseconds on an SSD. So this is for files written now
+and then (`run.json`, `summary.json`), not for every line of a log.
 """
 
 import os
@@ -25,9 +25,11 @@ def fsync_directory(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` (text as UTF-8) so that a reader or a crash sees the old file or the new one.
+    """Replace `path` by `content` (text as UTF-8) so that a reader or a crash sees the old file or
+    the new one.
 
-    The folder must exist. Raises OSError (disk full, no permission); the old file is then untouched.
+    The folder must exist. Raises OSError (disk full, no permission); the old file is then
+    untouched.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -1,11 +1,12 @@
 """A note in a directory by which damage to its files is noticed.
 
-`manifest.json` holds the size and SHA-256 of each file, some facts about them, and a checksum of itself, so that a
-flipped bit in a fact (the step, a loss) is noticed as well. It guards against broken disks, cut-off copies and
-half-synced folders, not against somebody who wants to deceive: whoever can change a file can write a new manifest.
+`manifest.json` holds the size and SHA-256 of each file, some facts about them, and a checksum of
+itself, so that a flipped bit in a fact (the step, a loss) is noticed as well. It guards against
+broken disks, cut-off copies and half-synced folders, not against somebody who wants to deceive:
+whoever can change a file can write a new manifest.
 
-Cost: reading every file once, at the speed of SHA-256 (one to two gigabytes per second on processors that have
-instructions for it).
+Cost: reading every file once, at the speed of SHA-256 (one to two gigabytes per second on
+processors that have instructions for it).
 """
 
 import hashlib
@@ -22,15 +23,22 @@ MANIFEST_FILE = "manifest.json"
 
 
 class DamagedError(RuntimeError):
-    """A file is missing, unreadable or not the one that was written; the message names it and says which."""
+    """A file is missing, unreadable or not the one that was written; the message names it and says
+    which.
+    """
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[str]) -> None:
-    """Describe `files` of `folder` and record `facts` (JSON values); manifest and directory are flushed to the disk."""
+    """Describe `files` of `folder` and record `facts` (JSON values); manifest and directory are
+    flushed to the disk.
+    """
     manifest = {
         "format": FORMAT,
         **facts,
-        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files},
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            for name in files
+        },
     }
     with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
         json.dump(manifest | {"checksum": _checksum(manifest)}, file, indent=2)
@@ -50,7 +58,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
         raise DamagedError(f"{MANIFEST_FILE} is damaged (it does not match its own checksum)")
     if manifest["format"] != FORMAT:
-        raise DamagedError(f"{MANIFEST_FILE} has format {manifest['format']}, this program reads format {FORMAT}")
+        raise DamagedError(
+            f"{MANIFEST_FILE} has format {manifest['format']}, this program reads format {FORMAT}"
+        )
     return manifest
 
 

@@ -1,8 +1,10 @@
-"""Where the bytes of a training step are: what autograd keeps for backward, by category, and the peak.
+"""Where the bytes of a training step are: what autograd keeps for backward, by category, and the
+peak.
 
-*Kept for backward.* `saved_tensors_hooks` sees every tensor that autograd saves during forward. Each storage is counted once,
-whole, for the first layer that saves it (a view keeps its whole storage alive), and parameters and buffers are left out,
-since they are there anyway. The category is the kind of the layer whose forward was running:
+*Kept for backward.* `saved_tensors_hooks` sees every tensor that autograd saves during forward.
+Each storage is counted once, whole, for the first layer that saves it (a view keeps its whole
+storage alive), and parameters and buffers are left out, since they are there anyway. The category
+is the kind of the layer whose forward was running:
 
 | category | saved by |
 |---|---|
@@ -15,15 +17,18 @@ since they are there anyway. The category is the kind of the layer whose forward
 | weight copies | autocast: the low-precision copy of a weight, which nn.Linear keeps and SketchedLinear makes again |
 | other | embeddings (token indices), dropout, anything else |
 
-A tensor that two layers need, such as a LayerNorm's output that is a dense layer's input, counts where it is saved first. The
-categories come from an eager pass. A compiled model keeps what its partitioner chooses; its total is measured on the
-compiled function and reported beside, without categories.
+A tensor that two layers need, such as a LayerNorm's output that is a dense layer's input, counts
+where it is saved first. The categories come from an eager pass. A compiled model keeps what its
+partitioner chooses; its total is measured on the compiled function and reported beside, without
+categories.
 
-*Peak.* On CUDA the allocator knows. On the CPU the storages of one forward and backward are followed operator by operator:
-parameters, gradients, activations and temporaries that exist at once, and the optimiser's state, which is counted before it
-exists. The count is that of PyTorch's MemTracker (torch.distributed._tools, private) to the byte, at a third of the time.
+*Peak.* On CUDA the allocator knows. On the CPU the storages of one forward and backward are
+followed operator by operator: parameters, gradients, activations and temporaries that exist at
+once, and the optimiser's state, which is counted before it exists. The count is that of PyTorch's
+MemTracker (torch.distributed._tools, private) to the byte, at a third of the time.
 
-Cost: one to three extra forward passes before the first step, side effects undone (gradients, random state).
+Cost: one to three extra forward passes before the first step, side effects undone (gradients,
+random state).
 """
 
 from __future__ import annotations
@@ -45,16 +50,31 @@ from torch.utils._pytree import tree_leaves
 import basis.lean
 import basis.sus
 from basis import SketchedLinear
-from basis.kept import observe
+from basis.diagnostics.saved import observe
 from models.gpt import GPT, CausalAttention, CausalSelfAttention
 
-CATEGORIES = ("linear inputs", "sketches", "attention", "norms", "activations", "loss head", "weight copies", "other")
+CATEGORIES = (
+    "linear inputs",
+    "sketches",
+    "attention",
+    "norms",
+    "activations",
+    "loss head",
+    "weight copies",
+    "other",
+)
 
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((SketchedLinear,), "sketches"),
     ((nn.Linear,), "linear inputs"),
     (
-        (CausalSelfAttention, CausalAttention, basis.lean.LeanAttention, basis.sus.SusAttention, nn.MultiheadAttention),
+        (
+            CausalSelfAttention,
+            CausalAttention,
+            basis.lean.LeanAttention,
+            basis.sus.SusAttention,
+            nn.MultiheadAttention,
+        ),
         "attention",
     ),
     ((nn.LayerNorm, nn.RMSNorm), "norms"),
@@ -76,36 +96,57 @@ def _category(module: nn.Module | None, tensor: Tensor) -> str:
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of all storages behind `tensors`, each once."""
-    return sum({_storage_id(t): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+    return sum(
+        {_storage_id(t): t.untyped_storage().nbytes() for t in tensors if t is not None}.values()
+    )
 
 
 def _storage_id(tensor: Tensor) -> int:
-    """Equal for two tensors if they lie in the same memory. Fake tensors have storages, and no memory behind them."""
+    """Equal for two tensors if they lie in the same memory. Fake tensors have storages, and no
+    memory behind them.
+    """
     storage = tensor.untyped_storage()
     return int(storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr())
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimiser's state tensors; before its first step, those that SGD or AdamW will make (scalars left out)."""
+    """Bytes of the optimiser's state tensors; before its first step, those that SGD or AdamW will
+    make (scalars left out).
+    """
     if optimizer.state:
-        return tensor_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
-    copies = {torch.optim.SGD: int(optimizer.defaults.get("momentum", 0) > 0), torch.optim.AdamW: 2}[type(optimizer)]
+        return tensor_bytes(
+            v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
+        )
+    copies = {
+        torch.optim.SGD: int(optimizer.defaults.get("momentum", 0) > 0),
+        torch.optim.AdamW: 2,
+    }[type(optimizer)]
     return copies * tensor_bytes(p for group in optimizer.param_groups for p in group["params"])
 
 
-def _record(model: nn.Module, forward: Callable[[], Tensor], category: Callable[[Tensor], str]) -> dict[str, int]:
-    """Bytes kept for the backward of `forward()`, by what `category(tensor)` says at the moment of saving."""
+def _record(
+    model: nn.Module, forward: Callable[[], Tensor], category: Callable[[Tensor], str]
+) -> dict[str, int]:
+    """Bytes kept for the backward of `forward()`, by what `category(tensor)` says at the moment of
+    saving.
+    """
     known = {_storage_id(t) for t in [*model.parameters(), *model.buffers()]}
     found: dict[int, tuple[str, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if _storage_id(tensor) not in known:
-            found.setdefault(_storage_id(tensor), (category(tensor), tensor.untyped_storage().nbytes()))
+            found.setdefault(
+                _storage_id(tensor), (category(tensor), tensor.untyped_storage().nbytes())
+            )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), observe(pack):
-        loss = forward()  # named, so that the graph lives (and no storage is used again) until all is counted
-    assert loss.requires_grad == torch.is_grad_enabled()  # without grad mode, as zeroth order runs, nothing is kept
+        loss = (
+            forward()
+        )  # named, so that the graph lives (and no storage is used again) until all is counted
+    assert (
+        loss.requires_grad == torch.is_grad_enabled()
+    )  # without grad mode, as zeroth order runs, nothing is kept
     table: dict[str, int] = {}
     for name, size in found.values():
         table[name] = table.get(name, 0) + size
@@ -113,7 +154,9 @@ def _record(model: nn.Module, forward: Callable[[], Tensor], category: Callable[
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, int]:
-    """Bytes that autograd keeps for the backward of `forward()`, by category. `forward` runs `model` and returns the loss."""
+    """Bytes that autograd keeps for the backward of `forward()`, by category. `forward` runs
+    `model` and returns the loss.
+    """
     running: list[nn.Module] = []
 
     def enter(module: nn.Module, _: object) -> None:
@@ -129,7 +172,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
             continue  # with a hook on it, its logits would be made for the hook to see
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
-        table = _record(model, forward, lambda tensor: _category(running[-1] if running else None, tensor))
+        table = _record(
+            model, forward, lambda tensor: _category(running[-1] if running else None, tensor)
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -137,12 +182,15 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
 
 
 def saved_bytes_total(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes kept for the backward of `forward()` in all; a compiled one too, where hooks on layers would break the graph."""
+    """Bytes kept for the backward of `forward()` in all; a compiled one too, where hooks on layers
+    would break the graph.
+    """
     return sum(_record(model, forward, lambda _: "all").values())
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows, operator by operator, the storages that exist: those of `tensors`, and all that operators make meanwhile.
+    """Follows, operator by operator, the storages that exist: those of `tensors`, and all that
+    operators make meanwhile.
 
     series: the operators, and the bytes alive after each.
     """
@@ -157,7 +205,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()  # a fake tensor has a storage with an identity, and no address
+        key, size = (
+            storage._cdata,
+            storage.nbytes(),
+        )  # a fake tensor has a storage with an identity, and no address
         if key in self._alive:
             return
 
@@ -168,7 +219,9 @@ class LiveBytes(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, freed)  # of the storage: views come and go
         self._now += size
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -179,22 +232,30 @@ class LiveBytes(TorchDispatchMode):
 
 def held_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Parameters, buffers, gradients and optimiser state, as far as they exist."""
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    state = [
+        v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)
+    ]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return [*model.parameters(), *model.buffers(), *gradients, *state]
 
 
 def cpu_peak_bytes(
-    model: nn.Module, optimizer: torch.optim.Optimizer, forward_backward: Callable[[int], None], micro_batches: int = 1
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    forward_backward: Callable[[int], None],
+    micro_batches: int = 1,
 ) -> int:
     """Most bytes of tensors alive at once during `forward_backward(i)` for each micro-batch i.
 
-    Counts parameters, buffers, gradients, optimiser state (before it exists too), activations and temporaries.
+    Counts parameters, buffers, gradients, optimiser state (before it exists too), activations and
+    temporaries.
     """
     with LiveBytes(held_tensors(model, optimizer)) as live:
         for micro_batch in range(micro_batches):
             forward_backward(micro_batch)
-    return max(now for _, now in live.series) + (0 if optimizer.state else optimizer_bytes(optimizer))
+    return max(now for _, now in live.series) + (
+        0 if optimizer.state else optimizer_bytes(optimizer)
+    )
 
 
 def rss_bytes() -> int:
@@ -202,7 +263,9 @@ def rss_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def format_bytes(size: float) -> str:
@@ -219,7 +282,11 @@ def memory_table(saved: dict[str, int], others: dict[str, int]) -> str:
     """The table that a run prints: categories kept for backward, their total, then `others`."""
     total = sum(saved.values())
     lines = ["kept for backward, per micro-batch:"]
-    lines += [f"  {name:<18}{format_bytes(size):>12}{size / max(total, 1):>7.1%}" for name, size in saved.items() if size]
+    lines += [
+        f"  {name:<18}{format_bytes(size):>12}{size / max(total, 1):>7.1%}"
+        for name, size in saved.items()
+        if size
+    ]
     lines.append(f"  {'total':<18}{format_bytes(total):>12}")
     lines += [f"{name:<20}{format_bytes(size):>12}" for name, size in others.items()]
     return "\n".join(lines)

@@ -1,20 +1,22 @@
-"""`metrics.jsonl`: every number a run reports, one JSON object per line, and the only source of truth about them.
+"""`metrics.jsonl`: every number a run reports, one JSON object per line, and the only source of
+truth about them.
 
-Dashboards, tables and figures are made from this file and can be made again. So it has to be right after every kind of
-end. A line is written with one call and handed to the operating system at once, so a killed process loses at most the
-line it was writing. Such a torn last line is dropped by the reader and by the next writer; a line that cannot be read
-anywhere else is an error.
+Dashboards, tables and figures are made from this file and can be made again. So it has to be right
+after every kind of end. A line is written with one call and handed to the operating system at once,
+so a killed process loses at most the line it was writing. Such a torn last line is dropped by the
+reader and by the next writer; a line that cannot be read anywhere else is an error.
 
-A run that is resumed from step s will report the steps after s again. Before it does, `truncate_after(s)` removes the
-lines that the interrupted run had written past its checkpoint. The file then reads as if nothing had happened, to the
-last bit: floats are written as the shortest decimal that reads back as the same float64 (Python's `repr`).
+A run that is resumed from step s will report the steps after s again. Before it does,
+`truncate_after(s)` removes the lines that the interrupted run had written past its checkpoint. The
+file then reads as if nothing had happened, to the last bit: floats are written as the shortest
+decimal that reads back as the same float64 (Python's `repr`).
 
-A training run can diverge, and that is a result. JSON proper has no word for it, so non-finite numbers are written as
-the bare tokens `NaN`, `Infinity` and `-Infinity`, which Python's `json` writes and reads; `read_metrics` returns
-floats.
+A training run can diverge, and that is a result. JSON proper has no word for it, so non-finite
+numbers are written as the bare tokens `NaN`, `Infinity` and `-Infinity`, which Python's `json`
+writes and reads; `read_metrics` returns floats.
 
-Cost: one short write per logged row. There is no fsync per line; call `sync()` before a checkpoint is saved, so that a
-power cut cannot leave a checkpoint whose history is missing.
+Cost: one short write per logged row. There is no fsync per line; call `sync()` before a checkpoint
+is saved, so that a power cut cannot leave a checkpoint whose history is missing.
 """
 
 import json
@@ -33,7 +35,8 @@ class MetricsLog:
     """The writer of one `metrics.jsonl`; one process writes, any number may read meanwhile."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending, creating it if absent; a torn last line goes, so that no row is glued to it.
+        """Open `path` for appending, creating it if absent; a torn last line goes, so that no row
+        is glued to it.
 
         Raises ValueError, naming file and line, if an earlier line cannot be read.
         """
@@ -52,13 +55,24 @@ class MetricsLog:
         assert type(metrics.get("step")) is int, f"a row needs an int `step`: {dict(metrics)}"
         for name, value in metrics.items():
             kind = type(value)
-            if kind not in (bool, int, float, str, type(None)):  # exactly: np.float64 is a float to isinstance
-                raise TypeError(f"metric {name!r} is a {kind.__module__}.{kind.__qualname__}, not a plain scalar")
+            if kind not in (
+                bool,
+                int,
+                float,
+                str,
+                type(None),
+            ):  # exactly: np.float64 is a float to isinstance
+                raise TypeError(
+                    f"metric {name!r} is a {kind.__module__}.{kind.__qualname__}, not a plain "
+                    "scalar"
+                )
         self._file.write(json.dumps(dict(metrics)).encode() + b"\n")
         self._file.flush()
 
     def truncate_after(self, step: int) -> int:
-        """Remove the rows of later steps than `step`; returns how many. The file is replaced atomically."""
+        """Remove the rows of later steps than `step`; returns how many. The file is replaced
+        atomically.
+        """
         lines, rows = _parse(self.path)
         keep = [line for line, row in zip(lines, rows, strict=True) if row["step"] <= step]
         if len(keep) < len(lines):
@@ -79,15 +93,21 @@ class MetricsLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
     ) -> None:
         self.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of a `metrics.jsonl` in the order written, without a last line that a kill cut short.
+    """All rows of a `metrics.jsonl` in the order written, without a last line that a kill cut
+    short.
 
-    Raises FileNotFoundError, and ValueError naming file and line if any other line is not a JSON object with a `step`.
+    Raises FileNotFoundError, and ValueError naming file and line if any other line is not a JSON
+    object with a `step`.
     """
     return _parse(Path(path))[1]
 

@@ -1,7 +1,8 @@
 """Optimisers and the learning rate, as functions of the configuration.
 
-`sgd` is the paper's (momentum 0.9, constant rate 0.01); `adamw` decays matrices and embeddings and leaves biases and
-LayerNorm alone. PyTorch's fused kernels are used: one pass over the parameters, on the CPU too.
+`sgd` is the paper's (momentum 0.9, constant rate 0.01); `adamw` decays matrices and embeddings and
+leaves biases and LayerNorm alone. PyTorch's fused kernels are used: one pass over the parameters,
+on the CPU too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ SCHEDULES = ("constant", "cosine")
 class OptimOptions:
     """`optim`: rate, its course over the steps, clipping, and each optimiser's own numbers.
 
-    The rate rises linearly over `warmup_steps`, then stays (constant) or falls to min_lr_ratio * lr along half a cosine that
-    ends with the last step. `grad_clip`: largest 2-norm of all gradients together, null for no clipping.
+    The rate rises linearly over `warmup_steps`, then stays (constant) or falls to min_lr_ratio * lr
+    along half a cosine that ends with the last step. `grad_clip`: largest 2-norm of all gradients
+    together, null for no clipping.
     """
 
     name: str = "sgd"
@@ -40,7 +42,9 @@ class OptimOptions:
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optim.name={self.name!r}: must be one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
+            raise ValueError(
+                f"optim.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}"
+            )
         if not 0.0 < self.lr < math.inf:
             raise ValueError(f"optim.lr={self.lr}: must be positive")
         for name in ("momentum", "beta1", "beta2"):
@@ -55,7 +59,9 @@ class OptimOptions:
         if not 0.0 <= self.min_lr_ratio <= 1.0:
             raise ValueError(f"optim.min_lr_ratio={self.min_lr_ratio}: must be in [0, 1]")
         if self.grad_clip is not None and not self.grad_clip > 0.0:
-            raise ValueError(f"optim.grad_clip={self.grad_clip}: must be positive, or null for none")
+            raise ValueError(
+                f"optim.grad_clip={self.grad_clip}: must be positive, or null for none"
+            )
 
 
 def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
@@ -67,7 +73,9 @@ def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optim
     ]
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
+    )
 
 
 def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
@@ -84,10 +92,16 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 def momentum_norm(optimizer: torch.optim.Optimizer) -> float:
     """2-norm of what the optimiser remembers of gradients, all parameters together.
 
-    SGD's momentum buffers, which are discounted sums, or AdamW's first moments, which are discounted means.
+    SGD's momentum buffers, which are discounted sums, or AdamW's first moments, which are
+    discounted means.
 
     0 before the first step, and for SGD without momentum.
     """
     names = ("momentum_buffer", "exp_avg")
-    buffers = [state[name] for state in optimizer.state.values() for name in names if state.get(name) is not None]
+    buffers = [
+        state[name]
+        for state in optimizer.state.values()
+        for name in names
+        if state.get(name) is not None
+    ]
     return float(torch.nn.utils.get_total_norm(buffers)) if buffers else 0.0

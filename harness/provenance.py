@@ -1,4 +1,6 @@
-"""Where a number comes from: command, commit, machine, versions. Needs torch alone, so that any benchmark can say it."""
+"""Where a number comes from: command, commit, machine, versions. Needs torch alone, so that any
+benchmark can say it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def provenance() -> dict[str, Any]:
         "commit": _commit(),
         "machine": {
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "system": platform.system(),
@@ -29,12 +33,16 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The clone's commit, with "+" if tracked files differ from it; None outside a clone or without git."""
+    """The clone's commit, with "+" if tracked files differ from it; None outside a clone or without
+    git.
+    """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()

@@ -1,8 +1,10 @@
-"""A run between two steps: the loss of a micro-batch, what is measured beside it, and how it is saved and continued.
+"""A run between two steps: the loss of a micro-batch, what is measured beside it, and how it is
+saved and continued.
 
-How it comes to be stands in set_up.py, the loop in train.py. Batches and sketch noise need no state, they are functions of the
-step; a checkpoint holds the rest: weights, optimiser, random state, the losses not yet logged, the best validation loss, what
-the monitor last saw, the rank where it adapts.
+How it comes to be stands in set_up.py, the loop in train.py. Batches and sketch noise need no
+state, they are functions of the step; a checkpoint holds the rest: weights, optimiser, random
+state, the losses not yet logged, the best validation loss, what the monitor last saw, the rank
+where it adapts.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +20,18 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
 import basis
-from basis.noise import fold
+from basis.ops.noise import fold
 from data import Sampler, ValidationWindows
 from harness import activations, attention, memory
-from harness.adaptive_rank import RankControl
 from harness.build import layer_inputs
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config
 from harness.device import Runtime
 from harness.metrics import MetricsLog
+from harness.rank_control import RankControl
 from harness.tracker import Tracker
 from harness.zeroth_order import ZerothOrder
 from models import GPT
@@ -43,7 +45,9 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Run:
-    """A run between two steps. `step` optimiser steps are done; `pending` holds the losses of those not yet logged."""
+    """A run between two steps. `step` optimiser steps are done; `pending` holds the losses of those
+    not yet logged.
+    """
 
     config: Config
     folder: Path
@@ -61,7 +65,9 @@ class Run:
     lock: FileLock
     id: str
     zeroth_order: ZerothOrder | None = None  # takes the place of backward
-    knobs: dict[str, Any] = field(default_factory=dict)  # each layer's own, where a budget was divided by measured errors
+    knobs: dict[str, Any] = field(
+        default_factory=dict
+    )  # each layer's own, where a budget was divided by measured errors
     rank: RankControl | None = None  # where it adapts
     monitor: basis.Monitor | None = None
     step: int = 0
@@ -76,33 +82,50 @@ class Run:
     def micro_batch_loss(self, step: int, micro_batch: int) -> Tensor:
         """Forward of one micro-batch with its own noise; the mean loss over its tokens, with graph."""
         since = 0 if self.rank is None else self.rank.since
-        basis.set_noise_key(self.model, seed=self.config.seed, step=step, micro_batch=micro_batch, since=since)
+        basis.set_noise_key(
+            self.model, seed=self.config.seed, step=step, micro_batch=micro_batch, since=since
+        )
         inputs, targets = self.sampler.batch(step, micro_batch)
         device = self.runtime.device
         with self.runtime.autocast():
-            return self.forward(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+            return self.forward(
+                inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            )
 
     def zeroth_order_gradient(self, micro_batch: int, micro_batches: int) -> Tensor:
-        """Add a micro-batch's part to the gradients, without backward; the mean of the two losses that it takes."""
+        """Add a micro-batch's part to the gradients, without backward; the mean of the two losses
+        that it takes.
+        """
         assert self.zeroth_order is not None
         key = fold("zeroth order", self.config.seed, self.step, micro_batch)
         return self.zeroth_order.add_gradient(
-            self.model, lambda: self.micro_batch_loss(self.step, micro_batch), key, 1.0 / micro_batches
+            self.model,
+            lambda: self.micro_batch_loss(self.step, micro_batch),
+            key,
+            1.0 / micro_batches,
         )
 
     def gradient_quality(self) -> dict[str, float]:
-        """Estimated against exact dW in the step about to be taken (its first micro-batch), as metrics `sketch/<layer>/...`.
+        """Estimated against exact dW in the step about to be taken (its first micro-batch), as
+        metrics `sketch/<layer>/...`.
 
         The noise is that of the step; weights, gradients and random state stay as they are.
         """
         with self._not_compiled():
             panel = basis.gradient_quality(
-                self.model, lambda: self.micro_batch_loss(self.step, 0), masks=self.config.diagnostics.masks
+                self.model,
+                lambda: self.micro_batch_loss(self.step, 0),
+                masks=self.config.diagnostics.masks,
             )
-        return {f"sketch/{layer}/{name}": v for layer, quality in panel.items() for name, v in quality.metrics().items()}
+        return {
+            f"sketch/{layer}/{name}": v
+            for layer, quality in panel.items()
+            for name, v in quality.metrics().items()
+        }
 
     def kept_entries(self) -> dict[str, float]:
-        """Entries that SUS attention keeps in the step about to be taken (its first micro-batch), as metrics `sus/<layer>/...`.
+        """Entries that SUS attention keeps in the step about to be taken (its first micro-batch),
+        as metrics `sus/<layer>/...`.
 
         One more forward; weights, what methods have learned and random state stay as they are.
         """
@@ -113,7 +136,9 @@ class Run:
 
     @contextmanager
     def _not_compiled(self) -> Iterator[None]:
-        """Within, `forward` is the model itself: hooks and exchanged estimators are not seen by a graph made before."""
+        """Within, `forward` is the model itself: hooks and exchanged estimators are not seen by a
+        graph made before.
+        """
         compiled, self.forward = self.forward, self.model
         try:
             yield
@@ -121,7 +146,9 @@ class Run:
             self.forward = compiled
 
     def adapt_rank(self) -> dict[str, float]:
-        """After a step: the look at the rank, where one is due, as metrics `rank/...`, with `mem/...` if the rank has changed."""
+        """After a step: the look at the rank, where one is due, as metrics `rank/...`, with
+        `mem/...` if the rank has changed.
+        """
         if self.rank is None or not self.rank.due(self.step):
             return {}
         error, changed = self.rank.check(self.model, self.runtime, self.config.seed, self.step)
@@ -130,7 +157,9 @@ class Run:
             if self.monitor is not None:  # it holds the old layers, and what they had learned
                 ranges, self.monitor = self.monitor.state_dict(), basis.Monitor(self.model)
                 self.monitor.load_state_dict(ranges)
-            if self.runtime.compile:  # all anew, as in a run resumed here: old graphs have no say in the new ones
+            if (
+                self.runtime.compile
+            ):  # all anew, as in a run resumed here: old graphs have no say in the new ones
                 torch.compiler.reset()
                 self.forward = activations.compiled(self.model, self.config.activations)
             metrics |= self.measure_memory()
@@ -139,10 +168,11 @@ class Run:
         return metrics
 
     def watching(self, now: bool) -> AbstractContextManager[object]:
-        """Around the micro-batches of a step: the monitor, if there is one and the step is to be watched.
+        """Around the micro-batches of a step: the monitor, if there is one and the step is to be
+        watched.
 
-        Its random matrices are a function of seed and step, so that a resumed run reads the same, and errors of readings average
-        out over steps.
+        Its random matrices are a function of seed and step, so that a resumed run reads the same,
+        and errors of readings average out over steps.
         """
         if self.monitor is None or not now:
             return nullcontext()
@@ -150,12 +180,20 @@ class Run:
         return self.monitor
 
     def readings(self) -> dict[str, float]:
-        """What the monitor saw in the step that it was last put around, as metrics `monitor/<layer>/...`."""
+        """What the monitor saw in the step that it was last put around, as metrics
+        `monitor/<layer>/...`.
+        """
         found = {} if self.monitor is None else self.monitor.read()
-        return {f"monitor/{layer}/{name}": value for layer, seen in found.items() for name, value in seen.metrics().items()}
+        return {
+            f"monitor/{layer}/{name}": value
+            for layer, seen in found.items()
+            for name, value in seen.metrics().items()
+        }
 
     def pending_losses(self) -> list[float]:
-        """Losses of the steps since the last logged row. Raises NonFiniteError naming the first step that has none."""
+        """Losses of the steps since the last logged row. Raises NonFiniteError naming the first
+        step that has none.
+        """
         losses: list[float] = torch.stack(self.pending).tolist() if self.pending else []
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -167,22 +205,29 @@ class Run:
         return losses
 
     def _last_checkpoint(self) -> str:
-        return "no checkpoint yet" if self.saved_step is None else f"the last checkpoint is of step {self.saved_step}"
+        return (
+            "no checkpoint yet"
+            if self.saved_step is None
+            else f"the last checkpoint is of step {self.saved_step}"
+        )
 
     def wall_seconds(self) -> float:
         """Seconds since the run began, over all its segments, without the time between them."""
         return self.seconds + time.perf_counter() - self.started
 
     def save(self) -> None:
-        """Checkpoint the present step, unless that is done. Raises NonFiniteError rather than save broken weights."""
+        """Checkpoint the present step, unless that is done. Raises NonFiniteError rather than save
+        broken weights.
+        """
         if self.saved_step == self.step:
             return
         losses = self.pending_losses()
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
             raise NonFiniteError(
-                f"step {self.step}: weights are not finite after the update (method {self.config.method.name}, "
-                f"optim.lr={self.config.optim.lr}); {self._last_checkpoint()}"
+                f"step {self.step}: weights are not finite after the update (method "
+                f"{self.config.method.name}, optim.lr={self.config.optim.lr}); "
+                f"{self._last_checkpoint()}"
             )
         self.metrics.sync()
         self.checkpoints.save(
@@ -191,7 +236,9 @@ class Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state() if self.runtime.device.type == "cuda" else None,
+                "rng_cuda": torch.cuda.get_rng_state()
+                if self.runtime.device.type == "cuda"
+                else None,
                 "pending_losses": losses,
                 "monitor": None if self.monitor is None else self.monitor.state_dict(),
                 "val_step": self.val_step,
@@ -206,7 +253,9 @@ class Run:
                 "adaptive_rank": None if self.rank is None else self.rank.state_dict(),
             },
             # What the best is kept by: the loss of these very weights.
-            val_loss=self.val_loss if self.config.checkpoint.best and self.val_step == self.step else None,
+            val_loss=self.val_loss
+            if self.config.checkpoint.best and self.val_step == self.step
+            else None,
         )
         self.saved_step = self.step
 
@@ -218,16 +267,28 @@ class Run:
         torch.set_rng_state(state["rng"])
         if self.runtime.device.type == "cuda" and state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"])
-        self.pending = [torch.tensor(loss, device=self.runtime.device) for loss in state["pending_losses"]]
-        if self.monitor is not None and state.get("monitor"):  # a run may have been without until now
+        self.pending = [
+            torch.tensor(loss, device=self.runtime.device) for loss in state["pending_losses"]
+        ]
+        if self.monitor is not None and state.get(
+            "monitor"
+        ):  # a run may have been without until now
             self.monitor.load_state_dict(state["monitor"])
-        self.best_val_loss, self.val_step, self.val_loss = state["best_val_loss"], state["val_step"], state["val_loss"]
+        self.best_val_loss, self.val_step, self.val_loss = (
+            state["best_val_loss"],
+            state["val_step"],
+            state["val_loss"],
+        )
         self.seconds = state["seconds"]
         self.step = self.saved_step = loaded.step
 
     def measure_memory(self) -> dict[str, int]:
-        """Bytes of one training step, under the metric names `mem/...`; nothing about the run is changed by it."""
-        micro_batches = min(self.config.micro_batches, 2)  # the second one meets the first one's gradients
+        """Bytes of one training step, under the metric names `mem/...`; nothing about the run is
+        changed by it.
+        """
+        micro_batches = min(
+            self.config.micro_batches, 2
+        )  # the second one meets the first one's gradients
 
         def forward() -> Tensor:
             return self.micro_batch_loss(self.step, 0)
@@ -236,20 +297,64 @@ class Run:
             (self.micro_batch_loss(self.step, micro_batch) / micro_batches).backward()
 
         compiled, self.forward = self.forward, self.model
-        with torch.random.fork_rng(), basis.not_learning(self.model), torch.set_grad_enabled(self.zeroth_order is None):
+        with (
+            torch.random.fork_rng(),
+            basis.not_learning(self.model),
+            torch.set_grad_enabled(self.zeroth_order is None),
+        ):
             saved = memory.saved_bytes(self.model, forward)
             peak = 0
-            if self.runtime.device.type == "cpu" and self.zeroth_order is None:  # MemTracker refuses two forwards in a row
-                peak = memory.cpu_peak_bytes(self.model, self.optimizer, forward_backward, micro_batches)
+            if (
+                self.runtime.device.type == "cpu" and self.zeroth_order is None
+            ):  # MemTracker refuses two forwards in a row
+                peak = memory.cpu_peak_bytes(
+                    self.model, self.optimizer, forward_backward, micro_batches
+                )
                 self.optimizer.zero_grad(set_to_none=True)
             self.forward = compiled
-            total = memory.saved_bytes_total(self.model, forward) if self.runtime.compile else sum(saved.values())
+            total = (
+                memory.saved_bytes_total(self.model, forward)
+                if self.runtime.compile
+                else sum(saved.values())
+            )
         parameters = memory.tensor_bytes(self.model.parameters())
-        measured = {"mem/saved_bytes": total} | {f"mem/saved_bytes/{name}": size for name, size in saved.items()}
+        measured = {"mem/saved_bytes": total} | {
+            f"mem/saved_bytes/{name}": size for name, size in saved.items()
+        }
         layers = [layer for _, layer in basis.sketched_layers(self.model)]
         learned = memory.tensor_bytes(t for layer in layers for t in layer.state.values())
-        widths = sum(layer.in_features for layer in layers if layer is not self.model.head)  # which keeps no input
+        widths = sum(
+            layer.in_features for layer in layers if layer is not self.model.head
+        )  # which keeps no input
         inputs = layer_inputs(self.config)
-        measured |= {"mem/parameter_bytes": parameters, "mem/gradient_bytes": parameters, "mem/estimator_bytes": learned}
+        measured |= {
+            "mem/parameter_bytes": parameters,
+            "mem/gradient_bytes": parameters,
+            "mem/estimator_bytes": learned,
+        }
         measured["mem/input_bytes"] = inputs["rows"] * widths * inputs["dtype"].itemsize
         return measured | ({"mem/peak_bytes": peak} if peak else {})
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    runtime: Runtime,
+    forward: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> float:
+    """Mean cross-entropy in nats per token over `batches` of (inputs, targets), each int64 (b, T).
+
+    `forward` replaces calling `model` (a compiled form of it). The model's training mode is
+    restored.
+    """
+    run = model if forward is None else forward
+    training = model.training
+    model.eval()
+    losses = []
+    for inputs, targets in batches:
+        with runtime.autocast():
+            loss = run(inputs.to(runtime.device), targets.to(runtime.device))
+        losses.append(loss.double())
+    model.train(training)
+    return torch.stack(losses).mean().item()

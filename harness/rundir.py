@@ -6,9 +6,10 @@
     summary.json    status and final numbers, with command, commit, machine and versions
     checkpoints/    the last ones and the best
 
-The name is made of the overrides, without a clock, so the same command finds the same directory and continues it. A
-different configuration in the same directory is refused, option by option, except for options that do not change what is
-computed, and for more steps where the learning rate does not depend on their number.
+The name is made of the overrides, without a clock, so the same command finds the same directory and
+continues it. A different configuration in the same directory is refused, option by option, except
+for options that do not change what is computed, and for more steps where the learning rate does not
+depend on their number.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ _NAME_LIMIT = 120
 
 
 def run_name(overrides: str) -> str:
-    """A folder name for a comma-separated list of overrides: readable, stable, never too long, usable on a command line.
+    """A folder name for a comma-separated list of overrides: readable, stable, never too long,
+    usable on a command line.
 
-    "method.rank=8,seed=1" becomes "method.rank-8_seed-1", since Hydra would want quotes around the other. What else
-    can't be in a name is replaced too, and a digest keeps different lists apart.
+    "method.rank=8,seed=1" becomes "method.rank-8_seed-1", since Hydra would want quotes around the
+    other. What else can't be in a name is replaced too, and a digest keeps different lists apart.
     """
     if not overrides:
         return "default"
@@ -66,7 +68,8 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def known_options(config: dict[str, Any]) -> dict[str, Any]:
     """A run's options by dotted name. What an older version had no option for is at its default.
 
-    Exact attention has none of sus's options: older versions wrote their defaults there, or what was given and not looked at.
+    Exact attention has none of sus's options: older versions wrote their defaults there, or what
+    was given and not looked at.
     """
     options = flatten(Config().to_dict()) | flatten(config)
     if options["attention.name"] == "exact":
@@ -82,19 +85,25 @@ def changed_options(old: dict[str, Any], config: Config) -> list[str]:
     for option in sorted(before.keys() | now.keys()):
         if option.startswith(FREE_OPTIONS) or before.get(option) == now.get(option):
             continue
-        if option == "steps" and config.optim.schedule == "constant" and before["steps"] < config.steps:
+        if (
+            option == "steps"
+            and config.optim.schedule == "constant"
+            and before["steps"] < config.steps
+        ):
             continue
         changes.append(f"{option}: {before.get(option)} -> {now.get(option)}")
     return changes
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise ValueError naming every changed option if `run_dir` holds a run of another configuration, or of one unknown."""
+    """Raise ValueError naming every changed option if `run_dir` holds a run of another
+    configuration, or of one unknown.
+    """
     if not (run_dir / CONFIG_FILE).exists():
         if (run_dir / METRICS_FILE).exists() or any((run_dir / CHECKPOINT_FOLDER).glob("*")):
             raise ValueError(
-                f"{run_dir} holds a run without {CONFIG_FILE}, so what it is a run of can't be told; "
-                "give another hydra.run.dir to start anew, or delete the folder"
+                f"{run_dir} holds a run without {CONFIG_FILE}, so what it is a run of can't be "
+                "told; give another hydra.run.dir to start anew, or delete the folder"
             )
         return
     changes = changed_options(read_config(run_dir), config)
@@ -112,11 +121,18 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration that a run left, as nested dicts. Raises ValueError naming the file if it is damaged."""
+    """The resolved configuration that a run left, as nested dicts. Raises ValueError naming the
+    file if it is damaged.
+    """
     file = run_dir / CONFIG_FILE
     try:
         config = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:  # OmegaConf's OSError: a bare word or number
+    except (
+        YAMLError,
+        OmegaConfBaseException,
+        ValueError,
+        OSError,
+    ) as error:  # OmegaConf's OSError: a bare word or number
         raise ValueError(f"{file}: not readable as YAML ({error})") from error
     if not isinstance(config, dict) or not config:
         raise ValueError(f"{file}: not a mapping of options")
@@ -124,7 +140,9 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json, or an empty dict if there is none yet. Raises ValueError naming the file if it is damaged."""
+    """summary.json, or an empty dict if there is none yet. Raises ValueError naming the file if it
+    is damaged.
+    """
     file = run_dir / SUMMARY_FILE
     if not file.exists():
         return {}

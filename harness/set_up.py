@@ -1,8 +1,8 @@
 """Everything a run consists of, put together in the order in which it can be refused.
 
-`set_up` first checks what needs no data (device, method scope, the run directory's old configuration), then prepares the data,
-builds model and optimiser, and only then writes into the run directory. It continues from the newest sound checkpoint if
-there is one.
+`set_up` first checks what needs no data (device, method scope, the run directory's old
+configuration), then prepares the data, builds model and optimiser, and only then writes into the
+run directory. It continues from the newest sound checkpoint if there is one.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ import basis
 from data import Sampler, validation_windows
 from data.tokens import TokenFile
 from harness import activations, rundir
-from harness.adaptive_rank import RankControl
-from harness.build import apply_knobs, build_model, check_method, measure_knobs, rank_controller, training_text
+from harness.build import (
+    apply_knobs,
+    build_model,
+    check_method,
+    measure_knobs,
+    rank_controller,
+    training_text,
+)
 from harness.checkpoint import Checkpoints
 from harness.config import Config
 from harness.device import Runtime, resolve
-from harness.identity import run_id, run_labels
 from harness.method import make_method
 from harness.metrics import MetricsLog
 from harness.optim import make_optimizer
+from harness.rank_control import RankControl
 from harness.run import Run
+from harness.run_id import run_id, run_labels
 from harness.tracker import make_tracker, require_wandb
 from harness.zeroth_order import ZerothOrder
 from models import GPT
@@ -40,11 +47,11 @@ log = logging.getLogger(__name__)
 
 
 def telling_settings(config: Config) -> dict[str, object]:
-    """What tells runs of one method apart in a sweep: the estimator's options that have no default, R first among them, the
-    budget that takes the place of its knob, and attention.
+    """What tells runs of one method apart in a sweep: the estimator's options that have no default,
+    R first among them, the budget that takes the place of its knob, and attention.
 
-    Switches and choices that are not at their default are told too; numbers with a default (shrinkage, eps) are not, nor what
-    follows from other options (rows).
+    Switches and choices that are not at their default are told too; numbers with a default
+    (shrinkage, eps) are not, nor what follows from other options (rows).
     """
     estimator: Any = make_method(config.method)
     telling: dict[str, object] = {}
@@ -55,15 +62,21 @@ def telling_settings(config: Config) -> dict[str, object]:
         if config.method.budget is not None and option.name == estimator.knob:
             telling["budget"] = config.method.budget
             continue
-        if option.default is dataclasses.MISSING or (value != option.default and not isinstance(value, float)):
+        if option.default is dataclasses.MISSING or (
+            value != option.default and not isinstance(value, float)
+        ):
             telling["R" if option.name == "rank" else option.name] = value
     if config.method.allocation != "uniform":
         telling["allocation"] = config.method.allocation
     return telling | config.adaptive_rank.telling() | config.attention.telling()
 
 
-def _measured_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runtime) -> dict[str, Any]:
-    """method.allocation=variance in a new run: see `measure_knobs`. PyTorch's random state stays as it was."""
+def _measured_knobs(
+    model: GPT, config: Config, sampler: Sampler, runtime: Runtime
+) -> dict[str, Any]:
+    """method.allocation=variance in a new run: see `measure_knobs`. PyTorch's random state stays as
+    it was.
+    """
 
     def loss(step: int) -> Tensor:
         basis.set_noise_key(model, seed=config.seed, step=step, micro_batch=0)
@@ -77,7 +90,9 @@ def _measured_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runti
 
 
 def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl | None:
-    """What sets the rank from step to step, if anything does; it looks at batches of `unseen` as large as a micro-batch."""
+    """What sets the rank from step to step, if anything does; it looks at batches of `unseen` as
+    large as a micro-batch.
+    """
     controller = rank_controller(model, config)
     if controller is None:
         return None
@@ -92,12 +107,19 @@ def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl 
 
 
 def set_up(config: Config, folder: Path) -> Run:
-    """The run of `config` in `folder`, new or continued. Raises ValueError for what the user can mend, before writing."""
-    runtime = resolve(config.device, config.precision, config.compile, deterministic=config.deterministic)
+    """The run of `config` in `folder`, new or continued. Raises ValueError for what the user can
+    mend, before writing.
+    """
+    runtime = resolve(
+        config.device, config.precision, config.compile, deterministic=config.deterministic
+    )
     if config.activations.name == "budget" and not runtime.compile:
         raise ValueError("activations=budget: a budget is kept by torch.compile; give compile=true")
     if config.diagnostics.monitor and runtime.compile:
-        raise ValueError("diagnostics.monitor=true: hooks on layers are not seen by a compiled model; give compile=false")
+        raise ValueError(
+            "diagnostics.monitor=true: hooks on layers are not seen by a compiled model; give "
+            "compile=false"
+        )
     require_wandb(config.tracker.mode)
     check_method(config)
     rundir.check_same_run(folder, config)
@@ -105,7 +127,10 @@ def set_up(config: Config, folder: Path) -> Run:
 
     prepared, sampler = training_text(config, progress=config.log.progress)
     validation = validation_windows(
-        prepared.val, block_size=config.model.block_size, batch_size=config.eval.batch_size, batches=config.eval.batches
+        prepared.val,
+        block_size=config.model.block_size,
+        batch_size=config.eval.batch_size,
+        batches=config.eval.batches,
     )
     model, sketched = build_model(config)
     model.to(runtime.device)
@@ -115,23 +140,33 @@ def set_up(config: Config, folder: Path) -> Run:
     data_hashes = {"train": prepared.train.sha256, "validation": validation.hash}
     if loaded and loaded.state["data"] != data_hashes:
         raise ValueError(
-            f"data.path={config.data.path}: the prepared tokens are not those that the run in {folder} was started with; "
-            "bring the same text back, give another hydra.run.dir, or delete the folder"
+            f"data.path={config.data.path}: the prepared tokens are not those that the run in "
+            f"{folder} was started with; bring the same text back, give another hydra.run.dir, or "
+            "delete the folder"
         )
     if loaded and loaded.state["runtime"] != runtime.describe():
         before, now = loaded.state["runtime"], runtime.describe()
         changes = "; ".join(
-            f"{option}: {before[option]} -> {now[option]}" for option in now if before[option] != now[option]
+            f"{option}: {before[option]} -> {now[option]}"
+            for option in now
+            if before[option] != now[option]
         )
-        raise ValueError(f"{folder} holds a run that computes elsewhere ({changes}); losses would not continue bit for bit")
+        raise ValueError(
+            f"{folder} holds a run that computes elsewhere ({changes}); losses would not continue "
+            "bit for bit"
+        )
 
     knobs: dict[str, Any] = {}
     if config.method.allocation == "variance":
-        knobs = loaded.state["knobs"] if loaded else _measured_knobs(model, config, sampler, runtime)
+        knobs = (
+            loaded.state["knobs"] if loaded else _measured_knobs(model, config, sampler, runtime)
+        )
         apply_knobs(model, config, knobs)
     rank = _rank_control(model, config, prepared.val)
     if rank is not None and loaded:
-        rank.restore(loaded.state["adaptive_rank"], model)  # before what the layers had learned, whose sizes depend on it
+        rank.restore(
+            loaded.state["adaptive_rank"], model
+        )  # before what the layers had learned, whose sizes depend on it
 
     folder.mkdir(parents=True, exist_ok=True)
     fresh = not any(folder.iterdir())
@@ -169,7 +204,8 @@ def set_up(config: Config, folder: Path) -> Run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     if runtime.compile:
-        torch.compiler.reset()  # graphs of a sweep's earlier runs count against the limit of recompilations
+        # graphs of a sweep's earlier runs count against the limit of recompilations
+        torch.compiler.reset()
     forward: Callable[[Tensor, Tensor], Tensor] = (
         activations.compiled(model, config.activations) if runtime.compile else model
     )

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM as a request: finish the step, save, leave.
 
-A batch system sends SIGTERM minutes before it kills; a person presses Ctrl-C. Neither should cost a run the steps since its
-last checkpoint, so the signal only sets a flag that the loop looks at between steps. A second signal is not waited for.
+A batch system sends SIGTERM minutes before it kills; a person presses Ctrl-C. Neither should cost a
+run the steps since its last checkpoint, so the signal only sets a flag that the loop looks at
+between steps. A second signal is not waited for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 
 class StopRequest:
-    """A context manager; inside it `code` is None until a signal came, then the exit code that the signal asks for."""
+    """A context manager; inside it `code` is None until a signal came, then the exit code that the
+    signal asks for.
+    """
 
     def __init__(self) -> None:
         self.code: int | None = None
@@ -28,6 +31,11 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)

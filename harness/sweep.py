@@ -1,7 +1,8 @@
 """What Hydra tells about the jobs of a sweep: which one failed, and why, at once and in few lines.
 
-Hydra's basic launcher goes on with the remaining jobs, exits with code 1 at the end and shows the first failure only, so all
-that failed are listed once more when the process ends: Hydra calls nobody between the last job and that exit.
+Hydra's basic launcher goes on with the remaining jobs, exits with code 1 at the end and shows the
+first failure only, so all that failed are listed once more when the process ends: Hydra calls
+nobody between the last job and that exit.
 """
 
 from __future__ import annotations
@@ -43,4 +44,6 @@ class ReportFailedJobs(Callback):
     def at_the_end(self) -> None:
         """All failures again, a line each, where they are not far above."""
         if self.failed:
-            log.error("%d of %d jobs failed:\n  %s", len(self.failed), self.jobs, "\n  ".join(self.failed))
+            log.error(
+                "%d of %d jobs failed:\n  %s", len(self.failed), self.jobs, "\n  ".join(self.failed)
+            )

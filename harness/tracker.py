@@ -1,27 +1,27 @@
 """A mirror of `metrics.jsonl` in Weights & Biases: nice to have, never needed, never in the way.
 
-Three modes, one switch. `offline`, the default, writes the run next to its other files, needs no account and no
-network, and can be looked at with `wandb leet <run directory>/wandb` or uploaded later with `wandb sync`. `online`
-uploads while training. `disabled` does not even import wandb, so a machine without it can train. There is no "try
-online, else offline": without a network that costs a minute and a half of silence, and a run whose whereabouts are a
-surprise.
+Three modes, one switch. `offline`, the default, writes the run next to its other files, needs no
+account and no network, and can be looked at with `wandb leet <run directory>/wandb` or uploaded
+later with `wandb sync`. `online` uploads while training. `disabled` does not even import wandb, so
+a machine without it can train. There is no "try online, else offline": without a network that costs
+a minute and a half of silence, and a run whose whereabouts are a surprise.
 
-*Identity.* Id and labels come from `harness/identity.py`, which keeps them in the run directory: an interrupted run
-continues as itself, and a multirun never writes two runs into one. The whole nested configuration goes along, to group
-runs by any key of it.
+*Identity.* Id and labels come from `harness/run_id.py`, which keeps them in the run directory: an
+interrupted run continues as itself, and a multirun never writes two runs into one. The whole nested
+configuration goes along, to group runs by any key of it.
 
-*Steps.* wandb's own step counter only ever grows, and drops what a run resumed from an earlier step reports again. So
-`step=` is never passed: `step` and `tokens` are logged like any metric, and `step` is declared the x axis of all. After
-a resume the mirror has two points where the interrupted run had gone past its checkpoint; `metrics.jsonl` has one, and
-so has a mirror rebuilt from it.
+*Steps.* wandb's own step counter only ever grows, and drops what a run resumed from an earlier step
+reports again. So `step=` is never passed: `step` and `tokens` are logged like any metric, and
+`step` is declared the x axis of all. After a resume the mirror has two points where the interrupted
+run had gone past its checkpoint; `metrics.jsonl` has one, and so has a mirror rebuilt from it.
 
-*Ending.* A tracker is a context manager: however the block ends, the run is finished, as failed if an exception ends
-it. `finish` may be called before, with an exit code of its own.
+*Ending.* A tracker is a context manager: however the block ends, the run is finished, as failed if
+an exception ends it. `finish` may be called before, with an exit code of its own.
 
 wandb 0.31 sends usage telemetry to its server even when offline. Offline runs therefore set
-`WANDB_ERROR_REPORTING=false` unless the environment already has a value. Console capture, code saving and system
-statistics are off. What is left costs about a millisecond of this process per logged row, one helper process, and
-about two seconds at the first run.
+`WANDB_ERROR_REPORTING=false` unless the environment already has a value. Console capture, code
+saving and system statistics are off. What is left costs about a millisecond of this process per
+logged row, one helper process, and about two seconds at the first run.
 """
 
 import importlib.util
@@ -33,23 +33,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from harness.identity import TAG_LIMIT, update_run_file
+from harness.run_id import TAG_LIMIT, update_run_file
 
 if TYPE_CHECKING:
     import wandb
 
 MODES = ("online", "offline", "disabled")
 
-# What a dashboard's table of runs shows of a metric; of all others, the last value. "last" stands here too where it
-# matters besides, because naming any summary replaces the default one.
-# Bytes are the same for all of a run: columns of the table, and no panels that would stand before the curves.
+# What a dashboard's table of runs shows of a metric; of all others, the last value. "last" stands
+# here too where it matters besides, because naming any summary replaces the default one. Bytes are
+# the same for all of a run: columns of the table, and no panels that would stand before the curves.
 _HIDDEN = ("mem/*", "lr", "tokens")
-_SUMMARIES = {"val/loss": "min,last", "val/perplexity": "min,last", "mem/peak_bytes": "max", "mem/saved_bytes": "max"}
+_SUMMARIES = {
+    "val/loss": "min,last",
+    "val/perplexity": "min,last",
+    "mem/peak_bytes": "max",
+    "mem/saved_bytes": "max",
+}
 
 
 @dataclass
 class TrackerOptions:
-    """The `tracker` group of the configuration; `group` and `name` replace the run's own choice, `tags` are added."""
+    """The `tracker` group of the configuration; `group` and `name` replace the run's own choice,
+    `tags` are added.
+    """
 
     mode: str = "offline"
     project: str = "basis"
@@ -59,29 +66,42 @@ class TrackerOptions:
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Raise ValueError, with the dotted name of the option, for a value that wandb would refuse."""
+        """Raise ValueError, with the dotted name of the option, for a value that wandb would
+        refuse.
+        """
         if self.mode not in MODES:
             raise ValueError(f"tracker.mode={self.mode!r}: must be one of {', '.join(MODES)}")
         if not 1 <= len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
-            raise ValueError(f"tracker.project={self.project!r}: must be 1 to 128 characters, none of / \\ # ? % :")
+            raise ValueError(
+                f"tracker.project={self.project!r}: must be 1 to 128 characters, none of / \\ # ? % "
+                ":"
+            )
         for index, tag in enumerate(self.tags):
             if not 1 <= len(tag) <= TAG_LIMIT:
-                raise ValueError(f"tracker.tags[{index}]={tag!r}: must be 1 to {TAG_LIMIT} characters")
+                raise ValueError(
+                    f"tracker.tags[{index}]={tag!r}: must be 1 to {TAG_LIMIT} characters"
+                )
 
 
 class Tracker:
-    """The tracker of `mode=disabled`, and of every rank but the first: accepts everything, does nothing."""
+    """The tracker of `mode=disabled`, and of every rank but the first: accepts everything, does
+    nothing.
+    """
 
     url: str | None = None
     """Where to watch the run; None unless online."""
     folder: Path | None = None
-    """The directory in which wandb keeps this run (after a resume: this segment of it); None if disabled."""
+    """The directory in which wandb keeps this run (after a resume: this segment of it); None if
+    disabled.
+    """
 
     def log(self, metrics: Mapping[str, object]) -> None:
         """Mirror one row of `metrics.jsonl`; it must have a `step`."""
 
     def summary(self, values: Mapping[str, object]) -> None:
-        """Mirror the scalars of `summary.json` as `final/<name>`, beside the summaries that wandb makes of metrics."""
+        """Mirror the scalars of `summary.json` as `final/<name>`, beside the summaries that wandb
+        makes of metrics.
+        """
 
     def finish(self, exit_code: int = 0) -> None:
         """End the run, as failed if `exit_code` is not 0. Later calls do nothing."""
@@ -90,7 +110,11 @@ class Tracker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
     ) -> None:
         self.finish(exit_code_of(error))
 
@@ -106,7 +130,9 @@ class WandbTracker(Tracker):
         for name in _HIDDEN:
             run.define_metric(name, step_metric="step", hidden=True)
         for name, summary in _SUMMARIES.items():
-            run.define_metric(name, step_metric="step", summary=summary, hidden=name.startswith("mem/"))
+            run.define_metric(
+                name, step_metric="step", summary=summary, hidden=name.startswith("mem/")
+            )
 
     def log(self, metrics: Mapping[str, object]) -> None:
         assert "step" in metrics, f"a row needs a `step`: {dict(metrics)}"
@@ -115,9 +141,16 @@ class WandbTracker(Tracker):
 
     def summary(self, values: Mapping[str, object]) -> None:
         assert self._run is not None, "summary after finish"
-        # Under a name of its own: the final val/loss would overwrite the minimum that wandb keeps as val/loss.
-        scalars = {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
-        self._run.summary.update({f"final/{name}": _spell(value) for name, value in scalars.items()})
+        # Under a name of its own: the final val/loss would overwrite the minimum that wandb keeps
+        # as val/loss.
+        scalars = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, bool | int | float | str)
+        }
+        self._run.summary.update(
+            {f"final/{name}": _spell(value) for name, value in scalars.items()}
+        )
 
     def finish(self, exit_code: int = 0) -> None:
         if self._run is not None:
@@ -136,11 +169,13 @@ def make_tracker(
     tags: Sequence[str] = (),
     name: str | None = None,
 ) -> Tracker:
-    """Start (or, with an id used before, continue) the mirror of the run in `run_dir`; notes its labels in `run.json`.
+    """Start (or, with an id used before, continue) the mirror of the run in `run_dir`; notes its
+    labels in `run.json`.
 
-    `config` is the resolved configuration as nested plain dicts. `options.group` and `options.name` win over `group`
-    and `name`; `options.tags` come after `tags`. Raises ValueError naming `tracker.mode` if wandb is not installed or
-    the server does not let the run in. Call it from one process (rank 0), and give `Tracker()` to the others.
+    `config` is the resolved configuration as nested plain dicts. `options.group` and `options.name`
+    win over `group` and `name`; `options.tags` come after `tags`. Raises ValueError naming
+    `tracker.mode` if wandb is not installed or the server does not let the run in. Call it from one
+    process (rank 0), and give `Tracker()` to the others.
     """
     labels = {
         "project": options.project,
@@ -154,12 +189,18 @@ def make_tracker(
     return open_tracker(options.mode, run_dir=run_dir, run_id=run_id, config=config, **labels)
 
 
-def open_tracker(mode: str, *, run_dir: Path, run_id: str, config: dict[str, Any], **labels: Any) -> Tracker:
-    """`make_tracker` without bookkeeping: `labels` (project, entity, name, group, job_type, tags) go to wandb as is."""
+def open_tracker(
+    mode: str, *, run_dir: Path, run_id: str, config: dict[str, Any], **labels: Any
+) -> Tracker:
+    """`make_tracker` without bookkeeping: `labels` (project, entity, name, group, job_type, tags)
+    go to wandb as is.
+    """
     if mode == "disabled":
         return Tracker()
     if mode == "offline":
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the telemetry of the docstring above
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # the telemetry of the docstring above
     require_wandb(mode)
     import wandb
 
@@ -170,7 +211,8 @@ def open_tracker(mode: str, *, run_dir: Path, run_id: str, config: dict[str, Any
             dir=run_dir,
             config=config,
             resume="allow",
-            reinit="finish_previous",  # in a multirun, wandb's default would hand back the run of the job before
+            # in a multirun, wandb's default would hand back the run of the job before
+            reinit="finish_previous",
             settings=wandb.Settings(
                 console="off",
                 quiet=True,
@@ -183,23 +225,32 @@ def open_tracker(mode: str, *, run_dir: Path, run_id: str, config: dict[str, Any
         )
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
         raise ValueError(
-            f"tracker.mode={mode!r}: {error}\nRun `wandb login` once, or set tracker.mode=offline and upload later."
+            f"tracker.mode={mode!r}: {error}\nRun `wandb login` once, or set tracker.mode=offline "
+            "and upload later."
         ) from error
     return WandbTracker(run, online=mode == "online")
 
 
 def require_wandb(mode: str) -> None:
-    """Raise ValueError naming `tracker.mode` if `mode` needs wandb and it is not installed; nothing is imported."""
+    """Raise ValueError naming `tracker.mode` if `mode` needs wandb and it is not installed; nothing
+    is imported.
+    """
     if mode == "disabled":
         return
     found = importlib.util.find_spec("wandb")
-    # A directory "wandb" with runs in it, beside the program, is found as a package too; it has no file to come from.
+    # A directory "wandb" with runs in it, beside the program, is found as a package too; it has no
+    # file to come from.
     if found is None or found.origin is None:
-        raise ValueError(f"tracker.mode={mode!r}: wandb is not installed; install it or set tracker.mode=disabled")
+        raise ValueError(
+            f"tracker.mode={mode!r}: wandb is not installed; install it or set "
+            "tracker.mode=disabled"
+        )
 
 
 def exit_code_of(error: BaseException | None) -> int:
-    """The exit code of a process that ends by `error`: 0 for None, a SystemExit's own, 130 for Ctrl-C, else 1."""
+    """The exit code of a process that ends by `error`: 0 for None, a SystemExit's own, 130 for
+    Ctrl-C, else 1.
+    """
     if error is None:
         return 0
     if isinstance(error, SystemExit):
@@ -210,7 +261,9 @@ def exit_code_of(error: BaseException | None) -> int:
 
 
 def _spell(value: object) -> object:
-    """A non-finite float as the word that wandb's own history uses for it; its summary would make it null."""
+    """A non-finite float as the word that wandb's own history uses for it; its summary would make
+    it null.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     return value

@@ -1,4 +1,6 @@
-"""A model that a run has trained, read back with the text it was trained on: the way in for programs that look at one run."""
+"""A model that a run has trained, read back with the text it was trained on: the way in for
+programs that look at one run.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,18 @@ from models import GPT, GPTConfig
 
 def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict without what a method has learned in its layers, for a model with plain ones."""
-    return {name: tensor for name, tensor in state.items() if not name.rpartition(".")[2].startswith("estimator_")}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.rpartition(".")[2].startswith("estimator_")
+    }
 
 
 @dataclass(frozen=True)
 class Trained:
-    """model: on the CPU, with plain layers and exact attention, however it was trained. val_loss: at that step, or None."""
+    """model: on the CPU, with plain layers and exact attention, however it was trained. val_loss:
+    at that step, or None.
+    """
 
     model: GPT
     prepared: Prepared
@@ -32,9 +40,11 @@ class Trained:
 
 
 def load_trained(run: Path, *, best: bool = False) -> Trained:
-    """The newest checkpoint of the run folder `run`, or the one of lowest validation loss where there is one.
+    """The newest checkpoint of the run folder `run`, or the one of lowest validation loss where
+    there is one.
 
-    Raises ValueError if there is none, or if the text has changed since; CheckpointError if it is damaged.
+    Raises ValueError if there is none, or if the text has changed since; CheckpointError if it is
+    damaged.
     """
     checkpoints = Checkpoints(run / CHECKPOINT_FOLDER)
     chosen = checkpoints.best() if best else None
@@ -47,6 +57,11 @@ def load_trained(run: Path, *, best: bool = False) -> Trained:
     model.load_state_dict(plain_weights(loaded.state["model"]))
     prepared = prepare(DataOptions(**config["data"]))
     if prepared.train.sha256 != loaded.state["data"]["train"]:
-        raise ValueError(f"the text behind {run} has changed since; its tokens would be read with another vocabulary")
+        raise ValueError(
+            f"the text behind {run} has changed since; its tokens would be read with another "
+            "vocabulary"
+        )
     evaluated = loaded.state.get("val_step") == loaded.step
-    return Trained(model, prepared, loaded.step, loaded.state["val_loss"] if evaluated else loaded.val_loss)
+    return Trained(
+        model, prepared, loaded.step, loaded.state["val_loss"] if evaluated else loaded.val_loss
+    )

@@ -15,7 +15,7 @@ fused dense layer `qkv`: the same distribution at initialisation, one product in
 
 What autograd keeps of a block at float32, in units of one B x T x C tensor (B x T tokens): inputs of qkv, proj, fc, mlp.proj
 1 + 1 + 1 + 4, attention q, k, v, output 3 + (shared with proj), GELU input 4, LayerNorm inputs 2 and statistics.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ class CausalAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (b, h, T, d) -> (b, h, T, d)."""
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -81,7 +83,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        heads = self.qkv(x).view(batch, length, 3, self.n_head, width // self.n_head)  # (b, T, 3, h, d)
+        heads = self.qkv(x).view(
+            batch, length, 3, self.n_head, width // self.n_head
+        )  # (b, T, 3, h, d)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (b, h, T, d)
         y = self.attend(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
@@ -143,11 +147,16 @@ class GPT(nn.Module):
                     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 else:
                     residual = name.endswith(".proj")
-                    nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                    nn.init.normal_(
+                        module.weight,
+                        std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02,
+                    )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=1.0 / math.sqrt(self.config.n_embd) if paper else 0.02)
+                nn.init.normal_(
+                    module.weight, std=1.0 / math.sqrt(self.config.n_embd) if paper else 0.02
+                )
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """tokens (b, T) int64 -> logits (b, T, V); with targets (b, T) -> their mean cross-entropy in nats, a scalar.
@@ -156,7 +165,9 @@ class GPT(nn.Module):
         """
         length = tokens.shape[1]
         if length > self.config.block_size:
-            raise ValueError(f"{length} tokens do not fit model.block_size={self.config.block_size}")
+            raise ValueError(
+                f"{length} tokens do not fit model.block_size={self.config.block_size}"
+            )
         positions = torch.arange(length, device=tokens.device)
         weight = None
         if targets is not None and self.head.weight is self.wte.weight:
@@ -189,14 +200,18 @@ class GPT(nn.Module):
         run in the mode it is in: call eval() first. The last block_size tokens are the context.
         """
         for _ in range(new_tokens):
-            logits = self(tokens[:, -self.config.block_size :])[:, -1, :vocab_size].float()  # (b, V)
+            logits = self(tokens[:, -self.config.block_size :])[
+                :, -1, :vocab_size
+            ].float()  # (b, V)
             if top_k is not None and top_k < logits.shape[-1]:
                 least = logits.topk(top_k).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
-                new = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+                new = torch.multinomial(
+                    torch.softmax(logits / temperature, -1), 1, generator=generator
+                )
             tokens = torch.cat([tokens, new], 1)
             yield new
 

@@ -1,4 +1,4 @@
-"""Benchmarks, reports and small tools: each a program with a `main(argv) -> int` that tests call without a subprocess.
+"""The commands: small programs, and a starter for each program of bench/ and experiments/.
 
-A script puts together what the other folders offer and prints what it found; nothing imports a script except its test.
+Each has a `main(argv) -> int` that tests call without a subprocess.
 """

@@ -1,11 +1,12 @@
-"""Make a wandb workspace and a report that show a sweep of this project: losses, stability, quality of dW, bytes.
+"""Make a wandb workspace and a report that show a sweep of this project: losses, stability, quality
+of dW, bytes.
 
     python scripts/dashboard.py --entity me --project basis            # save both, print their addresses
     python scripts/dashboard.py --entity me --project basis --dry-run  # build and print them, no network, no account
 
-Runs are told apart by the options of `GROUP_BY`; what else differs is the seed, which is averaged, the shade being the standard
-error. Needs `pip install wandb-workspaces` (the extra "dashboard"). Without an account: `python eval.py runs=...` draws the
-same curves.
+Runs are told apart by the options of `GROUP_BY`; what else differs is the seed, which is averaged,
+the shade being the standard error. Needs `pip install wandb-workspaces` (the extra "dashboard").
+Without an account: `python eval.py runs=...` draws the same curves.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ GROUP_BY = (
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric against steps; log: logarithmic y axis; bar: a number known at the start, as a bar per method instead."""
+    """A metric against steps; log: logarithmic y axis; bar: a number known at the start, as a bar
+    per method instead.
+    """
 
     title: str
     metric: str
@@ -80,7 +83,11 @@ def panel(curve: Curve) -> wr.LinePlot | wr.BarPlot:
 
     if curve.bar:
         return wr.BarPlot(
-            title=curve.title, metrics=[curve.metric], title_x=curve.unit, aggregate=True, max_runs_to_show=100
+            title=curve.title,
+            metrics=[curve.metric],
+            title_x=curve.unit,
+            aggregate=True,
+            max_runs_to_show=100,
         )
     return wr.LinePlot(
         title=curve.title,
@@ -118,17 +125,29 @@ def report(entity: str, project: str) -> wr.Report:
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [
-        wr.P("Runs that differ in their seed alone are averaged; the shade is the standard error over seeds."),
+        wr.P(
+            "Runs that differ in their seed alone are averaged; the shade is the standard error "
+            "over seeds."
+        ),
         wr.LatexBlock(r"\hat{dW} = (1-\lambda)^2\,\widehat{SdY}^{\top}\widehat{SX}"),
     ]
-    runset = wr.Runset(entity=entity, project=project, groupby=[f"config.{key}" for key in GROUP_BY])
+    runset = wr.Runset(
+        entity=entity, project=project, groupby=[f"config.{key}" for key in GROUP_BY]
+    )
     for name, curves in SECTIONS.items():
-        blocks += [wr.H2(name), wr.PanelGrid(runsets=[runset], panels=[panel(curve) for curve in curves])]
-    return wr.Report(entity=entity, project=project, title="BASIS: what a sketch of X costs", blocks=blocks)
+        blocks += [
+            wr.H2(name),
+            wr.PanelGrid(runsets=[runset], panels=[panel(curve) for curve in curves]),
+        ]
+    return wr.Report(
+        entity=entity, project=project, title="BASIS: what a sketch of X costs", blocks=blocks
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--entity", required=True, help="user or team in wandb")
     parser.add_argument("--project", default="basis")
     parser.add_argument("--dry-run", action="store_true", help="build and print, save nothing")
@@ -136,7 +155,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         views = workspace(options.entity, options.project), report(options.entity, options.project)
     except ImportError:
-        print("dashboard: wandb-workspaces is not installed; pip install wandb-workspaces", file=sys.stderr)
+        print(
+            "dashboard: wandb-workspaces is not installed; pip install wandb-workspaces",
+            file=sys.stderr,
+        )
         return 1
     for view in views:
         if options.dry_run:

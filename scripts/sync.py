@@ -3,17 +3,18 @@
     python scripts/sync.py runs/rank_sweep/*                  # offline: for `wandb leet`, or `wandb sync` later
     python scripts/sync.py runs/rank_sweep/* --mode online    # upload them
 
-`metrics.jsonl` is the truth about a run and wandb its mirror, so a mirror can always be made again: for a run trained
-with `tracker.mode=disabled`, into another project, or without the doubled points that an interrupted and resumed run
-leaves. Read are `config.yaml` (the resolved configuration), `metrics.jsonl`, `summary.json`, and from `run.json` id
-and labels.
+`metrics.jsonl` is the truth about a run and wandb its mirror, so a mirror can always be made again:
+for a run trained with `tracker.mode=disabled`, into another project, or without the doubled points
+that an interrupted and resumed run leaves. Read are `config.yaml` (the resolved configuration),
+`metrics.jsonl`, `summary.json`, and from `run.json` id and labels.
 
-The id stays the run's own unless `--new-id` is given. A server *adds* points to an id that it knows, and gives out the
-id of a deleted run no more, so use `--new-id` wherever the run was uploaded before. The times of day in a rebuilt run
-are those of the rebuilding; `step` and `tokens` are the axes that mean something.
+The id stays the run's own unless `--new-id` is given. A server *adds* points to an id that it
+knows, and gives out the id of a deleted run no more, so use `--new-id` wherever the run was
+uploaded before. The times of day in a rebuilt run are those of the rebuilding; `step` and `tokens`
+are the axes that mean something.
 
-A run whose `summary.json` does not say "finished" is marked as failed. A folder that misses a file is reported and
-skipped, and the exit code is then 1.
+A run whose `summary.json` does not say "finished" is marked as failed. A folder that misses a file
+is reported and skipped, and the exit code is then 1.
 """
 
 import argparse
@@ -25,22 +26,30 @@ from pathlib import Path
 import yaml
 from omegaconf import OmegaConf
 
-from harness.identity import new_run_id, read_run_file, run_id
 from harness.metrics import read_metrics
+from harness.run_id import new_run_id, read_run_file, run_id
 from harness.tracker import TrackerOptions, open_tracker
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rebuild the mirror of every folder in `argv`; returns 0, or 1 if any of them could not be done."""
+    """Rebuild the mirror of every folder in `argv`; returns 0, or 1 if any of them could not be
+    done.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, help="run directories")
-    parser.add_argument("--mode", choices=["offline", "online"], default="offline", help="default: offline")
+    parser.add_argument(
+        "--mode", choices=["offline", "online"], default="offline", help="default: offline"
+    )
     parser.add_argument("--project", help="default: the project that the run was made for")
     parser.add_argument("--entity", help="default: the entity that the run was made for")
-    parser.add_argument("--new-id", action="store_true", help="give the mirror an id of its own, not the run's")
-    parser.add_argument("--unfinished", action="store_true", help=f"take runs without a {SUMMARY} too")
+    parser.add_argument(
+        "--new-id", action="store_true", help="give the mirror an id of its own, not the run's"
+    )
+    parser.add_argument(
+        "--unfinished", action="store_true", help=f"take runs without a {SUMMARY} too"
+    )
     arguments = parser.parse_args(argv)
 
     failed = 0
@@ -58,12 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def rebuild(folder: Path, arguments: argparse.Namespace) -> None:
     """Make the mirror of one run directory.
 
-    Raises FileNotFoundError naming what is missing, ValueError or YAMLError for a file that cannot be read or a name
-    that is not allowed.
+    Raises FileNotFoundError naming what is missing, ValueError or YAMLError for a file that cannot
+    be read or a name that is not allowed.
     """
     needed = [CONFIG, METRICS] if arguments.unfinished else [CONFIG, METRICS, SUMMARY]
     if missing := [name for name in needed if not (folder / name).is_file()]:
-        hint = " (an interrupted run? continue it, or give --unfinished)" if missing == [SUMMARY] else ""
+        hint = (
+            " (an interrupted run? continue it, or give --unfinished)"
+            if missing == [SUMMARY]
+            else ""
+        )
         raise FileNotFoundError(f"no {', no '.join(missing)} in this folder{hint}")
     config = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=True)
     rows = read_metrics(folder / METRICS)
@@ -82,7 +95,10 @@ def rebuild(folder: Path, arguments: argparse.Namespace) -> None:
     )
     identity = new_run_id() if arguments.new_id else run_id(folder)
     if earlier := list(folder.glob(f"wandb/*run-*-{identity}*")):
-        print(f"{folder}: note: wandb/ has {len(earlier)} part(s) of id {identity} already; a server that gets all")
+        print(
+            f"{folder}: note: wandb/ has {len(earlier)} part(s) of id {identity} already; a server "
+            "that gets all"
+        )
         print("    will show every point twice: remove them, or give --new-id")
     with open_tracker(
         options.mode,

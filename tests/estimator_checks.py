@@ -1,4 +1,6 @@
-"""What the tests of estimators share: small data, keyed draws, and comparisons of draws with formulas."""
+"""What the tests of estimators share: small data, keyed draws, and comparisons of draws with
+formulas.
+"""
 
 import math
 
@@ -6,7 +8,7 @@ import torch
 from torch import Tensor
 
 from basis import Estimator
-from basis.noise import fold
+from basis.ops.noise import fold
 
 ROWS, IN, OUT = 24, 5, 4
 
@@ -15,7 +17,12 @@ def data(rows: int = ROWS, width: int = IN) -> tuple[Tensor, Tensor]:
     """X (rows, width) with a mean and rows of unequal norm, dY (rows, OUT) too, in float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, width, generator=generator, dtype=torch.float64) + 0.5
-    x = x * torch.linspace(0.3, 1.5, rows, dtype=torch.float64)[torch.randperm(rows, generator=generator), None]
+    x = (
+        x
+        * torch.linspace(0.3, 1.5, rows, dtype=torch.float64)[
+            torch.randperm(rows, generator=generator), None
+        ]
+    )
     dy = torch.randn(rows, OUT, generator=generator, dtype=torch.float64)
     return x, dy * torch.linspace(0.2, 2, rows, dtype=torch.float64)[:, None]
 
@@ -34,7 +41,9 @@ def draws(estimator: Estimator, x: Tensor, dy: Tensor, count: int) -> Tensor:
 
 
 def bias_in_deviations(estimates: Tensor, exact: Tensor) -> tuple[float, float]:
-    """The mean's distance from `exact` in standard errors, by entry: the largest, and the root of the mean square."""
+    """The mean's distance from `exact` in standard errors, by entry: the largest, and the root of
+    the mean square.
+    """
     z = (estimates.mean(0) - exact) / (estimates.std(0) / math.sqrt(len(estimates)))
     return float(z.abs().max()), float(z.square().mean().sqrt())
 
@@ -42,7 +51,9 @@ def bias_in_deviations(estimates: Tensor, exact: Tensor) -> tuple[float, float]:
 def assert_unbiased(estimates: Tensor, exact: Tensor) -> None:
     largest, typical = bias_in_deviations(estimates, exact)
     assert largest < 4.5
-    assert typical < 2.2  # entries of one draw hang together, so this is far from the root of a chi-square of all of them
+    assert (
+        typical < 2.2
+    )  # entries of one draw hang together, so this is far from the root of a chi-square of all of them
 
 
 def assert_variance(estimates: Tensor, exact: Tensor, expected: float, sharp: float = 0.04) -> None:

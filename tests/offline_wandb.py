@@ -1,4 +1,6 @@
-"""Reading back what wandb wrote offline, through wandb's own command line, and environments without wandb's variables."""
+"""Reading back what wandb wrote offline, through wandb's own command line, and environments without
+wandb's variables.
+"""
 
 import functools
 import json
@@ -10,8 +12,12 @@ from typing import Any
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what wandb put there, or a user's settings, and with `extra`."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | extra
+    """This process's environment without what wandb put there, or a user's settings, and with
+    `extra`.
+    """
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
+    } | extra
 
 
 def segments(run_dir: Path) -> list[Path]:
@@ -34,13 +40,19 @@ def _inspect(segment: Path, *options: str) -> str:
 
 def records(segment: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one type ("run", "history", ...) of a finished run, in order."""
-    return [record[kind] for record in map(json.loads, _inspect(segment).splitlines()) if record["type"] == kind]
+    return [
+        record[kind]
+        for record in map(json.loads, _inspect(segment).splitlines())
+        if record["type"] == kind
+    ]
 
 
 def history(segment: Path) -> list[dict[str, Any]]:
     """The logged rows, without what wandb adds to them (names that begin with "_")."""
     rows = [record["item"] for record in records(segment, "history")]
-    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    return [
+        {name: value for name, value in row.items() if not name.startswith("_")} for row in rows
+    ]
 
 
 def summary(segment: Path) -> dict[str, Any]:

@@ -18,7 +18,10 @@ WORDS = SENTENCE.split(" ")
 
 def story(index: int) -> str:
     rng = np.random.default_rng(index)
-    return " ".join(WORDS[word] for word in rng.integers(0, len(WORDS), int(rng.integers(5, 60)))) + f" #{index}"
+    return (
+        " ".join(WORDS[word] for word in rng.integers(0, len(WORDS), int(rng.integers(5, 60))))
+        + f" #{index}"
+    )
 
 
 @cache

@@ -20,7 +20,11 @@ COMMANDS = re.findall(r"^\| `(python [^`]+)`", README, re.MULTILINE)
 
 
 def code_block(language: str, containing: str) -> str:
-    return next(block for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in block)
+    return next(
+        block
+        for block in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+        if containing in block
+    )
 
 
 def test_the_readme_is_short_and_its_commands_are_found() -> None:
@@ -28,15 +32,21 @@ def test_the_readme_is_short_and_its_commands_are_found() -> None:
     assert len(COMMANDS) >= 10
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python train.py") and "--help" not in c])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python train.py") and "--help" not in c]
+)
 def test_training_commands_compose_to_a_valid_configuration(command: str) -> None:
     overrides = [word for word in shlex.split(command)[2:] if word != "-m"]
-    first_of_each = [re.sub(r"(=[^,\[\]]*),[^\[\]]*$", r"\1", override) for override in overrides]  # a sweep's first cell
+    first_of_each = [
+        re.sub(r"(=[^,\[\]]*),[^\[\]]*$", r"\1", override) for override in overrides
+    ]  # a sweep's first cell
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         load(compose("config", overrides=first_of_each))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("python train.py") or "--help" in c])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if not c.startswith("python train.py") or "--help" in c]
+)
 def test_other_commands_know_their_options(command: str) -> None:
     words = shlex.split(command)
     options = {word for word in words if word.startswith("--")} - {"--help"}
@@ -47,7 +57,12 @@ def test_other_commands_know_their_options(command: str) -> None:
         load_options(words[3:])
         return
     help_text = subprocess.run(
-        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, *program, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     ).stdout
     assert all(option in help_text for option in options)
 
@@ -58,7 +73,9 @@ def after(text: str, line: str, new: str) -> str:
 
 
 def test_the_example_estimator_works_as_written(data: Path, tmp_path: Path) -> None:
-    """In a copy of the house: what the README says, letter by letter, then its tests, a run and the arena's plan."""
+    """In a copy of the house: what the README says, letter by letter, then its tests, a run and the
+    arena's plan.
+    """
     copy = tmp_path / "house"
     ignored = shutil.ignore_patterns("__pycache__", "results", "runs", ".*")
     shutil.copytree(ROOT, copy, ignore=ignored)
@@ -73,21 +90,43 @@ def test_the_example_estimator_works_as_written(data: Path, tmp_path: Path) -> N
         "from basis.estimators.first_rows import FirstRows\n",
     )
     registry.write_text(after(text, '    "exact": Exact,\n', '    "first_rows": FirstRows,\n'))
-    tests.write_text(after(tests.read_text(), "METHODS = [\n", '    basis.ESTIMATORS["first_rows"](6),\n'))
+    tests.write_text(
+        after(tests.read_text(), "METHODS = [\n", '    basis.ESTIMATORS["first_rows"](6),\n')
+    )
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return run_command([sys.executable, *words], copy, PYTHONPATH=str(copy))
 
-    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_estimators.py", "-k", "FirstRows or first_rows")
+    tested = run(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_estimators.py",
+        "-k",
+        "FirstRows or first_rows",
+    )
     assert tested.returncode == 0, tested.stdout
-    assert tested.stdout.startswith("." * 7), tested.stdout  # the options agree, and what every method must do
+    assert tested.stdout.startswith("." * 7), (
+        tested.stdout
+    )  # the options agree, and what every method must do
     train = ["train.py", *overrides(data), "method=first_rows", "steps=2", "optim.warmup_steps=0"]
     done = run(*train, "method.budget=1/8", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stdout
     assert "0.1250" in done.stdout  # of the inputs
     refused = run(*train, "method.rows=0", f"hydra.run.dir={tmp_path / 'refused'}")
     assert "method.rows=0: must be at least 1" in refused.stdout
-    plan = ["--dry-run", "--methods", "first_rows", "--budgets", "1/8", "--", *overrides(data), "optim.warmup_steps=0"]
+    plan = [
+        "--dry-run",
+        "--methods",
+        "first_rows",
+        "--budgets",
+        "1/8",
+        "--",
+        *overrides(data),
+        "optim.warmup_steps=0",
+    ]
     arena = run("scripts/arena.py", *plan)
     assert "first_rows 1/8: best rate of" in arena.stdout, arena.stdout
 

@@ -13,18 +13,51 @@ from hydra import compose, initialize_config_dir
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-MODEL = ["model.vocab_size=null", "model.block_size=16", "model.n_layer=1", "model.n_head=2", "model.n_embd=16"]
-QUICK = ["steps=20", "eval.every=10", "eval.batches=2", "eval.batch_size=4", "checkpoint.every=10", "log.every=4"]
+MODEL = [
+    "model.vocab_size=null",
+    "model.block_size=16",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=16",
+]
+QUICK = [
+    "steps=20",
+    "eval.every=10",
+    "eval.batches=2",
+    "eval.batch_size=4",
+    "checkpoint.every=10",
+    "log.every=4",
+]
 
 
 def overrides(folder: Path) -> list[str]:
-    """Overrides for a tiny run on a text that is written into `folder`; prepared tokens go there too."""
+    """Overrides for a tiny run on a text that is written into `folder`; prepared tokens go there
+    too.
+    """
     text = folder / "text.txt"
     if not text.exists():
-        words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler", "in", "mind"]
+        words = [
+            "to",
+            "be",
+            "or",
+            "not",
+            "that",
+            "is",
+            "the",
+            "question",
+            "whether",
+            "nobler",
+            "in",
+            "mind",
+        ]
         source = random.Random(0)
         text.write_text("\n".join(" ".join(source.choices(words, k=8)) for _ in range(800)))
-    data = ["data=text", f"data.path={text}", "data.tokenizer=char", f"data.cache_dir={folder / 'cache'}"]
+    data = [
+        "data=text",
+        f"data.path={text}",
+        "data.tokenizer=char",
+        f"data.cache_dir={folder / 'cache'}",
+    ]
     return [*data, *MODEL, *QUICK, "tracker.mode=disabled"]
 
 
@@ -39,11 +72,21 @@ def train_here(folder: Path, run_dir: Path, *more: str) -> None:
 
 def command(folder: Path, *more: str, script: str = "train.py") -> list[str]:
     """The command line of a tiny run."""
-    options = [argument for argument in more if argument == "-m"]  # argparse wants them before the overrides
-    return [sys.executable, str(REPOSITORY / script), *options, *overrides(folder), *(a for a in more if a not in options)]
+    options = [
+        argument for argument in more if argument == "-m"
+    ]  # argparse wants them before the overrides
+    return [
+        sys.executable,
+        str(REPOSITORY / script),
+        *options,
+        *overrides(folder),
+        *(a for a in more if a not in options),
+    ]
 
 
-def run_command(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_command(
+    arguments: list[str], cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; stdout and stderr together in `.stdout`."""
     return subprocess.run(
         arguments,
@@ -61,4 +104,7 @@ def losses(run_dir: Path) -> list[dict[str, Any]]:
     from harness.metrics import read_metrics
 
     timed = ("step_seconds", "tokens_per_second", "mem/rss_bytes")
-    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run_dir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in timed}
+        for row in read_metrics(run_dir / "metrics.jsonl")
+    ]

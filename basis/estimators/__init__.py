@@ -1,6 +1,7 @@
 """The methods, one file each. To add one: a file with a frozen dataclass, and a line in ESTIMATORS.
 
-The dataclass's fields are the method's options everywhere: in Python, in `conf/method/<name>.yaml` and on the command line.
+The dataclass's fields are the method's options everywhere: in Python, in `conf/method/<name>.yaml`
+and on the command line.
 """
 
 from basis.estimator import Estimator

@@ -1,20 +1,23 @@
-"""Count sketch: X by signed sums of rows, each row in a bin of its own choice (Charikar, Chen, Farach-Colton 2002).
+"""Count sketch: X by signed sums of rows, each row in a bin of its own choice (Charikar, Chen,
+Farach-Colton 2002).
 
-What BASIS is without its two additions: bins are independent instead of balanced, and norms are not restored. With
-S[r, b] = signs[b] * [bins[b] = r], R x B, forward keeps S X and backward forms
+What BASIS is without its two additions: bins are independent instead of balanced, and norms are not
+restored. With S[r, b] = signs[b] * [bins[b] = r], R x B, forward keeps S X and backward forms
 
     dW^ = (S dY)^T (S X)         unbiased, since E[S^T S] = I
 
     E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2 - 2 sum_b |x_b|^2 |dy_b|^2) / R,      T = dY^T X, Frobenius norms
 
-(Proof: off its diagonal, S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]]; two of them correlate only if they belong
-to the same unordered pair of rows, and a pair shares a bin with probability 1/R.) That is the variance of Rademacher RMM at the
-same R, for B (N + M) additions instead of R B (N + M). More bins alone never make it exact: among B bins two rows may still
-meet. But B bins cost the bytes of X, so at R >= B no row is hashed: X itself is kept. (A key that holds the hashing is obeyed.)
+(Proof: off its diagonal, S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]]; two of them
+correlate only if they belong to the same unordered pair of rows, and a pair shares a bin with
+probability 1/R.) That is the variance of Rademacher RMM at the same R, for B (N + M) additions
+instead of R B (N + M). More bins alone never make it exact: among B bins two rows may still meet.
+But B bins cost the bytes of X, so at R >= B no row is hashed: X itself is kept. (A key that holds
+the hashing is obeyed.)
 
-What is exact: Y, dX, the bias gradient; dW too at R >= B. What is estimated: dW, without bias. Kept: min(R, B) N elements in the
-precision of X, and the 8-byte key. FLOPs: B (N + M) for the sketches (none at R >= B), 2 min(R, B) N M for the product. State
-between steps: none.
+What is exact: Y, dX, the bias gradient; dW too at R >= B. What is estimated: dW, without bias.
+Kept: min(R, B) N elements in the precision of X, and the 8-byte key. FLOPs: B (N + M) for the
+sketches (none at R >= B), 2 min(R, B) N M for the product. State between steps: none.
 """
 
 from __future__ import annotations
@@ -25,15 +28,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from basis.estimator import Estimator, Factors
-from basis.matrix import sign_matrix, signed_bin_sums
-from basis.noise import draw_hashing
+from basis.ops.matrix import sign_matrix, signed_bin_sums
+from basis.ops.noise import draw_hashing
 
 
 @dataclass(frozen=True)
 class CountSketch(Estimator):
     """Rank-R sketch of X by independent signed hashing of its rows.
 
-    rank: R, rows kept; at least 1; B or more keep X. Raises ValueError that begins with the name of the wrong option.
+    rank: R, rows kept; at least 1; B or more keep X. Raises ValueError that begins with the name of
+    the wrong option.
     """
 
     knob: ClassVar[str] = "rank"
@@ -57,10 +61,15 @@ class CountSketch(Estimator):
         if self._keeps_all(rows, key):
             return Factors(sketched_x)
         rank = sketched_x.shape[0]
-        return Factors(sign_matrix(*draw_hashing(key, rows, rank, "uniform"), rank, sketched_x.dtype).t(), sketched_x)
+        return Factors(
+            sign_matrix(*draw_hashing(key, rows, rank, "uniform"), rank, sketched_x.dtype).t(),
+            sketched_x,
+        )
 
     def _keeps_all(self, rows: int, key: Tensor) -> bool:
-        """Whether S is the identity: there are as many bins as rows, and nobody has said which is whose."""
+        """Whether S is the identity: there are as many bins as rows, and nobody has said which is
+        whose.
+        """
         return self.rank >= rows and key.ndim == 0
 
     def sketch(self, x: Tensor, key: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Exact backpropagation written as an estimator: keep X, multiply.
 
-nn.Linear does the same, so no run needs it. It is the smallest example of the protocol, and the control that shows what the
-machinery around an estimator costs.
+nn.Linear does the same, so no run needs it. It is the smallest example of the protocol, and the
+control that shows what the machinery around an estimator costs.
 
-Source: the textbook's backpropagation. What is exact: all; nothing is estimated, so nothing is biased. Kept: B N elements in the
-precision of X. FLOPs: 2 B N M. State between steps: none.
+Source: the textbook's backpropagation. What is exact: all; nothing is estimated, so nothing is
+biased. Kept: B N elements in the precision of X. FLOPs: 2 B N M. State between steps: none.
 """
 
 from __future__ import annotations

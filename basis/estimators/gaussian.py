@@ -1,25 +1,29 @@
-"""RMM: X multiplied from the left by a dense random matrix (Bershatsky et al., 2201.13195, randomised matrix multiplication).
+"""RMM: X multiplied from the left by a dense random matrix (Bershatsky et al., 2201.13195,
+randomised matrix multiplication).
 
-With S (B, R) of independent entries of mean 0 and variance 1, drawn again in backward from the key, forward keeps S^T X / R and
-backward forms
+With S (B, R) of independent entries of mean 0 and variance 1, drawn again in backward from the key,
+forward keeps S^T X / R and backward forms
 
     dW^ = (S^T dY)^T (S^T X) / R          unbiased, since E[S S^T] / R = I
 
     Gaussian      E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2) / R,       T = dY^T X, Frobenius norms, x_b and dy_b rows
     Rademacher    E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2 - 2 sum_b |x_b|^2 |dy_b|^2) / R
 
-(Proof: the R columns of S are independent draws, so it is a variance divided by R. For one column s, the entries s_a s_b of s s^T
-correlate only within the same unordered pair of rows, which gives the first two terms; the diagonal has E s_a^4 - 1, which is 2
-for a normal number, what pairs of equal rows would count for anyway, and 0 for a sign.) So signs are never worse, cost less, and
-are exact in low precision. The gain is small where no row dominates. More columns alone never make it exact: at R = B the error
-is still of the size of dW, at the bytes of X. So at R >= B nothing is multiplied: X itself is kept.
+(Proof: the R columns of S are independent draws, so it is a variance divided by R. For one column
+s, the entries s_a s_b of s s^T correlate only within the same unordered pair of rows, which gives
+the first two terms; the diagonal has E s_a^4 - 1, which is 2 for a normal number, what pairs of
+equal rows would count for anyway, and 0 for a sign.) So signs are never worse, cost less, and are
+exact in low precision. The gain is small where no row dominates. More columns alone never make it
+exact: at R = B the error is still of the size of dW, at the bytes of X. So at R >= B nothing is
+multiplied: X itself is kept.
 
-S never exists whole: it is formed for some rows at a time, multiplied with them, and dropped; X is read once. (A fused loss head
-asks for S whole, B R numbers.)
+S never exists whole: it is formed for some rows at a time, multiplied with them, and dropped; X is
+read once. (A fused loss head asks for S whole, B R numbers.)
 
-What is exact: Y, dX, the bias gradient; dW too at R >= B. What is estimated: dW, without bias. Kept: min(R, B) N elements in the
-precision of X, and the 8-byte key. FLOPs: 2 R B (N + M) for the sketches, 2 R N M for the product, and 2 R B normal numbers at
-some 30 integer and floating-point operations each; at R >= B the exact product alone. State between steps: none.
+What is exact: Y, dX, the bias gradient; dW too at R >= B. What is estimated: dW, without bias.
+Kept: min(R, B) N elements in the precision of X, and the 8-byte key. FLOPs: 2 R B (N + M) for the
+sketches, 2 R N M for the product, and 2 R B normal numbers at some 30 integer and floating-point
+operations each; at R >= B the exact product alone. State between steps: none.
 """
 
 from __future__ import annotations
@@ -31,16 +35,17 @@ import torch
 from torch import Tensor
 
 from basis.estimator import Estimator, Factors
-from basis.matrix import row_blocks
-from basis.noise import normal_rows, sign_rows
+from basis.ops.matrix import row_blocks
+from basis.ops.noise import normal_rows, sign_rows
 
 
 @dataclass(frozen=True)
 class Gaussian(Estimator):
     """Rank-R projection of X over its rows by a dense random matrix.
 
-    rank: R, rows kept; at least 1; B or more keep X. distribution: of the matrix's entries, "gaussian" or "rademacher" (+1 or
-    -1). Raises ValueError that begins with the name of the wrong option.
+    rank: R, rows kept; at least 1; B or more keep X. distribution: of the matrix's entries,
+    "gaussian" or "rademacher" (+1 or -1). Raises ValueError that begins with the name of the wrong
+    option.
     """
 
     knob: ClassVar[str] = "rank"
@@ -78,7 +83,12 @@ class Gaussian(Estimator):
 
     def _project(self, x: Tensor, key: Tensor) -> Tensor:
         """S^T x, (R, N), for `x` (B, N), R < B; in float32 at least, as blocks are summed."""
-        total = torch.zeros(self.rank, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        total = torch.zeros(
+            self.rank,
+            x.shape[1],
+            dtype=torch.promote_types(x.dtype, torch.float32),
+            device=x.device,
+        )
         for rows in row_blocks(x, self.rank):
             total += self._matrix(key, rows).to(x.dtype).t() @ x[rows]
         return total

@@ -1,7 +1,9 @@
-"""A low-rank approximation of the batch from three random sketches (Tropp, Yurtsever, Udell, Cevher 2019, 1902.08651).
+"""A low-rank approximation of the batch from three random sketches (Tropp, Yurtsever, Udell, Cevher
+2019, 1902.08651).
 
-The sketch that Antil and Verma (2510.00442) keep of activations over training steps, here of one batch alone and with fresh
-random matrices, so that nothing lives between steps. For X (B, N) and a target rank r,
+The sketch that Antil and Verma (2510.00442) keep of activations over training steps, here of one
+batch alone and with fresh random matrices, so that nothing lives between steps. For X (B, N) and a
+target rank r,
 
     k = min(2 r + 1, B, N),  s = min(2 k + 1, B, N);   Upsilon (N, k), Omega (B, k), Phi (N, s), Psi (B, s) standard normal
     P = orthonormal basis of X Upsilon (B, k)          Q = of X^T Omega (N, k)           Z = Psi^T X Phi (s, s)
@@ -9,10 +11,11 @@ random matrices, so that nothing lives between steps. For X (B, N) and a target 
     X^ = P C Q^T,  C cut to its r largest singular values if `truncate`
     dW^ = (dY^T P) (C Q^T)                             X^ is never formed
 
-What is kept are the two factors, not the three sketches: they are smaller, and backward is left with two thin products. The cut
-halves them once more: the columns beyond r make P and Q better and are then let go. The sketched core Z lets X be read once and
-forgotten, which is what the sketch was made for: data that stream by. In a forward X is there, and `core="exact"` takes
-C = P^T X Q, the best for given P and Q, which costs less than Phi and Psi.
+What is kept are the two factors, not the three sketches: they are smaller, and backward is left
+with two thin products. The cut halves them once more: the columns beyond r make P and Q better and
+are then let go. The sketched core Z lets X be read once and forgotten, which is what the sketch was
+made for: data that stream by. In a forward X is there, and `core="exact"` takes C = P^T X Q, the
+best for given P and Q, which costs less than Phi and Psi.
 
 What is exact: Y, dX, the bias gradient; dW too, up to rounding, where the rank of X is at most r (k without the cut), so for
 r >= min(B, N). What is estimated: dW, with a bias: what lies outside of the r directions is lost in every step, however often
@@ -25,11 +28,13 @@ one draws. There is no variance formula; |X - X^| is within a constant factor of
     core sketched, cut           1.374   1.020   0.193   0.002       the default: as published
     core sketched, not cut       1.404   1.158   0.284   0.006       r = 25, k = 51
 
-A flat spectrum is no matter for this method, and with the sketched core it is worse than to forget X.
+A flat spectrum is no matter for this method, and with the sketched core it is worse than to forget
+X.
 
-Kept: r (B + N) elements in the precision of X (k (B + N) without the cut). FLOPs: 4 B N k + 2 B N s for the sketches (6 B N k
-with the exact core), about 4 (B + N) k^2 for the bases, 2 B M r + 2 N M r for the product; bases and least squares in float32 at
-least. On a GPU, QR and the small SVD take more time than these FLOPs suggest. State between steps: none.
+Kept: r (B + N) elements in the precision of X (k (B + N) without the cut). FLOPs: 4 B N k + 2 B N s
+for the sketches (6 B N k with the exact core), about 4 (B + N) k^2 for the bases, 2 B M r + 2 N M r
+for the product; bases and least squares in float32 at least. On a GPU, QR and the small SVD take
+more time than these FLOPs suggest. State between steps: none.
 """
 
 from __future__ import annotations
@@ -41,17 +46,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basis import three_sketch
 from basis.estimator import Estimator, Factors
+from basis.ops import three_sketch
 
 
 @dataclass(frozen=True)
 class LowRank(Estimator):
     """X by two factors of rank r.
 
-    rank: r, at least 1. truncate: cut the approximation of rank 2 r + 1 down to r, for half the bytes. core: "sketched" (as
-    published) or "exact".
-    Raises ValueError that begins with the name of the wrong option.
+    rank: r, at least 1. truncate: cut the approximation of rank 2 r + 1 down to r, for half the
+    bytes. core: "sketched" (as published) or "exact". Raises ValueError that begins with the name
+    of the wrong option.
     """
 
     knob: ClassVar[str] = "rank"
@@ -88,7 +93,10 @@ class LowRank(Estimator):
         """Two factors (B, r) and (r, N) whose product is near `x`."""
         tests = three_sketch.draw_tests(key, self.rank, *x.shape)
         if self.core == "exact":
-            p, q = torch.linalg.qr(x @ tests.upsilon.to(x.dtype)).Q, torch.linalg.qr(x.t() @ tests.omega.to(x.dtype)).Q
+            p, q = (
+                torch.linalg.qr(x @ tests.upsilon.to(x.dtype)).Q,
+                torch.linalg.qr(x.t() @ tests.omega.to(x.dtype)).Q,
+            )
             core = (p.t() @ x) @ q
         else:
             p, core, q = three_sketch.factors(three_sketch.sketch(x, tests), tests)

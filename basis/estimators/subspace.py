@@ -1,23 +1,27 @@
-"""A tracked feature subspace: X kept as its mean and its coordinates along the K directions that hold most of it.
+"""A tracked feature subspace: X kept as its mean and its coordinates along the K directions that
+hold most of it.
 
-    X ~ 1 mean^T + Z Q^T,     Z = (X - 1 mean^T) Q              Q (N, K) orthonormal, followed from step to step (tracking.py)
+    X ~ 1 mean^T + Z Q^T,     Z = (X - 1 mean^T) Q              Q (N, K) orthonormal, followed from step to step (principal_directions.py)
     dW ~ (dY^T Z) Q^T + (dY^T 1) mean^T
 
-What is exact: Y, dX, the part of dW that belongs to the mean and to the span of Q. What is missing: all of X beside that span,
-in every step alike. The estimate is a projection, dW P onto the span (and the mean), without noise and biased: weights never
-learn along the directions left out, until these grow and Q turns to them. With K = N it is exact.
+What is exact: Y, dX, the part of dW that belongs to the mean and to the span of Q. What is missing:
+all of X beside that span, in every step alike. The estimate is a projection, dW P onto the span
+(and the mean), without noise and biased: weights never learn along the directions left out, until
+these grow and Q turns to them. With K = N it is exact.
 
-Error: |dW^ - dW| <= |dY| |X (I - Q Q^T)| (Frobenius, X without its mean); the second factor is the energy left out.
+Error: |dW^ - dW| <= |dY| |X (I - Q Q^T)| (Frobenius, X without its mean); the second factor is the
+energy left out.
 
-Kept: B K + N numbers in the precision of X. State: N K + K + 1 numbers (tracking.py), between steps.
-FLOPs: 2 B N K forward, 2 M K (B + N) backward, instead of 2 B N M: fewer if K < N M / (N + M) and N << B. A look costs 6 B N K
-and a QR decomposition, every `every` steps.
+Kept: B K + N numbers in the precision of X. State: N K + K + 1 numbers (principal_directions.py),
+between steps. FLOPs: 2 B N K forward, 2 M K (B + N) backward, instead of 2 B N M: fewer if K < N M
+/ (N + M) and N << B. A look costs 6 B N K and a QR decomposition, every `every` steps.
 
-`energy` makes the rank adaptive: of the K tracked directions, as many are used as hold that share of the variance tracked. Their
-number has to be asked of the device; where values can't be looked at (fake tensors, compilation) all are used.
+`energy` makes the rank adaptive: of the K tracked directions, as many are used as hold that share
+of the variance tracked. Their number has to be asked of the device; where values can't be looked at
+(fake tensors, compilation) all are used.
 
-Source: no one paper is followed. Relatives: PRAC (2602.23111) and OASIS (2604.09406) track such a subspace, GaLore that of
-gradients.
+Source: no one paper is followed. Relatives: PRAC (2602.23111) and OASIS (2604.09406) track such a
+subspace, GaLore that of gradients.
 """
 
 from __future__ import annotations
@@ -29,16 +33,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from basis import tracking
 from basis.estimator import Factors, LearningEstimator, State
+from basis.ops import principal_directions
 
 
 @dataclass(frozen=True)
 class Subspace(LearningEstimator):
     """Coordinates of X in a subspace that is followed between steps.
 
-    rank: K, directions; at least 1, those beyond N are not there. every: steps between looks, at least 1. energy: share of the
-    tracked variance to keep, in (0, 1], None for all K directions.
+    rank: K, directions; at least 1, those beyond N are not there. every: steps between looks, at
+    least 1. energy: share of the tracked variance to keep, in (0, 1], None for all K directions.
 
     Raises ValueError that begins with the name of the wrong option.
     """
@@ -64,13 +68,13 @@ class Subspace(LearningEstimator):
         return range(1, width + 1)
 
     def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]:
-        return tracking.initial_directions(width, min(self.rank, width), device)
+        return principal_directions.initial_directions(width, min(self.rank, width), device)
 
     def learns_at(self, step: int) -> bool:
-        return tracking.due(step, self.every)
+        return principal_directions.due(step, self.every)
 
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
-        return tracking.follow(state, x)
+        return principal_directions.follow(state, x)
 
     def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         directions = state["directions"][:, : self.directions_used(state["variances"])]
@@ -80,7 +84,11 @@ class Subspace(LearningEstimator):
     def directions_used(self, variances: Tensor) -> int:
         """How many of the tracked directions, largest variance first, hold the share `energy`."""
         count = len(variances)
-        if self.energy is None or isinstance(variances, FakeTensor) or torch.compiler.is_compiling():
+        if (
+            self.energy is None
+            or isinstance(variances, FakeTensor)
+            or torch.compiler.is_compiling()
+        ):
             return count
         share = variances.cumsum(0) / variances.sum()
         return min(int((share < self.energy).sum()) + 1, count)

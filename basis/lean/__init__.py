@@ -1,4 +1,5 @@
-"""Everything besides the dense layers in as few bytes as keeps training intact, and no matrix product computed twice.
+"""Everything besides the dense layers in as few bytes as keeps training intact, and no matrix
+product computed twice.
 
     basis.lean.convert(model, norm=True, attention=True, gelu_bits=2)
     basis.lean.revert(model)
@@ -33,13 +34,16 @@ def convert(
     gelu_bits: int | None = 2,
     attention: type[nn.Module] | tuple[type[nn.Module], ...] = (),
 ) -> list[str]:
-    """Exchange nn.LayerNorm, nn.GELU and modules of the type or types `attention` (q, k, v -> output). Returns the names changed.
+    """Exchange nn.LayerNorm, nn.GELU and modules of the type or types `attention` (q, k, v ->
+    output). Returns the names changed.
 
     gelu_bits: 1, 2 or 4; None leaves GELU alone. Raises ValueError for another number.
     """
     kinds = attention if isinstance(attention, tuple) else (attention,)
     changed = []
-    within: tuple[str, ...] = ()  # what an exchanged attention holds stays as it is: SUS holds the exact one
+    within: tuple[
+        str, ...
+    ] = ()  # what an exchanged attention holds stays as it is: SUS holds the exact one
     for name, module in list(model.named_modules()):
         new: nn.Module
         if name.startswith(within):

@@ -1,11 +1,13 @@
 """GELU that keeps two bits a number: which of four intervals its input lies in.
 
-Backward needs nothing of the input but the derivative, dX = dY GELU'(X). The derivative is replaced by a step function, constant
-on 2^bits intervals, that is nearest to it in mean square for inputs that are normal with deviation 1.5; forward is exact.
-(Few-bit activations: Novikov et al., 2202.00441. Intervals and levels are found here, by dynamic programming.)
+Backward needs nothing of the input but the derivative, dX = dY GELU'(X). The derivative is replaced
+by a step function, constant on 2^bits intervals, that is nearest to it in mean square for inputs
+that are normal with deviation 1.5; forward is exact. (Few-bit activations: Novikov et al.,
+2202.00441. Intervals and levels are found here, by dynamic programming.)
 
-What is exact: the output. What is approximated: dX, by a fixed function of X, so with a bias that does not average out; its
-relative mean-square error is about 2% at 2 bits and 0.1% at 4. Kept: `bits` per number instead of 32.
+What is exact: the output. What is approximated: dX, by a fixed function of X, so with a bias that
+does not average out; its relative mean-square error is about 2% at 2 bits and 0.1% at 4. Kept:
+`bits` per number instead of 32.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from basis.bits import pack, unpack
+from basis.ops.bits import pack, unpack
 
 Levels = tuple[float, ...]
 DEVIATION = 1.5
@@ -41,8 +43,9 @@ def derivative(x: float, approximate: str) -> float:
 def steps(bits: int, approximate: str) -> tuple[Levels, Levels]:
     """Boundaries (2^bits - 1) and levels (2^bits) of the step function nearest to GELU'.
 
-    Exact for a grid of 240 points: the best division into n intervals is the best of n - 1 up to some point, and one more.
-    Plain Python, since it is asked for wherever a model is made, on the meta device and among fake tensors too.
+    Exact for a grid of 240 points: the best division into n intervals is the best of n - 1 up to
+    some point, and one more. Plain Python, since it is asked for wherever a model is made, on the
+    meta device and among fake tensors too.
     """
     count = 1 << bits
     x = [(i - 119.5) / 20 for i in range(240)]
@@ -61,7 +64,8 @@ def steps(bits: int, approximate: str) -> tuple[Levels, Levels]:
     cuts: list[list[int]] = []
     for interval in range(1, count):
         choices = [
-            min(((best[i] + cost(i, j), i) for i in range(interval, j)), default=(math.inf, 0)) for j in range(points + 1)
+            min(((best[i] + cost(i, j), i) for i in range(interval, j)), default=(math.inf, 0))
+            for j in range(points + 1)
         ]
         best, cut = [error for error, _ in choices], [i for _, i in choices]
         cuts.append(cut)
@@ -76,7 +80,9 @@ def steps(bits: int, approximate: str) -> tuple[Levels, Levels]:
 
 class _FewBitGELU(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, bits: int, approximate: str, boundaries: Levels, levels: Levels) -> Tensor:
+    def forward(
+        x: Tensor, bits: int, approximate: str, boundaries: Levels, levels: Levels
+    ) -> Tensor:
         return F.gelu(x, approximate=approximate)
 
     @staticmethod
@@ -94,13 +100,19 @@ class _FewBitGELU(torch.autograd.Function):
         levels = torch.tensor(ctx.levels, dtype=grad_output.dtype, device=grad_output.device)
         per_byte = 8 // ctx.bits
         every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
-        table = levels[unpack(every_byte, ctx.bits, 256 * per_byte).int()].view(256, per_byte)  # the levels in a byte
-        slope = F.embedding(packed.int(), table).view(-1)[: grad_output.numel()].view(grad_output.shape)
+        table = levels[unpack(every_byte, ctx.bits, 256 * per_byte).int()].view(
+            256, per_byte
+        )  # the levels in a byte
+        slope = (
+            F.embedding(packed.int(), table).view(-1)[: grad_output.numel()].view(grad_output.shape)
+        )
         return slope.mul_(grad_output), None, None, None, None
 
 
 class LeanGELU(nn.GELU):
-    """nn.GELU that keeps `bits` (1, 2 or 4) per number. Raises ValueError for another number of bits."""
+    """nn.GELU that keeps `bits` (1, 2 or 4) per number. Raises ValueError for another number of
+    bits.
+    """
 
     def __init__(self, approximate: str = "none", bits: int = 2) -> None:
         super().__init__(approximate)

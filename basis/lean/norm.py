@@ -1,11 +1,13 @@
 """LayerNorm that keeps its input in 8 bits.
 
-Backward needs the normalised input x^ = (x - mean) / deviation. It is formed again from 8 bits a number (rounding.py) and the two
-exact float32 numbers a row that PyTorch keeps anyway, and PyTorch's own backward does the rest.
+Backward needs the normalised input x^ = (x - mean) / deviation. It is formed again from 8 bits a
+number (rounding.py) and the two exact float32 numbers a row that PyTorch keeps anyway, and
+PyTorch's own backward does the rest.
 
-What is exact: the output, the bias gradient. What is noisy: the weight gradient, sum of dY x^, without bias, and of
-dX = (dY w - mean(dY w) - x^ mean(dY w x^)) / deviation the last term, with a bias of the order of the rounding's variance.
-Kept: 0.27 of the input in float32. The input itself is the residual stream, which nothing else keeps.
+What is exact: the output, the bias gradient. What is noisy: the weight gradient, sum of dY x^,
+without bias, and of dX = (dY w - mean(dY w) - x^ mean(dY w x^)) / deviation the last term, with a
+bias of the order of the rounding's variance. Kept: 0.27 of the input in float32. The input itself
+is the residual stream, which nothing else keeps.
 """
 
 from __future__ import annotations
@@ -22,12 +24,18 @@ from basis.lean.rounding import Rounded, restore, round_to_int8
 
 class _LeanLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, key: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
+            x, weight.shape, weight, bias, eps
+        )
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         x, weight, bias, _, key = inputs
         _, mean, deviation = output
         ctx.mark_non_differentiable(mean, deviation)
@@ -37,12 +45,18 @@ class _LeanLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 5
         codes, scales, mean, deviation, weight = ctx.saved_tensors
         x = restore(Rounded(codes, scales), ctx.dtype)
-        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+        needed = [
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            ctx.has_bias and ctx.needs_input_grad[2],
+        ]
         bias = weight if ctx.has_bias else None  # only its presence is looked at
         grads = torch.ops.aten.native_layer_norm_backward(
             grad_output, x, weight.shape, mean, deviation, weight, bias, needed
@@ -51,7 +65,9 @@ class _LeanLayerNorm(torch.autograd.Function):
 
 
 class LeanLayerNorm(Keyed, nn.LayerNorm):
-    """nn.LayerNorm over the last dimension whose kept input is rounded to 8 bits. Same parameters, same output."""
+    """nn.LayerNorm over the last dimension whose kept input is rounded to 8 bits. Same parameters,
+    same output.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)):

@@ -1,18 +1,18 @@
 """Eight bits a number, rounded without bias: what a lean layer keeps instead of float32.
 
-A tensor is cut along its last dimension into blocks of 64 numbers (or one block, if 64 does not divide it). A block keeps its
-largest magnitude a and, for each number x, the integer
+A tensor is cut along its last dimension into blocks of 64 numbers (or one block, if 64 does not
+divide it). A block keeps its largest magnitude a and, for each number x, the integer
 
     q = floor(127 x / a + u),   u uniform in (0, 1),        x^ = q a / 127
 
-so that E[x^] = x, up to 2^-17 of a step: an error once is not an error every step. |x^ - x| < a / 127 and the variance is at
-most (a / 254)^2.
+so that E[x^] = x, up to 2^-17 of a step: an error once is not an error every step. |x^ - x| < a /
+127 and the variance is at most (a / 254)^2.
 
-The noise is a Dither of noise.py: for B + N draws instead of B N, the rows of a column are independent, and the columns of
-a row as good as uncorrelated.
+The noise is a Dither of noise.py: for B + N draws instead of B N, the rows of a column are
+independent, and the columns of a row as good as uncorrelated.
 
-Kept: 1 byte a number and 4 bytes a block: 0.2656 of float32. Cost: about eight passes over numbers that lie in the cache, since
-rows are taken a few at a time.
+Kept: 1 byte a number and 4 bytes a block: 0.2656 of float32. Cost: about eight passes over numbers
+that lie in the cache, since rows are taken a few at a time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from basis.matrix import row_blocks
-from basis.noise import Dither
+from basis.ops.matrix import row_blocks
+from basis.ops.noise import Dither
 
 BLOCK = 64
 _LEVELS = 127

@@ -1,11 +1,13 @@
-"""Causal attention with an exact forward and SUS's backward: the autograd Function, and the module that draws its key.
+"""Causal attention with an exact forward and SUS's backward: the autograd Function, and the module
+that draws its key.
 
-Kept between forward and backward: q, k, v, the output, and the key of the mask. Forward is PyTorch's
-`F.scaled_dot_product_attention`, whatever kernel it picks; the probabilities are formed again in backward, in float32. The mask
-is a function of the key, so a block that is computed again under activation checkpointing draws the same one.
+Kept between forward and backward: q, k, v, the output, and the key of the mask. Forward is
+PyTorch's `F.scaled_dot_product_attention`, whatever kernel it picks; the probabilities are formed
+again in backward, in float32. The mask is a function of the key, so a block that is computed again
+under activation checkpointing draws the same one.
 
-Under torch.compile the module is left out of the graph: backward goes over blocks of rows in a Python loop, which a graph would
-have to unroll. Double backward is refused.
+Under torch.compile the module is left out of the graph: backward goes over blocks of rows in a
+Python loop, which a graph would have to unroll. Double backward is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from basis.keyed import Keyed
-from basis.matrix import cast_for_autocast
+from basis.ops.matrix import cast_for_autocast
 from basis.sus.blocks import Heads
 from basis.sus.dense import dense_gradients
 from basis.sus.sparse import sparse_gradients
@@ -30,7 +32,9 @@ MODES = {"dense": dense_gradients, "sparse": sparse_gradients}
 class _SusAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, key: Tensor, c: float, mode: str) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -43,8 +47,15 @@ class _SusAttentionFunction(torch.autograd.Function):
         q, k, v, output, key = ctx.saved_tensors
         heads = Heads.of(q, k, v)
         with torch.autocast(q.device.type, enabled=False):
-            grads = MODES[ctx.mode](heads, heads.like_q(output), heads.like_q(grad_output), key, ctx.c)
-        return (*(g.view(x.shape).to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None, None)
+            grads = MODES[ctx.mode](
+                heads, heads.like_q(output), heads.like_q(grad_output), key, ctx.c
+            )
+        return (
+            *(g.view(x.shape).to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)),
+            None,
+            None,
+            None,
+        )
 
 
 def check_options(c: float, mode: str) -> None:
@@ -55,40 +66,57 @@ def check_options(c: float, mode: str) -> None:
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
 
 
-def sus_attention(q: Tensor, k: Tensor, v: Tensor, key: Tensor, *, c: float, mode: str = "sparse") -> Tensor:
+def sus_attention(
+    q: Tensor, k: Tensor, v: Tensor, key: Tensor, *, c: float, mode: str = "sparse"
+) -> Tensor:
     """softmax(q k^T / sqrt(d) + causal mask) v, with SUS's gradients (arXiv 2505.15080).
 
-    q (b, h, T, d); k (b, h_kv, T, d) and v (b, h_kv, T, d_v), of which each head serves h / h_kv query heads; key: 0-dimensional
-    int64 (noise.py). c: entries of a row that are followed, at most and on average. Returns (b, h, T, d_v). Raises ValueError for
-    a wrong `c` or `mode` and for shapes that do not fit.
+    q (b, h, T, d); k (b, h_kv, T, d) and v (b, h_kv, T, d_v), of which each head serves h / h_kv
+    query heads; key: 0-dimensional int64 (noise.py). c: entries of a row that are followed, at most
+    and on average. Returns (b, h, T, d_v). Raises ValueError for a wrong `c` or `mode` and for
+    shapes that do not fit.
     """
     check_options(c, mode)
-    fits = q.ndim == k.ndim == v.ndim == 4 and q.shape[1] % k.shape[1] == 0 and k.shape[:3] == v.shape[:3]
+    fits = (
+        q.ndim == k.ndim == v.ndim == 4
+        and q.shape[1] % k.shape[1] == 0
+        and k.shape[:3] == v.shape[:3]
+    )
     if not fits or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(
-            f"sus attention: q, k, v of shapes {shapes} do not fit (b, h, T, d), (b, h_kv, T, d), (b, h_kv, T, d_v)"
+            f"sus attention: q, k, v of shapes {shapes} do not fit (b, h, T, d), (b, h_kv, T, d), "
+            "(b, h_kv, T, d_v)"
         )
     q, k, v = (cast_for_autocast(x) for x in (q, k, v))
     return cast(Tensor, _SusAttentionFunction.apply(q, k, v, key, c, mode))
 
 
 class SusAttention(Keyed):
-    """Stands in for a module `attend(q, k, v)` of causal attention without dropout, (b, h, T, d) each; for the key see keyed.py.
+    """Stands in for a module `attend(q, k, v)` of causal attention without dropout, (b, h, T, d)
+    each; for the key see keyed.py.
 
-    c: positive, entries of a row that are followed, at most and on average. mode: "sparse", or "dense" for the reference. Raises
-    ValueError that begins with the name of the wrong option.
+    c: positive, entries of a row that are followed, at most and on average. mode: "sparse", or
+    "dense" for the reference. Raises ValueError that begins with the name of the wrong option.
     """
 
     def __init__(self, attend: nn.Module, c: float = 25.0, mode: str = "sparse") -> None:
         super().__init__()
         check_options(c, mode)
         self.attend, self.c, self.mode = attend, c, mode
+        _leave_out_of_graphs()
 
-    @torch.compiler.disable
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _leave_out_of_graphs()
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _outside_graph(self, q, k, v)
+
+    def attend_with_key(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
-            # Before the look at the grad mode: a reentrant checkpoint runs its first forward without, see SketchedLinear.key_for.
+            # Before the look at the grad mode: a reentrant checkpoint runs its first forward
+            # without, see SketchedLinear.key_for.
             key = self.fixed_or_fresh_key(q.device)
             if torch.is_grad_enabled():
                 return sus_attention(q, k, v, key, c=self.c, mode=self.mode)
@@ -96,3 +124,18 @@ class SusAttention(Keyed):
 
     def extra_repr(self) -> str:
         return f"c={self.c:g}, mode={self.mode}"
+
+
+def _outside_graph(module: SusAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return module.attend_with_key(q, k, v)
+
+
+def _leave_out_of_graphs() -> None:
+    """Tell torch.compile to step around `_outside_graph`.
+
+    It is done when the first module is made, not at import: it imports the compiler, which takes
+    two seconds that no other program needs.
+    """
+    global _outside_graph
+    if not hasattr(_outside_graph, "_torchdynamo_disable"):
+        _outside_graph = torch.compiler.disable(_outside_graph)

@@ -1,11 +1,14 @@
-"""The probabilities of causal attention once more, a block of rows at a time: no tensor of T x T numbers ever exists.
+"""The probabilities of causal attention once more, a block of rows at a time: no tensor of T x T
+numbers ever exists.
 
-Shapes: N groups, a group being one key head of one sequence; g query heads in a group (1, or more in grouped-query attention);
-T tokens; d the width of a head. A block is some groups and some rows, `g r` rows of scores in a group, up to the last column
-that any of them may look at: the upper triangle costs nothing, but for the corners of blocks.
+Shapes: N groups, a group being one key head of one sequence; g query heads in a group (1, or more
+in grouped-query attention); T tokens; d the width of a head. A block is some groups and some rows,
+`g r` rows of scores in a group, up to the last column that any of them may look at: the upper
+triangle costs nothing, but for the corners of blocks.
 
-A block is as large as fits into a core's cache on the CPU, which makes the passes over it cheap, and far larger elsewhere.
-What is exact: everything, up to rounding; scores are formed in float32 whatever the inputs are.
+A block is as large as fits into a core's cache on the CPU, which makes the passes over it cheap,
+and far larger elsewhere. What is exact: everything, up to rounding; scores are formed in float32
+whatever the inputs are.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from basis.matrix import in_eager_mode
+from basis.ops.matrix import in_eager_mode
 
 _IN_CACHE = 1 << 18  # numbers of a block: a megabyte of float32
 _ON_DEVICE = 1 << 25
@@ -33,8 +36,12 @@ class Heads:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Heads:
-        """From q (b, h, T, d), k (b, h_kv, T, d), v (b, h_kv, T, d_v): the query heads of a group stand side by side."""
-        return cls(q.reshape(-1, q.shape[1] // k.shape[1], *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1))
+        """From q (b, h, T, d), k (b, h_kv, T, d), v (b, h_kv, T, d_v): the query heads of a group
+        stand side by side.
+        """
+        return cls(
+            q.reshape(-1, q.shape[1] // k.shape[1], *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1)
+        )
 
     @property
     def scale(self) -> float:
@@ -61,7 +68,8 @@ class Heads:
 
 
 def causal_probabilities(q: Tensor, k: Tensor, start: int, per_group: int) -> Tensor:
-    """W of the rows start to start + r: from q (n, g r, d), already scaled, and k (n, start + r, d), both float32.
+    """W of the rows start to start + r: from q (n, g r, d), already scaled, and k (n, start + r,
+    d), both float32.
 
     Returns (n, g r, start + r); what lies behind a row's own column is 0.
     """

@@ -1,21 +1,27 @@
-"""Which entries of W the gradient follows, and with what weight: the rule of SUS, drawn from a key in two ways.
+"""Which entries of W the gradient follows, and with what weight: the rule of SUS, drawn from a key
+in two ways.
 
-An entry is kept with probability q = min(c W, 1) (arXiv 2505.15080; c is its "attention retention parameter") and its weight is
+An entry is kept with probability q = min(c W, 1) (arXiv 2505.15080; c is its "attention retention
+parameter") and its weight is
 
     W~ = W / q = max(W, 1/c)  if kept,  0  if not;      E[W~] = W,  Var[W~] = W (1/c - W) where W < 1/c, else 0.
 
-Nothing is divided by a small probability: what is kept by chance weighs 1/c. Masked entries have W = 0 and are never kept.
+Nothing is divided by a small probability: what is kept by chance weighs 1/c. Masked entries have W
+= 0 and are never kept.
 
-*Independent*: a number u in [0, 1) for each entry, kept if u < q. A row keeps sum q <= c entries on average, with a variance of
-sum q (1 - q); u is a function of key, head, row and column.
+*Independent*: a number u in [0, 1) for each entry, kept if u < q. A row keeps sum q <= c entries on
+average, with a variance of sum q (1 - q); u is a function of key, head, row and column.
 
-*Systematic*: one u for each row. With C the cumulative sum of q along the row, the entries are kept in whose interval
-(C_before, C] one of the points u, u + 1, u + 2, ... lies. Same probabilities, so still no bias; the number kept is sum q rounded
-up or down, at most ceil(c) + 1 with the rounding of C, hence a fixed width. Entries of one row are no longer independent: the
-number kept hardly varies and neighbours exclude each other, which as a rule lowers the variance of sums along the row a little.
+*Systematic*: one u for each row. With C the cumulative sum of q along the row, the entries are kept
+in whose interval (C_before, C] one of the points u, u + 1, u + 2, ... lies. Same probabilities, so
+still no bias; the number kept is sum q rounded up or down, at most ceil(c) + 1 with the rounding of
+C, hence a fixed width. Entries of one row are no longer independent: the number kept hardly varies
+and neighbours exclude each other, which as a rule lowers the variance of sums along the row a
+little.
 
-In float32 the points must be exact, else entries that are always kept would be lost or counted twice; so u has 23 bits less those
-of the width, 18 for c = 25, and the probability of an entry is off by up to 4e-6 there, in either direction.
+In float32 the points must be exact, else entries that are always kept would be lost or counted
+twice; so u has 23 bits less those of the width, 18 for c = 25, and the probability of an entry is
+off by up to 4e-6 there, in either direction.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from basis.noise import crossed_bits, random_bits
+from basis.ops.noise import crossed_bits, random_bits
 from basis.sus.blocks import Heads
 
 
@@ -49,7 +55,9 @@ class Noise(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Kept entries of each row, `width` of them: column (..., width) int32, weight W~ (..., width) float32, 0 if unused."""
+    """Kept entries of each row, `width` of them: column (..., width) int32, weight W~ (..., width)
+    float32, 0 if unused.
+    """
 
     column: Tensor
     weight: Tensor
@@ -78,7 +86,9 @@ def independent_mask(weights: Tensor, c: float, noise: Noise) -> Tensor:
 
 
 def systematic_entries(weights: Tensor, c: float, noise: Noise, most: int) -> Entries:
-    """`most` entries (n, R, most), of which the last ones may be unused, from W (n, R, T): one draw for each row."""
+    """`most` entries (n, R, most), of which the last ones may be unused, from W (n, R, T): one draw
+    for each row.
+    """
     sums = keep_probabilities(weights, c).cumsum_(-1)
     bits = max(23 - most.bit_length(), 1)
     first = ((noise.rows >> (32 - bits)).float() + 0.5) * 2.0**-bits  # in (0, 1)

@@ -1,16 +1,19 @@
-"""SUS backward in O(T c d): a fixed number of entries of each row is drawn, and only these are followed.
+"""SUS backward in O(T c d): a fixed number of entries of each row is drawn, and only these are
+followed.
 
-`sample` goes over all probabilities once: the product Q K^T, a softmax, a cumulative sum and a search, a block of rows at a time
-(blocks.py). That is the quadratic part, one product of the five in flash attention's backward. `entry_gradients` does the rest
-of the formulas in dense.py on the entries alone:
+`sample` goes over all probabilities once: the product Q K^T, a softmax, a cumulative sum and a
+search, a block of rows at a time (blocks.py). That is the quadratic part, one product of the five
+in flash attention's backward. `entry_gradients` does the rest of the formulas in dense.py on the
+entries alone:
 
     x = V_j . G_i      rows of V gathered, a few rows of G at a time
     dQ                 sums of rows of K by query: PyTorch's embedding_bag, weighted sums of rows by bag
     dK, dV             the entries sorted by column, then sums of rows of Q and G by key: embedding_bag again
 
-Of the ways to form the sums on a CPU (T 4,096, 27 entries a row, d 64, one core, milliseconds) embedding_bag took 1 for dQ, where
-gathered rows and a batched product took 6 and a sparse CSR product 1.4; for dK sort and embedding_bag took 3, index_add 15 and a
-product with the transposed CSR matrix 17. Additions have the same order every time.
+Of the ways to form the sums on a CPU (T 4,096, 27 entries a row, d 64, one core, milliseconds)
+embedding_bag took 1 for dQ, where gathered rows and a batched product took 6 and a sparse CSR
+product 1.4; for dK sort and embedding_bag took 3, index_add 15 and a product with the transposed
+CSR matrix 17. Additions have the same order every time.
 """
 
 from __future__ import annotations
@@ -42,11 +45,19 @@ def sample(heads: Heads, groups: slice, row_slices: list[slice], noise: Noise, c
     return Entries(column, weight)
 
 
-def entry_gradients(heads: Heads, groups: slice, output: Tensor, grad_output: Tensor, entries: Entries) -> Gradients:
-    """dQ (n, g, T, d), dK (n, T, d), dV (n, T, d_v) of some groups in float32, from their kept entries."""
-    q, k, v, o, g = (x[groups].flatten(0, -2).float() for x in (heads.q, heads.k, heads.v, output, grad_output))
+def entry_gradients(
+    heads: Heads, groups: slice, output: Tensor, grad_output: Tensor, entries: Entries
+) -> Gradients:
+    """dQ (n, g, T, d), dK (n, T, d), dV (n, T, d_v) of some groups in float32, from their kept
+    entries.
+    """
+    q, k, v, o, g = (
+        x[groups].flatten(0, -2).float() for x in (heads.q, heads.k, heads.v, output, grad_output)
+    )
     count, per_group, length, most = entries.column.shape
-    offset = torch.arange(count, dtype=torch.int32, device=q.device) * length  # of a group's keys among all of them
+    offset = (
+        torch.arange(count, dtype=torch.int32, device=q.device) * length
+    )  # of a group's keys among all of them
     column = (entries.column + offset[:, None, None, None]).view(-1, most)  # (R, width), R = n g T
     weight = entries.weight.view(-1, most)
     m = (dots(v, column, g) - (o * g).sum(-1, keepdim=True)) * weight
@@ -58,10 +69,16 @@ def entry_gradients(heads: Heads, groups: slice, output: Tensor, grad_output: Te
     grad_q = sums(k, column.view(-1), begins, m.view(-1)) * heads.scale
     by_column, order = column.view(-1).sort(stable=True)
     row = (order // most).int()
-    begins = torch.searchsorted(by_column, torch.arange(len(k), dtype=torch.int32, device=q.device), out_int32=True)
+    begins = torch.searchsorted(
+        by_column, torch.arange(len(k), dtype=torch.int32, device=q.device), out_int32=True
+    )
     grad_k = sums(q, row, begins, m.view(-1)[order]) * heads.scale
     grad_v = sums(g, row, begins, weight.view(-1)[order])
-    return grad_q.view(count, per_group, length, -1), grad_k.view(count, length, -1), grad_v.view(count, length, -1)
+    return (
+        grad_q.view(count, per_group, length, -1),
+        grad_k.view(count, length, -1),
+        grad_v.view(count, length, -1),
+    )
 
 
 def dots(v: Tensor, column: Tensor, g: Tensor) -> Tensor:
@@ -75,12 +92,21 @@ def dots(v: Tensor, column: Tensor, g: Tensor) -> Tensor:
     return result
 
 
-def sparse_gradients(heads: Heads, output: Tensor, grad_output: Tensor, key: Tensor, c: float) -> Gradients:
-    """dQ (N, g, T, d), dK (N, T, d), dV (N, T, d_v) in float32; output and grad_output (N, g, T, d_v)."""
+def sparse_gradients(
+    heads: Heads, output: Tensor, grad_output: Tensor, key: Tensor, c: float
+) -> Gradients:
+    """dQ (N, g, T, d), dK (N, T, d), dV (N, T, d_v) in float32; output and grad_output (N, g, T,
+    d_v).
+    """
     noise = Noise.of(key, heads)
-    grads = tuple(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (heads.q, heads.k, heads.v))
+    grads = tuple(
+        torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        for x in (heads.q, heads.k, heads.v)
+    )
     for groups, row_slices in heads.chunks():
         entries = sample(heads, groups, row_slices, noise, c)
-        for whole, part in zip(grads, entry_gradients(heads, groups, output, grad_output, entries), strict=True):
+        for whole, part in zip(
+            grads, entry_gradients(heads, groups, output, grad_output, entries), strict=True
+        ):
             whole[groups] = part
     return grads[0], grads[1], grads[2]

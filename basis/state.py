@@ -1,0 +1,114 @@
+"""What a layer has learned: the state of its method, as buffers of the layer (estimator.py says
+which methods learn, and when).
+
+The buffers are saved, loaded and moved with the layer, with three exceptions:
+
+- A cast of the model (`model.bfloat16()`, `.to(torch.float64)`) is meant for its parameters. The
+  state keeps the precision in which the method made it: a running count in bfloat16 would stop at
+  256, orthonormal directions would not be any more.
+- A checkpoint of the plain model holds no state; loaded, it leaves the state as it is. One that
+  holds some of a layer's state is damaged or another method's, and PyTorch's strict error stands.
+- A layer that had shapes only, on the meta device, knows what it knows before the first step once
+  it has memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from basis.estimator import Estimator, State
+from basis.ops.matrix import cast_for_autocast, has_values
+
+
+@torch.no_grad()
+def learned(estimator: Estimator, state: State, rows: Tensor, key: Tensor) -> State:
+    """The state after a look at `rows` (B, N); in full precision also under autocast, and without
+    graph.
+    """
+    if not state:
+        return state
+    with torch.autocast(rows.device.type, enabled=False):
+        return estimator.learn(state, rows, key)
+
+
+class Learning(nn.Module):
+    """Mixin of layers with an `estimator` that may learn; its state is in buffers named
+    `estimator_<name>`.
+    """
+
+    estimator: Estimator
+    in_features: int
+    weight: Tensor
+    _state_names: tuple[str, ...] = ()
+
+    learning: bool | None = None
+    """Whether the next training forward learns; None: each one does. Set for a step by
+    `basis.set_noise_key`.
+    """
+    frozen: bool = False
+    """Whether `basis.set_noise_key` leaves it at not learning; see `basis.not_learning`."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the layer has learned, by the estimator's names; empty for methods that don't learn."""
+        return {name: getattr(self, f"estimator_{name}") for name in self._state_names}
+
+    def forget(self, device: torch.device | None = None) -> None:
+        """Make the state anew, as it is before the first step, on `device` (None: the weight's)."""
+        state = self.estimator.initial_state(
+            self.in_features, self.weight.device if device is None else device
+        )
+        for name, tensor in state.items():
+            self.register_buffer(f"estimator_{name}", tensor)
+        self._state_names = tuple(state)
+
+    def learn(self, input: Tensor, key: Tensor) -> State:
+        """The state with which a training forward on `input` compresses, after a look at it if this
+        is a step to learn at.
+        """
+        state = self.state
+        if state and self.training and self.learning is not False and has_values(input):
+            rows = cast_for_autocast(input.detach()).reshape(-1, input.shape[-1])
+            for name, tensor in learned(self.estimator, state, rows, key).items():
+                state[name].copy_(tensor)
+            if self.learning:
+                self.learning = (
+                    False  # once a step: a recomputed forward finds what the first one has learned
+                )
+        return state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.state
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self.state[name]
+            if old.is_meta and not new.is_meta:
+                self.forget(new.device)
+                break
+            if new.dtype != old.dtype:  # not cast back: that would have lost digits
+                self._buffers[f"estimator_{name}"] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *rest
+        )
+        own = {f"{prefix}estimator_{name}": tensor for name, tensor in self.state.items()}
+        if own and not own.keys() & state_dict.keys():
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+            if (
+                any(tensor.is_meta for tensor in own.values()) and not self.weight.is_meta
+            ):  # load_state_dict(assign=True)
+                self.forget()

@@ -1,0 +1,8 @@
+"""Instruments: how long a layer, the loss head or a training step takes, and how many bytes it
+keeps.
+
+timing.py        interleaved measurements and the machine they were made on
+step.py          one training step as the benchmarks take it
+memory_plan.py   a step on fake tensors: bytes by category, without allocating any
+The other files are programs; scripts/ has a command of the same name for each.
+"""

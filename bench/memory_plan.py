@@ -1,0 +1,308 @@
+"""What a training step would take, without taking it: bytes on fake tensors, which have shapes and
+no memory.
+
+The step is the harness's own: the model of the configuration with its method and activations,
+forward, loss head, backward, and the optimiser's state. What is alive is followed operator by
+operator; counts and categories are those of memory.py. Transient memory inside kernels is not seen,
+nor what an allocator loses to fragmentation, nor, on CUDA, the context and the workspaces of
+cuBLAS. Attention is the CPU's flash kernel, whose bytes are those of CUDA's.
+
+A plan takes seconds for any size, because what is alike is gone through once or twice.
+
+*Depth.* Models of 3 and 4 blocks are walked through. Bytes alive at an operator are a straight line
+in the depth, if operators are paired by their distance from the beginning or from the end of
+forward and backward; so each pair is extended to the depth of the model, and the peak is the
+largest. What stands between is no larger, since bytes change by the same amount from block to
+block. To extend the two peaks instead would be wrong where a deep model's peak is at another
+operator than a shallow one's.
+
+*Rows of the loss head.* Of its blocks of rows (131,072 tokens of GPT-2 have 394) the first two and
+the last are taken. A block writes its rows of dX and adds to dW where they already exist, so those
+between need no more than the second did and leave nothing behind but a number or two each, of 4
+bytes. An estimator that must see dY whole collects the blocks: all are taken.
+
+`largest` searches for the longest context or the largest micro-batch that fits. Bytes grow along a
+convex curve of straight pieces in either, but for small steps, so a few sizes are enough; `peaks`
+gives all of them from two long ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import basis
+from basis import Estimator, Exact, SketchedLinear, loss_head
+from harness import activations, memory
+from harness.build import apply_method
+from harness.config import Config
+from harness.method import ZEROTH_ORDER
+from harness.optim import make_optimizer
+from models import GPT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one step. kept: by category, between forward and backward of a micro-batch. peak: of
+    everything at once.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    peak: int
+    kept: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def beyond(self) -> int:
+        """Peak without parameters, gradients and optimiser state: activations and temporaries."""
+        return self.peak - self.parameters - self.gradients - self.optimizer
+
+
+def make_model(config: Config, device: str = "cpu") -> GPT:
+    """The configuration's model with its method and activations, uninitialised on `device`; inside
+    a FakeTensorMode, fake.
+    """
+    with torch.device("meta"):
+        model = GPT(config.model)
+        apply_method(model, config)
+        activations.apply(model, config.activations)
+    made: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                module._parameters[name] = made.setdefault(
+                    id(old), nn.Parameter(torch.empty_like(old, device=device))
+                )
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    return model
+
+
+FEW_BLOCKS = 4
+
+
+def plan(config: Config) -> Plan:
+    """The bytes of a step of `config`. Raises ValueError as training would, and for what only
+    compilation decides.
+    """
+    return _deep_walk(config).plan()
+
+
+Series = list[tuple[Any, int]]  # operators, and the bytes alive after each
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """A step, operator by operator. passes: keys of the noise, forward and backward of each
+    micro-batch, in turns.
+    """
+
+    parameters: int
+    optimizer: int
+    passes: list[Series]
+    kept: dict[str, int]
+
+    @property
+    def operators(self) -> list[Any]:
+        return [operator for series in self.passes for operator, _ in series]
+
+    def plan(self) -> Plan:
+        peak = max(now for series in self.passes for _, now in series) + self.optimizer
+        return Plan(self.parameters, self.parameters, self.optimizer, peak, self.kept)
+
+    def extended(self, other: _Walk, times: float) -> _Walk:
+        """This walk and `times` times what `other`, of one block more or of another size, has more:
+        see the module.
+        """
+
+        def extend(a: int, b: int) -> int:
+            return a + round(times * (b - a))
+
+        passes = []
+        for few, more in zip(self.passes, other.passes, strict=True):
+            cut = _cut([operator for operator, _ in few], [operator for operator, _ in more])
+            pairs = [
+                *zip(few[:cut], more, strict=False),
+                *zip(few[cut:], more[cut - len(few) :], strict=True),
+            ]
+            passes.append([(operator, extend(a, b)) for (operator, a), (_, b) in pairs])
+        kept = {name: extend(size, other.kept[name]) for name, size in self.kept.items()}
+        return _Walk(
+            extend(self.parameters, other.parameters),
+            extend(self.optimizer, other.optimizer),
+            passes,
+            kept,
+        )
+
+
+def _cut(few: list[Any], more: list[Any]) -> int:
+    """Where to cut `few`, so that `more` begins with its first part and ends with its second: amid
+    all such places.
+    """
+    same_start = sum(
+        1
+        for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], zip(few, more, strict=False))
+    )
+    backwards = zip(reversed(few), reversed(more), strict=False)
+    same_end = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], backwards))
+    assert same_start + same_end >= len(few), "models of different depth differ in more than blocks"
+    return (same_start + len(few) - same_end) // 2
+
+
+def _deep_walk(config: Config, *, categories: bool = True) -> _Walk:
+    """`_walk`, with deep models extended from `FEW_BLOCKS` blocks."""
+    depth = config.model.n_layer
+    if depth <= FEW_BLOCKS:
+        return _walk(config, categories=categories)
+    few, more = (
+        _walk(with_size(config, n_layer=FEW_BLOCKS - 1 + i), categories=categories)
+        for i in range(2)
+    )
+    return few.extended(more, depth - FEW_BLOCKS + 1)
+
+
+def _walk(config: Config, *, categories: bool = True, every_block: bool = False) -> _Walk:
+    """Go through a step of `config`. every_block: of the loss head's rows too."""
+    if config.compile or config.activations.name == "budget":
+        raise ValueError(
+            "compile=true: what a compiled step keeps is known only by compiling it; plan without"
+        )
+    if config.method.name == ZEROTH_ORDER:
+        raise ValueError(
+            f"method.name={ZEROTH_ORDER}: it has no backward, and keeps nothing for one"
+        )
+    low = config.precision == "bfloat16"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = make_model(config)
+        optimizer = make_optimizer(model, config.optim)
+        tokens = torch.zeros(config.micro_batch_size, config.model.block_size, dtype=torch.int64)
+
+        def forward() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                return model(tokens, tokens)
+
+        basis.set_noise_key(model, seed=0, step=0)
+        with nullcontext() if every_block else _few_head_blocks(model):
+            kept = memory.saved_bytes(model, forward) if categories else {}
+            ends = [0]
+            with memory.LiveBytes(memory.held_tensors(model, optimizer)) as live:
+                for _ in range(min(config.micro_batches, 2)):
+                    basis.set_noise_key(model, seed=0, step=0)
+                    ends.append(len(live.series))
+                    loss = forward()
+                    ends.append(len(live.series))
+                    loss.backward()
+                    del loss
+                    ends.append(len(live.series))
+        passes = [live.series[start:end] for start, end in itertools.pairwise(ends)]
+        return _Walk(
+            memory.tensor_bytes(model.parameters()), memory.optimizer_bytes(optimizer), passes, kept
+        )
+
+
+@contextmanager
+def _few_head_blocks(model: GPT) -> Iterator[None]:
+    """Meanwhile the loss head takes the first two blocks of rows and the last, where none is
+    collected.
+    """
+    estimator = model.head.estimator if isinstance(model.head, SketchedLinear) else Exact()
+    if type(estimator).factors is Estimator.factors:
+        yield
+        return
+    blocks = loss_head._blocks
+
+    def few(rows: int, classes: int) -> list[slice]:
+        found = blocks(rows, classes)
+        return found if len(found) <= 3 else [*found[:2], found[-1]]
+
+    loss_head._blocks = few
+    try:
+        yield
+    finally:
+        loss_head._blocks = blocks
+
+
+MANY_BLOCKS = 32
+
+
+def peaks(config: Config, option: str, limit: int) -> Callable[[int], int]:
+    """The peak as a function of `option` ("block_size" or "micro_batch_size") up to `limit`, in
+    bytes.
+
+    Where the loss head has more than `MANY_BLOCKS` blocks of rows, their size hardly changes any
+    more, so that bytes at each operator are a straight line between there and the limit: two sizes
+    are walked through, and all others lie on the lines (within 0.5%). Smaller sizes, and models
+    that do not have the same operators at both, are planned one by one.
+    """
+    rows_per_block = max(loss_head.BLOCK_BYTES // (4 * (config.model.vocab_size or 1)), 1)
+    rows_per_unit = config.micro_batch_size if option == "block_size" else config.model.block_size
+    first = -(-MANY_BLOCKS * rows_per_block // rows_per_unit)
+
+    @functools.cache
+    def walk(size: int) -> _Walk:
+        return _deep_walk(with_size(config, **{option: size}), categories=False)
+
+    def peak(size: int) -> int:
+        if first < size < limit and walk(first).operators == walk(limit).operators:
+            return walk(first).extended(walk(limit), (size - first) / (limit - first)).plan().peak
+        return walk(size).plan().peak
+
+    return peak
+
+
+def largest(peak: Callable[[int], int], budget: float, unit: int, limit: int) -> int:
+    """The largest multiple of `unit` up to `limit` whose `peak` bytes are at most `budget`; 0 if
+    one unit's are more.
+
+    peak: not falling. Secant steps between the largest size known to fit and the smallest known not
+    to: of a convex curve they fall short a little less each time, and arrive at once on its last
+    straight piece.
+    """
+    low, high = 1, limit // unit
+    low_bytes = peak(unit)
+    if low_bytes > budget:
+        return 0
+    high_bytes = peak(high * unit)
+    if high_bytes <= budget:
+        return high * unit
+    while high - low > 1:
+        ahead = int((budget - low_bytes) * (high - low) / (high_bytes - low_bytes))
+        guess = min(max(low + ahead, low + 1), high - 1)
+        found = peak(guess * unit)
+        if found <= budget:
+            low, low_bytes = guess, found
+        else:
+            high, high_bytes = guess, found
+    return low * unit
+
+
+def with_size(
+    config: Config,
+    *,
+    block_size: int | None = None,
+    micro_batch_size: int | None = None,
+    n_layer: int | None = None,
+) -> Config:
+    """`config` for another context, micro-batch or depth; where a step has several micro-batches,
+    it keeps two.
+    """
+    changed = copy.deepcopy(config)
+    several = config.micro_batches > 1
+    changed.model.block_size = block_size or changed.model.block_size
+    changed.model.n_layer = n_layer or changed.model.n_layer
+    changed.micro_batch_size = micro_batch_size or changed.micro_batch_size
+    changed.tokens_per_step = (
+        2 * changed.micro_batch_size * changed.model.block_size if several else None
+    )
+    return changed

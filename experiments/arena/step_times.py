@@ -1,0 +1,134 @@
+"""Where the seconds beside a loss come from: the runs themselves, a benchmark, or nowhere.
+
+Runs that had the machine to themselves time themselves. Runs that shared it, as with
+`scripts/arena.py --jobs 2` on one processor, don't: their seconds say how busy it was. No ratio,
+front or sentence is made of them. Alternatives that took turns in one process,
+scripts/bench_step.py, can be compared: `eval.py times=step.csv` puts their times beside the runs'
+losses.
+
+A row of the benchmark ("transform budget=1/8 group=128 include=[blocks.*], plain") is a run's if
+all options of the method, the activations, precision and tokens of a step are the same. Of the
+model the table says nothing: give one of the same size.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.config import configuration
+from report.results import Group, RunResult
+
+
+class Times(NamedTuple):
+    """Seconds of a step and of the whole training; None: not known."""
+
+    step: float | None
+    training: float | None
+
+
+Clock = Callable[[Group], Times]
+
+UNKNOWN = Times(None, None)
+
+
+def own(group: Group) -> Times:
+    """The median step of the runs themselves, and the mean of what their steps took in all, if none
+    diverged.
+    """
+    times = [seconds for run in group.runs for seconds in run.series("step_seconds")[1]]
+    training = (
+        None if group.diverged else statistics.fmean([training_seconds(run) for run in group.runs])
+    )
+    return Times(statistics.median(times) if times else None, training)
+
+
+def unknown(group: Group) -> Times:
+    """Of runs that shared a machine."""
+    return UNKNOWN
+
+
+def training_seconds(run: RunResult) -> float:
+    """Sum of the step times: each row's holds for the steps since the row before."""
+    steps, seconds = run.series("step_seconds")
+    return math.fsum(
+        (step - before) * value
+        for before, step, value in zip([0, *steps], steps, seconds, strict=False)
+    )
+
+
+def shared(ledgers: Sequence[Mapping[str, Any]]) -> int:
+    """How many runs had to share a processor or GPU, by what the arenas noted; 1: none."""
+    return max(
+        (-(-ledger.get("jobs", 1) // max(ledger.get("devices", 0), 1)) for ledger in ledgers),
+        default=1,
+    )
+
+
+def benchmarked(path: Path) -> Clock:
+    """Times by a table of scripts/bench_step.py. Raises ValueError, beginning with `times=`, for
+    anything else.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = [
+                row
+                for row in csv.DictReader(file)
+                if {"step", "tokens", "milliseconds", "precision"} <= row.keys()
+            ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"times={path}: must be a .csv of scripts/bench_step.py: {error}"
+        ) from None
+    if not rows:
+        raise ValueError(
+            f"times={path}: must be a .csv of scripts/bench_step.py, with columns step, tokens, "
+            "milliseconds, precision"
+        )
+    try:
+        known = [(_options(row["step"]), row) for row in rows]
+    except ValueError as error:
+        raise ValueError(
+            f"times={path}: has a row that is no step of this version: {error}"
+        ) from None
+
+    def clock(group: Group) -> Times:
+        options = group.runs[0].options
+        tokens = (
+            options["tokens_per_step"] or options["micro_batch_size"] * options["model.block_size"]
+        )
+        # Of several micro-batches a step has another time than one of as many tokens at once.
+        whole = options["micro_batch_size"] * options["model.block_size"] == tokens
+        for named, row in known:
+            same = all(options[name] == value for name, value in named.items() if name in options)
+            if (
+                whole
+                and same
+                and tokens == int(row["tokens"])
+                and options["precision"] == row["precision"]
+            ):
+                step = float(row["milliseconds"]) / 1000
+                return Times(step, None if group.diverged else step * options["steps"])
+        return UNKNOWN
+
+    return clock
+
+
+def _options(step: str) -> dict[str, Any]:
+    """What a row's first column says, as dotted options."""
+    method, _, activations = step.rpartition(", ")
+    if not method:
+        return {"method.name": step}  # plain layers, whole logits: no run's
+    name, *words = method.split()
+    made = configuration(
+        [f"method={name}", *(f"method.{word}" for word in words), f"activations={activations}"]
+    )
+    options = {
+        f"method.{option}": value for option, value in dataclasses.asdict(made.method).items()
+    }
+    return options | {"activations.name": made.activations.name}

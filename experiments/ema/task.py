@@ -1,0 +1,337 @@
+"""The EMA activation sketch on small problems of its own kind, beside exact backpropagation, BASIS
+and a tracked subspace.
+
+What scripts/mlp_digits.py and scripts/pinn.py share: who competes, the loop, tables and figure.
+They bring a `Task`: a model, its loss as a function of the step, its score. Tables and figure:
+report/small.py.
+
+*Contenders.* exact; ema_sketch with beta 0 (a batch sketch), 0.9 and 0.99; the same at 0.9 with
+adaptive rank; BASIS; subspace. Except for the adaptive one, each keeps at most the same share of
+every layer's input (basis/diagnostics/budget.py): of the EMA sketch that is its state, which stands
+in for the input; of the others what is kept until backward, and what they have learned (subspace's
+directions) comes on top and is listed beside. The adaptive one starts at rank 2 and follows the
+error of reconstructed inputs that are not trained on (basis/diagnostics/adaptive_rank.py), up to
+the rank at which its state would be as large as exact's inputs.
+
+*Fairness.* Equal seeds start from equal weights and see equal batches, and all methods have the
+same rate; so a method that shrinks gradients also takes smaller steps. Score and rank are looked at
+every so many steps, and with them the quality of dW, all sketched layers as one vector
+(basis/diagnostics/quality.py): its cosine to the exact one, and
+
+    kept of the gradient = <dW^, dW> / |dW|^2         1 for an unbiased estimate on average; 0.1 says that 9 tenths are gone
+
+Bytes are those of the sketched layers alone: pointwise functions keep their own, whatever the
+method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import basis
+from basis.diagnostics.adaptive_rank import AdaptiveRank, reconstruction_error, set_rank
+from basis.diagnostics.budget import (
+    fit,
+    kept_bytes,
+    knob_value,
+    parse_share,
+    state_bytes,
+    within_budget,
+)
+from basis.diagnostics.quality import TOTAL
+
+BETAS = (0.0, 0.9, 0.99)
+ADAPTIVE_BETA = 0.9
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """When and how the rank follows the error. every: steps between checks; low, high: see
+    AdaptiveRank.
+    """
+
+    every: int = 20
+    low: float = 0.1
+    high: float = 0.3
+    start: int = 2
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method. estimator: None for exact; its knob is set by the budget, or by `adaptive`."""
+
+    label: str
+    estimator: basis.Estimator | None = None
+    adaptive: Adaptive | None = None
+
+
+def contenders(rows: int, adaptive: Adaptive) -> list[Contender]:
+    """All methods, for inputs of `rows` rows; ranks are placeholders until the budget sets them."""
+    found = [Contender("exact")]
+    found += [
+        Contender(f"ema_sketch beta={beta:g}", basis.EMASketch(1, rows=rows, beta=beta))
+        for beta in BETAS
+    ]
+    start = basis.EMASketch(adaptive.start, rows=rows, beta=ADAPTIVE_BETA)
+    found.append(Contender(f"ema_sketch beta={ADAPTIVE_BETA:g}, adaptive rank", start, adaptive))
+    return [
+        *found,
+        Contender("basis", basis.BalancedSketch(1)),
+        Contender("subspace", basis.Subspace(1)),
+    ]
+
+
+@dataclass
+class Task:
+    """One model to be trained. loss: of a step, with graph, one forward of `rows` rows per layer;
+    score: of the present weights; unseen: runs the model on as many rows that are not trained on;
+    include: layers to sketch.
+    """
+
+    model: nn.Module
+    loss: Callable[[int], Tensor]
+    score: Callable[[], float]
+    unseen: Callable[[], object]
+    rows: int
+    include: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of the loop. look: steps between looks; share: of each input's bytes. Raises ValueError
+    naming the command's option.
+    """
+
+    steps: int
+    lr: float
+    optimizer: str = "adam"
+    momentum: float = 0.9  # of sgd
+    look: int = 50
+    share: str = "1/4"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "look"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not 0.0 < self.lr < math.inf:
+            raise ValueError(f"--lr {self.lr}: must be positive")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"--optimizers {self.optimizer}: must be one of {', '.join(OPTIMIZERS)}"
+            )
+        try:
+            parse_share(self.share)
+        except ValueError:
+            raise ValueError(
+                f"--share {self.share}: must be in (0, 1], such as 1/4 or 0.25"
+            ) from None
+
+
+@dataclass
+class Outcome:
+    """One training. looks: by step the loss, score, rank, bytes and quality there; diverged: the
+    step without a finite loss.
+    """
+
+    contender: str
+    seed: int
+    looks: list[dict[str, float]] = field(default_factory=list)
+    diverged: int | None = None
+    bytes_kept: int = 0  # the most at any step
+    bytes_state: int = 0
+    bytes_exact: int = 0
+
+    @property
+    def score(self) -> float:
+        """At the end; NaN if it never got there."""
+        return math.nan if self.diverged is not None else self.looks[-1]["score"]
+
+    def mean(self, name: str) -> float:
+        """Of a number over the looks after the first step's, where no average has a past yet; NaN
+        if none has it.
+        """
+        values = [
+            seen[name]
+            for seen in self.looks
+            if seen["step"] > 0 and math.isfinite(seen.get(name, math.nan))
+        ]
+        return sum(values) / len(values) if values else math.nan
+
+
+def chosen_layers(task: Task) -> list[nn.Linear]:
+    """The layers that a method would sketch, found by sketching nothing."""
+    names = basis.convert(task.model, basis.Exact(), include=task.include)
+    basis.revert(task.model)
+    layers = [task.model.get_submodule(name) for name in names]
+    return [layer for layer in layers if isinstance(layer, nn.Linear)]
+
+
+def put_in(task: Task, contender: Contender, share: float) -> AdaptiveRank | None:
+    """Put the method into the task's layers; the controller of its rank if it has one. Raises
+    ValueError for the share.
+    """
+    if contender.estimator is None:
+        return None
+    if contender.adaptive is None:
+        chosen = within_budget(contender.estimator, share=share, rows=task.rows)
+        basis.convert(task.model, chosen, include=task.include)
+        return None
+    widths = {layer.in_features for layer in chosen_layers(task)}
+    most = min(int(knob_value(fit(contender.estimator, 1.0, task.rows, width))) for width in widths)
+    basis.convert(task.model, contender.estimator, include=task.include)
+    rule = contender.adaptive
+    return AdaptiveRank(min(rule.start, most), low=rule.low, high=rule.high, maximum=most)
+
+
+def measured_bytes(task: Task) -> tuple[int, int]:
+    """Kept until backward by the sketched layers, and their state."""
+    layers = [layer for _, layer in basis.sketched_layers(task.model)]
+    kept = sum(kept_bytes(layer.estimator, task.rows, layer.in_features) for layer in layers)
+    return kept, sum(state_bytes(layer.estimator, layer.in_features) for layer in layers)
+
+
+def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum)
+    return torch.optim.Adam(model.parameters(), lr=options.lr)
+
+
+def train(task: Task, contender: Contender, options: Options, seed: int) -> Outcome:
+    """Train `task` by the method; the rate falls along half a cosine to 0. Raises ValueError if the
+    share is out of reach.
+    """
+    outcome = Outcome(contender.label, seed)
+    outcome.bytes_exact = sum(4 * task.rows * layer.in_features for layer in chosen_layers(task))
+    try:
+        controller = put_in(task, contender, parse_share(options.share))
+    except ValueError as error:  # which speaks of a budget
+        raise ValueError(f"--share {options.share}: {str(error).partition(': ')[2]}") from None
+    optimizer = make_optimizer(task.model, options)
+
+    def note_bytes() -> None:
+        kept, state = (
+            (outcome.bytes_exact, 0) if contender.estimator is None else measured_bytes(task)
+        )
+        if kept + state > outcome.bytes_kept + outcome.bytes_state:
+            outcome.bytes_kept, outcome.bytes_state = kept, state
+
+    note_bytes()
+    for step in range(options.steps + 1):
+        if (
+            controller is not None
+            and contender.adaptive is not None
+            and step
+            and step % contender.adaptive.every == 0
+        ):
+            before = controller.rank
+            if controller.observe(reconstruction_error(task.model, task.unseen)) != before:
+                set_rank(task.model, controller.rank)
+                note_bytes()
+        basis.set_noise_key(task.model, seed=seed, step=step)
+        if step % options.look == 0 or step == options.steps:
+            outcome.looks.append(
+                {"step": step, "score": task.score()} | look(task, step, controller)
+            )
+        if step == options.steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * 0.5 * (1.0 + math.cos(math.pi * step / options.steps))
+        loss = task.loss(step)
+        if not math.isfinite(float(loss.detach())):
+            outcome.diverged = step
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return outcome
+
+
+def look(task: Task, step: int, controller: AdaptiveRank | None) -> dict[str, float]:
+    """Largest rank of the layers, and the quality of dW in the step about to be taken; of exact
+    nothing.
+    """
+    layers = [layer for _, layer in basis.sketched_layers(task.model)]
+    if not layers:
+        return {}
+    rank = (
+        max(knob_value(layer.estimator) for layer in layers)
+        if controller is None
+        else controller.rank
+    )
+    quality = basis.gradient_quality(task.model, lambda: task.loss(step))[TOTAL]
+    return {
+        "rank": rank,
+        "cosine": quality.cosine,
+        "share_kept": quality.product / quality.exact_square if quality.exact_square else math.nan,
+    }
+
+
+@dataclass
+class Setting:
+    """One circumstance in which all contenders are trained over all seeds, and what became of them."""
+
+    name: str
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def of(self, label: str) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.contender == label]
+
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(outcome.contender for outcome in self.outcomes))
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, steps: int, look: int, adaptive: Adaptive
+) -> None:
+    """The options that both commands have."""
+    parser.add_argument("--seeds", type=int, default=5, help="0, 1, ... so many (default: 5)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"(default: {steps})")
+    parser.add_argument(
+        "--look",
+        type=int,
+        default=look,
+        help=f"steps between looks at score and dW (default: {look})",
+    )
+    parser.add_argument(
+        "--share",
+        default="1/4",
+        help="of the bytes of each layer's input that a method keeps (default: 1/4)",
+    )
+    parser.add_argument(
+        "--adapt-every",
+        type=int,
+        default=adaptive.every,
+        help=f"steps between checks of the rank (default: {adaptive.every})",
+    )
+    parser.add_argument(
+        "--low",
+        type=float,
+        default=adaptive.low,
+        help=f"error below which it falls (default: {adaptive.low})",
+    )
+    parser.add_argument(
+        "--high",
+        type=float,
+        default=adaptive.high,
+        help=f"error above which it rises (default: {adaptive.high})",
+    )
+    parser.add_argument("--out", type=Path, help="folder (default: one of this name below runs/)")
+
+
+def adaptive_of(options: argparse.Namespace) -> Adaptive:
+    """What the options say about the rank. Raises ValueError naming them."""
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}: must be at least 1")
+    if options.adapt_every < 1:
+        raise ValueError(f"--adapt-every {options.adapt_every}: must be at least 1")
+    if not 0.0 <= options.low < options.high:
+        raise ValueError(f"--low {options.low}, --high {options.high}: must be 0 <= low < high")
+    return Adaptive(options.adapt_every, options.low, options.high)

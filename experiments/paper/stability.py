@@ -1,0 +1,137 @@
+"""How steadily a run learned, and how good its estimates of dW were.
+
+Per group, over all its runs, diverged ones included:
+
+- *evaluations that got worse*: how many evaluations found a higher validation loss than the one
+  before, and the largest such rise in nats. The windows are the same each time, so a rise is of the
+  weights, not of the text.
+- *momentum*: 2-norm of the optimiser's momentum buffer (SGD's is a discounted sum of gradients,
+  AdamW's a mean), its mean over the log after the first tenth of the run, and its coefficient of
+  variation there (standard deviation / mean; a drift counts too): the "steady magnitude" that the
+  paper credits R = 1's smoothness to.
+- *quality of dW* (runs with diagnostics.every): cosine of the sketched to the exact dW of all
+  sketched layers together, and the ratio of their norms, means over the looks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Sequence
+
+from report.results import Group, RunResult
+from report.statistics import Estimate, estimate
+from report.tables import Column, Table
+
+
+def rises(run: RunResult) -> list[float]:
+    """Change of the validation loss from each evaluation to the next; a loss that is no number
+    counts as infinite.
+    """
+    losses = [loss if math.isfinite(loss) else math.inf for loss in run.series("val/loss")[1]]
+    return [
+        after - before if before < math.inf else 0.0 for before, after in itertools.pairwise(losses)
+    ]
+
+
+def largest_rise(run: RunResult) -> float | None:
+    """Largest rise between two evaluations in nats, 0 if the loss never rose."""
+    changes = rises(run)
+    return max(0.0, *changes) if changes else None
+
+
+def momentum(run: RunResult) -> tuple[float, float] | None:
+    """Mean of the momentum's norm after the first tenth of the run, and its coefficient of
+    variation; None if not logged.
+    """
+    steps, norms = run.series("momentum_norm")
+    late = [norm for step, norm in zip(steps, norms, strict=True) if step > steps[-1] / 10]
+    if len(late) < 2 or not all(math.isfinite(norm) for norm in late):
+        return None
+    mean = statistics.fmean(late)
+    return (mean, statistics.stdev(late) / mean) if mean else None
+
+
+def mean_of(run: RunResult, metric: str) -> float | None:
+    """Mean of a logged metric over its finite values."""
+    values = [value for value in run.series(metric)[1] if math.isfinite(value)]
+    return statistics.fmean(values) if values else None
+
+
+def diverged_at(run: RunResult) -> int:
+    """The first step whose loss or weights were not finite, as the run said; else the last one
+    logged.
+    """
+    said = re.match(r"step (\d+):", str(run.summary.get("reason", "")))
+    return int(said[1]) if said else int(run.summary["step"])
+
+
+def worse_count(group: Group) -> tuple[int, int]:
+    """Evaluations of all runs that got worse, and all that had one before."""
+    changes = [change for run in group.runs for change in rises(run)]
+    return sum(change > 0 for change in changes), len(changes)
+
+
+def _over_runs(values: Sequence[float | None]) -> Estimate | None:
+    known = [value for value in values if value is not None]
+    return estimate(known) if known else None
+
+
+def stability(groups: Sequence[Group]) -> Table:
+    """A row per group."""
+    rows = []
+    for group in groups:
+        norms = [momentum(run) for run in group.runs]
+        worse, evaluations = worse_count(group)
+        first = min((diverged_at(run) for run in group.diverged), default=None)
+        rows.append(
+            {
+                "method": group.label,
+                "seeds": len(group.runs),
+                "diverged": "no"
+                if first is None
+                else f"{len(group.diverged)} of {len(group.runs)}, first at step {first:,}",
+                "worse": worse,
+                "evaluations": evaluations,
+                "share": 100 * worse / evaluations if evaluations else None,
+                "rise": max(
+                    (rise for run in group.runs if (rise := largest_rise(run)) is not None),
+                    default=None,
+                ),
+                "final": None
+                if group.diverged
+                else _over_runs([run.last("val/loss") for run in group.runs]),
+                "momentum": _over_runs([pair and pair[0] for pair in norms]),
+                "variation": _over_runs([pair and pair[1] for pair in norms]),
+                "cosine": _over_runs([mean_of(run, "sketch/all/cosine") for run in group.runs]),
+                "norm_ratio": _over_runs(
+                    [mean_of(run, "sketch/all/norm_ratio") for run in group.runs]
+                ),
+                "runs": [run.id for run in group.runs],
+            }
+        )
+    columns = {
+        "method": Column("method"),
+        "seeds": Column("seeds"),
+        "diverged": Column("diverged"),
+        "worse": Column("evaluations that got worse"),
+        "evaluations": Column("of"),
+        "share": Column("%", digits=0),
+        "rise": Column("largest rise, nats"),
+        "final": Column("last val loss, nats"),
+        "momentum": Column("momentum norm", digits=2),
+        "variation": Column("its variation"),
+        "cosine": Column("cosine of dW", digits=2),
+        "norm_ratio": Column("norm ratio of dW", digits=2),
+        "runs": Column("run ids"),
+    }
+    notes = [
+        "Got worse: a higher validation loss than at the evaluation before, same windows each "
+        "time. Momentum: 2-norm of the optimiser's momentum buffer after the first tenth of the "
+        "run, and its standard deviation over the log divided by its mean. Cosine and norm ratio: "
+        "sketched against exact dW of the same step, all sketched layers together. ± 95% interval "
+        "over seeds."
+    ]
+    return Table("stability", "Stability", columns, rows, notes)

@@ -1,0 +1,119 @@
+"""What a run is called: an id that stays with it, and the labels by which people find it among
+others.
+
+Both live in `run.json` in the run directory, whether or not a tracker is used. The id is drawn
+once; the same command, started again after an interruption, finds it there and continues the same
+run in the tracker instead of opening a second. The labels are noted beside it, so that
+`scripts/sync.py` can rebuild the run in wandb without asking the program that made it.
+
+`run_labels` makes the labels from plain values so that a sweep reads well without clicking. wandb's
+default view puts runs of equal group and job type together and draws one curve for them, mean and
+spread. So the group is the experiment and the job type what is compared in it, "basis R=32"; runs
+are named "basis R=32 seed=0", with tags "basis" and "R=32" to filter by.
+"""
+
+import json
+import os
+import re
+import secrets
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.files import write_atomic
+
+RUN_FILE = "run.json"
+TAG_LIMIT = 64  # characters, the limit of wandb
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How a run is shown among others."""
+
+    name: str
+    group: str | None
+    job_type: str
+    tags: list[str]
+
+
+def run_labels(
+    *,
+    method: str,
+    seed: int,
+    settings: Mapping[str, object] | None = None,
+    experiment: str | None = None,
+    job_type: str | None = None,
+    tags: Sequence[str] = (),
+) -> Labels:
+    """The labels of a run: `run_labels(method="basis", settings={"R": 32}, seed=0,
+    experiment="rank_sweep")`.
+
+    `settings` are the few values that tell this run from its neighbours in a sweep. Those that are
+    None do not apply to the method and are left out; floats are shortened to six digits. A setting
+    too long for a tag is in the name only.
+    """
+    pairs = [
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in (settings or {}).items()
+        if value is not None
+    ]
+    fitting = [tag for tag in (method, *pairs) if 1 <= len(tag) <= TAG_LIMIT]
+    return Labels(
+        name=" ".join([method, *pairs, f"seed={seed}"]),
+        group=experiment,
+        job_type=job_type or " ".join([method, *pairs])[:TAG_LIMIT],
+        tags=list(dict.fromkeys([*fitting, *tags])),
+    )
+
+
+def new_run_id() -> str:
+    """Ten characters that wandb, a shell, YAML and Hydra all read as plain text: a letter, then
+    letters and digits.
+    """
+    rest = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(9))
+    return secrets.choice(string.ascii_lowercase) + rest
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of the run in `run_dir`, drawn at the first call and kept in `run.json` (a wandb sweep
+    agent brings one).
+
+    Call it from one process (rank 0). Raises ValueError naming the file if it is not what this
+    module wrote.
+    """
+    known = read_run_file(run_dir).get("id")
+    if known is None:
+        agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        known = agent or new_run_id()
+        update_run_file(run_dir, {"id": known})
+    if not isinstance(known, str) or not re.fullmatch(r"[\w-]{1,64}", known):
+        raise ValueError(
+            f"{Path(run_dir) / RUN_FILE}: id {known!r} must be 1 to 64 letters, digits, _ or -"
+        )
+    return known
+
+
+def read_run_file(run_dir: Path) -> dict[str, Any]:
+    """What `run.json` says, {} if there is none. Raises ValueError naming the file if it is not a
+    JSON object.
+    """
+    path = Path(run_dir) / RUN_FILE
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def update_run_file(run_dir: Path, values: Mapping[str, object]) -> None:
+    """Set some keys of `run.json` and keep the others; the directory is created if absent."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    write_atomic(
+        Path(run_dir) / RUN_FILE, json.dumps(read_run_file(run_dir) | dict(values), indent=2) + "\n"
+    )

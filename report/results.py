@@ -1,0 +1,264 @@
+"""Runs that came to an end, read back from their folders and put into groups that differ in their
+seed alone.
+
+A group is named by what tells it from the others (labels.py).
+A run that diverged came to an end too: it is a result, without final losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.metrics import read_metrics
+from harness.rundir import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    FREE_OPTIONS,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    known_options,
+    read_config,
+    read_summary,
+)
+from report.labels import labels
+
+TUNING = "_tuning"
+"""How the experiment_name of a run ends that was made to choose a learning rate, and enters no
+average.
+"""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that finished or diverged: its folder, its options by dotted name, its summary and its
+    rows of metrics.
+    """
+
+    folder: Path
+    options: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        return int(self.options["seed"])
+
+    @property
+    def id(self) -> str:
+        """The id that it has in the tracker too."""
+        return str(self.summary["run_id"])
+
+    @property
+    def tuning(self) -> bool:
+        """Whether it was made to choose a learning rate only."""
+        return str(self.options["experiment_name"]).endswith(TUNING)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its loss or weights stopped being finite numbers."""
+        return bool(self.summary["status"] == "diverged")
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of `metric`, where it was logged."""
+        pairs = [(row["step"], row[metric]) for row in self.rows if metric in row]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def last(self, metric: str) -> float:
+        """The last logged value of `metric`, NaN if there is none."""
+        return float(next((row[metric] for row in reversed(self.rows) if metric in row), math.nan))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, in order of seed.
+
+    options: all in which the groups differ, where the label names only some; usual: what labels
+    then leave unsaid.
+    """
+
+    label: str
+    runs: list[RunResult]
+    options: str | None = None
+    usual: str = ""
+
+    @property
+    def method(self) -> str:
+        return str(self.runs[0].options["method.name"])
+
+    @property
+    def diverged(self) -> list[RunResult]:
+        """Those without final losses."""
+        return [run for run in self.runs if run.diverged]
+
+    @property
+    def rank(self) -> int | None:
+        """R, if the method has one and it is the same in all layers."""
+        options = self.runs[0].options
+        rank: int | None = None if options.get("method.budget") else options.get("method.rank")
+        return rank
+
+
+def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
+    """All finished and diverged runs in or below `paths`, copies too, and one sentence for each
+    folder that can't be used.
+
+    Raises ValueError if a path does not exist.
+    """
+    runs: list[RunResult] = []
+    complaints: list[str] = []
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"runs={path}: no such folder")
+        folders |= {folder.resolve(): folder for folder in sorted(_run_folders(path))}
+    for folder in folders.values():
+        try:
+            runs.append(_read(folder))
+        except (OSError, ValueError) as error:
+            what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            complaints.append(f"{folder} is left out: {what}{' '.join(str(error).split())}")
+    return runs, complaints
+
+
+def _run_folders(path: Path) -> set[Path]:
+    """Folders in or below `path` that hold something only a run leaves: one that lost its
+    configuration is to be named.
+    """
+    found = {
+        file.parent
+        for name in (CONFIG_FILE, SUMMARY_FILE, METRICS_FILE)
+        for file in path.rglob(name)
+    }
+    return found | {saved.parent.parent for saved in path.rglob(f"{CHECKPOINT_FOLDER}/step_*")}
+
+
+def _read(folder: Path) -> RunResult:
+    """The run in `folder`. Raises ValueError, naming the file that is damaged, if it has not ended
+    or can't be read.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise ValueError(f"it has no {CONFIG_FILE}, so what was run is not known")
+    summary = read_summary(folder)
+    if summary.get("status") not in ("finished", "diverged"):
+        reason = summary.get("reason", "the command that started it continues it")
+        raise ValueError(f"{summary.get('status', 'without summary.json')}, {reason}")
+    for key, kind in {"run_id": str, "step": int, "data": object}.items():
+        if not isinstance(summary.get(key), kind):
+            raise ValueError(f"{folder / SUMMARY_FILE}: damaged, {key} is {summary.get(key)!r}")
+    config = read_config(folder)
+    # Of these a whole file holds something, whatever version wrote it; defaults in their place
+    # would make it another run.
+    missing = [
+        name for name in ("steps", "seed", "model", "method", "data", "optim") if name not in config
+    ]
+    if missing:
+        raise ValueError(f"{folder / CONFIG_FILE}: damaged, without {', '.join(missing)}")
+    options, rows = known_options(config), read_metrics(folder / METRICS_FILE)
+    for name, kind in {"seed": int, "steps": int, "method.name": str}.items():
+        if not isinstance(options.get(name), kind):
+            raise ValueError(f"{folder / CONFIG_FILE}: damaged, {name} is {options.get(name)!r}")
+    run = RunResult(folder, options, summary, rows)
+    last = max(run.series("val/loss")[0], default=None)
+    if not run.diverged and last != summary["step"]:
+        ends = (
+            "holds no validation loss"
+            if last is None
+            else f"its last validation loss is of step {last:,}"
+        )
+        raise ValueError(
+            f"{folder / METRICS_FILE}: damaged, {ends}, and the run ended at {summary['step']:,}"
+        )
+    return run
+
+
+def copies(runs: Iterable[RunResult]) -> list[list[RunResult]]:
+    """Runs that are one and the same run, together: which of them counts is for the reader to find;
+    the furthest is first.
+    """
+    same: dict[str, list[RunResult]] = {}
+    for run in runs:
+        same.setdefault(repr((_identity(run), run.seed, run.tuning)), []).append(run)
+    return [sorted(members, key=lambda run: -run.summary["step"]) for members in same.values()]
+
+
+# Options in which runs may differ and still be the same experiment: none of them changes a loss.
+_SAME_EXPERIMENT = (*FREE_OPTIONS, "seed", "experiment_name", "device", "eval.every")
+
+
+def loss_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of options by dotted name those, in order, that change a loss and are not the seed."""
+    return dict(sorted((k, v) for k, v in options.items() if not k.startswith(_SAME_EXPERIMENT)))
+
+
+def _identity(run: RunResult) -> dict[str, Any]:
+    """What two runs must share to be seeds of one group: options that change the loss, and the text
+    itself.
+    """
+    return loss_options(run.options) | {"text": run.summary["data"]}
+
+
+_OF_THE_METHOD = ("method.", "adaptive_rank.")
+
+
+def setting(run: RunResult) -> str:
+    """What two runs must share to be compared at all: everything but the method. Runs of equal
+    setting and seed are pairs.
+    """
+    return repr({k: v for k, v in _identity(run).items() if not k.startswith(_OF_THE_METHOD)})
+
+
+def contender(run: RunResult) -> str:
+    """What runs share that differ in seed and learning rate alone."""
+    return repr({k: v for k, v in _identity(run).items() if k != "optim.lr"})
+
+
+def world(run: RunResult) -> str:
+    """Model and text: what runs share whose final losses may be compared, however they were
+    reached.
+    """
+    return repr({k: v for k, v in _identity(run).items() if k.startswith("model.") or k == "text"})
+
+
+def group_runs(runs: Sequence[RunResult]) -> list[Group]:
+    """Groups of equal options except the seed: exact first, then by method, rank (largest first)
+    and the rest.
+    """
+    by_identity: dict[str, list[RunResult]] = {}
+    for run in runs:
+        by_identity.setdefault(repr(_identity(run)), []).append(run)
+    names = labels([_identity(members[0]) for members in by_identity.values()])
+    groups = []
+    for name, members in zip(names, by_identity.values(), strict=True):
+        options = name.full if name.full != name.short else None
+        groups.append(
+            Group(name.short, sorted(members, key=lambda run: run.seed), options, name.usual)
+        )
+    return sorted(groups, key=lambda g: (g.method != "exact", g.method, -(g.rank or 0), g.label))
+
+
+def differing_options(runs: Sequence[RunResult]) -> list[str]:
+    """For each of some runs, the options other than the method's in which they differ: "steps=100
+    optim.lr=0.1", or "".
+
+    An option that a run has not, such as SUS's where attention is exact, is not named of it.
+    """
+    identities = [
+        {k: v for k, v in _identity(run).items() if not k.startswith(_OF_THE_METHOD)}
+        for run in runs
+    ]
+    every = sorted({name for identity in identities for name in identity})
+    names = [
+        name
+        for name in every
+        if any(other.get(name) != identities[0].get(name) for other in identities)
+    ]
+    return [
+        " ".join(
+            f"{name}={identity[name]}" for name in names if name in identity and name != "text"
+        )
+        for identity in identities
+    ]

@@ -1,0 +1,136 @@
+"""Token files: what is written is read, nothing half-written appears, and damage of every kind is
+found.
+"""
+
+import hashlib
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import TokenFile, write_tokens
+
+IDS = np.arange(1000) * 37 % 500
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> TokenFile:
+    return write_tokens(tmp_path / "t.bin", [IDS[:1], IDS[1:400], [], IDS[400:].tolist()], 500)
+
+
+def test_format_is_the_documented_one(file: TokenFile) -> None:
+    raw = file.path.read_bytes()
+    payload = struct.pack("<1000H", *IDS.tolist())
+    assert (
+        raw
+        == b"BASISTOK"
+        + struct.pack("<IIQ", 1, 500, 1000)
+        + hashlib.sha256(payload).digest()
+        + bytes(8)
+        + payload
+    )
+    assert TokenFile.open(file.path) == file
+    assert (file.count, file.vocab_size, file.sha256) == (
+        1000,
+        500,
+        hashlib.sha256(payload).hexdigest(),
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(chunks=st.lists(st.lists(st.integers(0, 65535), max_size=30), max_size=5), data=st.data())
+def test_every_slice_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[list[int]], data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "slices.bin"
+    flat = [token for chunk in chunks for token in chunk]
+    file = write_tokens(path, chunks, 65536)
+    start = data.draw(st.integers(0, len(flat)))
+    length = data.draw(st.integers(0, len(flat) - start))
+    read = file.read(start, length)
+    assert read.dtype == np.int64
+    assert read.tolist() == flat[start : start + length]
+    assert np.concatenate([np.empty(0, np.uint16), *file.chunks(size=7)]).tolist() == flat
+    file.verify()
+
+
+def test_windows_and_bounds(file: TokenFile) -> None:
+    assert np.array_equal(
+        file.read_windows([990, 0, 5], 10), np.stack([IDS[990:], IDS[:10], IDS[5:15]])
+    )
+    for start, length in ((-1, 2), (999, 2), (1001, 0)):
+        with pytest.raises(IndexError, match="of 1000"):
+            file.read(start, length)
+    assert pickle.loads(pickle.dumps(file)).read(3, 4).tolist() == IDS[3:7].tolist()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "vocab_size", "message"),
+    [
+        ([1, 500], 500, r"token id 500 is outside the vocabulary \[0, 500\)"),
+        ([-1], 500, "token id -1"),
+        ([0.5], 500, "must be integers"),
+        ([1], 65537, "between 1 and 65536"),
+        ([], 0, "between 1 and 65536"),
+    ],
+)
+def test_refused_ids_leave_no_file(
+    tmp_path: Path, chunk: list[float], vocab_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_tokens(tmp_path / "t.bin", [[3, 4], chunk], vocab_size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_source_leaves_the_old_file(file: TokenFile) -> None:
+    def broken():
+        yield [1, 2, 3]
+        raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="on fire"):
+        write_tokens(file.path, broken(), 500)
+    TokenFile.open(file.path).verify()
+    assert [path.name for path in file.path.parent.iterdir()] == ["t.bin"]
+
+
+def test_flipped_bit_is_found_by_verify(file: TokenFile) -> None:
+    file.verify()
+    raw = bytearray(file.path.read_bytes())
+    raw[64 + 777] ^= 1
+    file.path.write_bytes(raw)
+    damaged = TokenFile.open(file.path)  # opening is the cheap check: the size still fits
+    with pytest.raises(ValueError, match="damaged"):
+        damaged.verify()
+
+
+@pytest.mark.parametrize("size", [0, 10, 63, 64, 65, 2062, 2063, 2065])
+def test_wrong_size_is_refused_on_opening(file: TokenFile, size: int) -> None:
+    os.truncate(file.path, size)
+    with pytest.raises(
+        ValueError, match="not a token file" if size < 64 else "cut short or appended"
+    ):
+        TokenFile.open(file.path)
+
+
+def test_foreign_file_and_other_version_are_refused(file: TokenFile) -> None:
+    raw = bytearray(file.path.read_bytes())
+    raw[8] = 2
+    file.path.write_bytes(raw)
+    with pytest.raises(ValueError, match="version 2"):
+        TokenFile.open(file.path)
+    raw[0] ^= 1
+    file.path.write_bytes(raw)
+    with pytest.raises(ValueError, match="not a token file"):
+        TokenFile.open(file.path)
+
+
+def test_vocabulary_must_fit_the_model(file: TokenFile) -> None:
+    file.check_vocabulary(500)
+    file.check_vocabulary(512)  # padded
+    with pytest.raises(ValueError, match=r"model\.vocab_size=499: must be at least 500"):
+        file.check_vocabulary(499)

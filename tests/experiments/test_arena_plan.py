@@ -1,0 +1,207 @@
+"""The arena's plan: who takes part at which rates, and what the one command runs, skips and
+extends.
+"""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import REPOSITORY, overrides, run_command, train_here
+
+from experiments.arena import plan
+from harness.rundir import CONFIG_FILE
+from report import write
+from report.results import find_runs
+
+BLOCKS = "method.include=[blocks.*]"
+QUICK = ["micro_batch_size=4", "diagnostics.every=10"]
+
+
+def test_plan_of_the_small_model() -> None:
+    lines = {
+        c.name: c for c in plan.contenders(["experiment=arena"], ["basis"], ["1/4", "1/8", "1/24"])
+    }
+    assert lines["basis 1/24"].config.method.include == ["blocks.*"]
+    assert lines["exact, accumulated 1/24"].refused == lines["exact, small batch 1/24"].refused
+    assert lines["exact, small batch 1/24"].refused.startswith(
+        "method.budget=1/24: one window of 64 tokens is the smallest, of 12"
+    )
+    accumulated = lines["exact, 4 x 3 windows"]
+    assert (
+        accumulated.config.micro_batches,
+        accumulated.config.step_tokens,
+        accumulated.rates,
+    ) == (4, 768, ())
+    assert lines["exact, checkpoint"].rates == ()
+    assert lines["exact, bfloat16"].rates == lines["exact"].rates == plan.RATES["adamw"]
+    assert lines["exact, lean"].rates == plan.RATES["adamw"]  # its gradient is not quite exact's
+    small, long = lines["exact, 3 windows"].config, lines["exact, 3 windows, 8000 steps"].config
+    assert (small.step_tokens, small.steps) == (192, 2000)
+    assert long.steps * long.step_tokens == 2000 * 768
+    assert long.optim.warmup_steps == 400
+    assert lines["exact, 12 x 1 windows"].config.micro_batches == 12  # 1/12: the nearest below 1/8
+    # Of exact's 24.9 MiB 9.0 are inputs of dense layers: at 1/8 of these 17.0 are kept, as of 8.2
+    # windows; 6 divides 12.
+    halves = lines["exact, 2 x 6 windows"]
+    assert (halves.config.micro_batches, halves.config.step_tokens, halves.rates) == (2, 768, ())
+    assert {"exact, 6 windows", "exact, 6 windows, 4000 steps"} <= lines.keys()
+    assert len(lines) == 20
+    paper = plan.contenders(["experiment=arena_paper"], ["basis"], ["1/8"])
+    assert [c.name for c in paper if c.refused] == [
+        "exact, accumulated 1/8",
+        "exact, small batch 1/8",
+    ]
+    assert paper[1].config.optim.name == "sgd"
+
+
+def test_methods_take_options_and_a_wrong_one_is_named() -> None:
+    (_, uniform) = plan.contenders(
+        ["experiment=arena"], ["basis hashing=uniform"], ["1/8"], [1e-3], baselines=False
+    )
+    assert (uniform.name, uniform.config.method.hashing, uniform.rates) == (
+        "basis hashing=uniform 1/8",
+        "uniform",
+        (1e-3,),
+    )
+    with pytest.raises(ValueError, match=r"method\.hashing='other'"):
+        plan.contenders(["experiment=arena"], ["basis hashing=other"], ["1/8"])
+    for word, said in {
+        "activations=lean": r"activations\.name=lean: all are compared with plain",
+        "tokens_per_step=1536": r"tokens_per_step=1536: all are compared with the batch in one piece",
+        "stepz=10": r"Could not override 'stepz'",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            plan.contenders(["experiment=arena", word], ["basis"], ["1/8"])
+    with pytest.raises(ValueError, match=r"method=foo: must be one of exact, basis"):
+        plan.estimator_of("foo")
+
+
+def test_in_bfloat16_all_are_compared_with_exact_in_bfloat16(data: Path, tmp_path: Path) -> None:
+    low = plan.contenders(["experiment=arena", "precision=bfloat16"], ["basis"], ["1/4"])
+    assert "exact, bfloat16" not in [c.name for c in low]
+    options = ["precision=bfloat16", "micro_batch_size=4"]
+    train_here(data, tmp_path / "exact", *QUICK, "method=exact", *options)
+    train_here(data, tmp_path / "float32", *QUICK, "method=exact", "micro_batch_size=4")
+    train_here(data, tmp_path / "basis", *QUICK, "method.budget=1/4", BLOCKS, *options)
+    ranks = next(table for table in write.gather([tmp_path]).tables if table.name == "arena")
+    above = {row["method"]: row["above"] for row in ranks.rows}
+    assert above["exact"] is None
+    assert above["basis 1/4"].count == above["exact, float32"].count == 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "beyond"),
+    [
+        ({0.1: 3.0, 0.2: 2.0, 0.4: 1.0}, 0.8),
+        ({0.01: 1.0, 0.03: 2.0, 0.1: math.inf}, 0.0033),
+        ({0.1: 3.0, 0.2: 1.0, 0.4: 2.0}, None),
+        ({0.1: math.inf, 0.2: math.inf}, None),
+        ({0.1: 1.0}, None),
+    ],
+)
+def test_a_best_rate_at_the_edge_asks_for_one_beyond(
+    losses: dict[float, float], beyond: float | None
+) -> None:
+    cells = [
+        SimpleNamespace(rate=rate, loss=lambda loss=loss: loss) for rate, loss in losses.items()
+    ]
+    assert plan.next_rate(cells) == beyond
+
+
+def launch(data: Path, cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-m", "scripts.arena"]
+    words = [
+        "experiment=arena",
+        *overrides(data),
+        "steps=6",
+        "optim.warmup_steps=0",
+        "micro_batch_size=2",
+    ]
+    options = [
+        "--methods",
+        "basis",
+        "--budgets",
+        "1/4",
+        "1/64",
+        "--out",
+        str(cwd / "out"),
+        "--seeds",
+        "0",
+        "--no-baselines",
+    ]
+    return run_command([*script, *options, *more, "--", *words], cwd, PYTHONPATH=str(REPOSITORY))
+
+
+def test_one_command_lists_runs_skips_and_reports(data: Path, tmp_path: Path) -> None:
+    rates = ["--rates", "0.001", "1e18", "--extend", "0"]
+    dry = launch(data, tmp_path, *rates, "--dry-run")
+    assert dry.returncode == 0, dry.stdout
+    assert "basis 1/4: best rate of 0.001 (new), 1e+18 (new); seeds 0" in dry.stdout
+    assert (
+        "basis 1/64: out of reach, method.budget=1/64: BalancedSketch keeps at least" in dry.stdout
+    )
+    assert "6 runs (4 to tune), 36 steps" in dry.stdout
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    done = launch(data, tmp_path, *rates, "--jobs", "2")
+    assert done.returncode == 0, done.stdout
+    found, _ = find_runs([tmp_path / "out"])
+    assert sorted(run.tuning for run in found) == [False] * 2 + [True] * 4
+    assert {run.options["optim.lr"] for run in found if not run.tuning} == {0.001}
+    assert math.isfinite(found[0].last("val/loss"))
+    again = launch(data, tmp_path, *rates)
+    assert again.returncode == 0, again.stdout
+    assert "4 runs, 4 of them ended before" in again.stdout
+    assert "2 runs, 2 of them ended before" in again.stdout
+    (ledger,) = plan.read_ledger(tmp_path / "out")["refused"]
+    assert (ledger["method"], ledger["budget"]) == ("basis", "1/64")
+    stale = launch(data, tmp_path, *rates, "--jobs", "1", "optim.beta1=0.5")
+    assert stale.returncode == 1
+    assert "arena: " in stale.stdout
+    assert "optim.beta1" in stale.stdout
+    assert "Traceback" not in stale.stdout
+    clash = launch(data, tmp_path, *rates, "--tuning-seed", "0")
+    assert clash.returncode == 2
+    assert "is one of --seeds" in clash.stdout
+
+
+def test_the_grid_is_extended_while_the_best_rate_is_its_last(data: Path, tmp_path: Path) -> None:
+    done = launch(data, tmp_path, "--rates", "0.0001", "0.0002", "--extend", "2")
+    assert done.returncode == 0, done.stdout
+    found, _ = find_runs([tmp_path / "out"])
+    for name in ("exact", "basis"):
+        tried = sorted(
+            run.options["optim.lr"]
+            for run in found
+            if run.tuning and run.options["method.name"] == name
+        )
+        assert tried == [
+            0.0001,
+            0.0002,
+            0.0004,
+            0.0008,
+        ]  # six steps of AdamW: the longer the better
+        assert [
+            run.options["optim.lr"]
+            for run in found
+            if not run.tuning and run.options["method.name"] == name
+        ] == [0.0008]
+    other = tmp_path / "out" / "seeds" / "exact_lr0.0008_seed0" / CONFIG_FILE
+    other.write_text(other.read_text().replace("beta1: 0.9\n", "beta1: 0.5\n"))
+    stale = launch(data, tmp_path, "--rates", "0.0001", "0.0002", "--extend", "2")
+    assert stale.returncode == 1
+    assert "arena: " in stale.stdout
+    assert "optim.beta1" in stale.stdout
+    assert "Traceback" not in stale.stdout
+
+
+def test_zeroth_order_has_no_part_in_an_arena_of_sus_attention() -> None:
+    lines = {
+        c.name: c
+        for c in plan.contenders(["experiment=arena", "attention=sus"], ["basis"], ["1/4"])
+    }
+    assert lines["zeroth_order"].refused == "attention=sus: it has no backward to take part in"
+    assert lines["basis 1/4"].refused is None
