@@ -1,20 +1,39 @@
-"""What all tests share: two threads, as in the commands that are tested, and no network for
-libraries that would try.
+"""What all tests share: one thread for each process, no network for libraries that would try, and
+as many workers of pytest-xdist as help.
 """
 
 import os
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 
-import pytest
-
+# Before torch is imported, here and in the processes that tests start. Tests compare runs of this
+# process with runs of its children to the last bit, so all need the same number of threads. One is
+# the fastest number for matrices of this size, and it leaves the other cores to other workers.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-# The tests compare runs of this process with runs of its children to the last bit: all need the
-# same number of threads.
-os.environ["OMP_NUM_THREADS"] = "2"
-os.environ["MKL_NUM_THREADS"] = "2"
+# Compiled code goes to a folder of this worker, and no pool of compiling processes is started.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+    Path(tempfile.gettempdir()) / f"basis-tests-inductor-{os.getuid()}" / WORKER
+)
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """The number for `-n auto`: none for the tests of a single file, otherwise one for each core.
+
+    A worker takes some seconds to start, and it hides the debugger and what a test prints.
+    """
+    named = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(named) == 1 and named.pop().endswith(".py") else None
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +42,3 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     a module.
     """
     return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For modules whose matrices are so small that more threads are slower."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -3,7 +3,6 @@ layers re-made in a model.
 """
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,15 +11,6 @@ from torch import nn
 import basis
 from basis import AdaptiveRank, BalancedSketch, EMASketch
 from basis.diagnostics.adaptive_rank import reconstruction_error, set_rank
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_up_by_two_above_and_down_by_one_after_three_checks_below() -> None:

@@ -2,23 +2,12 @@
 itself: test_ema_sketch.py.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from basis.ops import three_sketch
 from basis.ops.noise import fold
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reconstruction(x: Tensor, rank: int, seed: int) -> Tensor:

@@ -16,8 +16,6 @@ from basis.estimators.transform import rate_distortion_bound
 from basis.ops import gaussian_code
 from basis.ops.noise import fold
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GENERATOR = torch.Generator().manual_seed(0)
 DEVICE = torch.device("cpu")
 

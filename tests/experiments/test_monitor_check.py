@@ -10,8 +10,6 @@ from torch import nn
 
 from experiments.monitor import check as monitor_check
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_true_values() -> None:
     torch.manual_seed(0)

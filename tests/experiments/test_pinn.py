@@ -12,8 +12,6 @@ from torch import Tensor
 import basis
 from experiments.ema import pinn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def network(dimensions: int) -> pinn.Jets:
     torch.manual_seed(0)

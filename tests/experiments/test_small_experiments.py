@@ -17,8 +17,6 @@ from experiments.ema import tables as report
 from experiments.ema import task as small
 from experiments.ema.task import Adaptive, Options, Task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROWS = 32
 
 

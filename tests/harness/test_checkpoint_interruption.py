@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from harness.checkpoint import Checkpoints
 
-torch.set_num_threads(1)
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 moments = random.Random(0)
 reported = interrupted = set_aside = 0

@@ -24,8 +24,6 @@ from harness.config import configuration
 from models import GPT, GPTConfig
 from models.gpt import CausalAttention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 C = 2.5
 SUS = ["model.n_layer=2", "attention=sus", f"attention.c={C}"]
 LAYERS = ("blocks.0.attn", "blocks.1.attn")

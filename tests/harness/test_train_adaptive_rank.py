@@ -16,8 +16,6 @@ from harness import activations, rundir
 from harness.checkpoint import Checkpoints
 from harness.run_id import read_run_file
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # At rank 2 the error is about 0.8, at rank 8 about 0.3: between these limits no rank is left alone
 # for long.
 RESTLESS = [
