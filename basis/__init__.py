@@ -4,26 +4,31 @@ Needs torch alone.
     import basis
 
     basis.convert(model, basis.BalancedSketch(rank=32), include=["blocks.*.mlp.*", "head"])
+    basis.convert(model, basis.Lean())               # LayerNorm and GELU in few bits
     ...train as before: forward, input gradients and bias gradients are exact, weight gradients are estimates...
     basis.revert(model)                              # a plain model again, the same parameters
 
-`convert` swaps nn.Linear layers by name; `SketchedLinear` is one such layer; `basis_linear` is the
-bare formula. A method is an `Estimator`: what to keep of X, and how to form dW from it. Noise comes
-from PyTorch's default generator, or, after `set_noise_key(model, seed=, step=, ...)`, is a pure
-function of those numbers.
+`convert` takes an estimator (one of the ten methods below), which replaces nn.Linear layers, or
+`Lean`, which replaces LayerNorm, GELU and attention, or `SUS`, which replaces attention. Noise
+comes from PyTorch's default generator, or, after `set_noise_key(model, seed=, step=, ...)`, is a
+pure function of those numbers. `linear_cross_entropy` is a model's last layer and its loss without
+whole logits; `gradient_quality` compares estimated with exact gradients.
+
+Everything else has its place one level down:
+
+    basis.estimator     Estimator, the base class of methods      basis.estimators   the ten methods by name
+    basis.linear        SketchedLinear, basis_linear              basis.embedding    an embedding tied to the head
+    basis.lean          LayerNorm, GELU, attention                basis.sus          SUS attention and its statistics
+    basis.diagnostics   budgets, monitor, adaptive rank           basis.ops          the mathematics: noise, codes, products
 
 Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16324.
 """
 
-from basis.convert import convert, not_learning, revert, set_noise_key, sketched_layers
-from basis.diagnostics.adaptive_rank import AdaptiveRank
-from basis.diagnostics.budget import fit, kept_bytes, within_budget
-from basis.diagnostics.monitor import Monitor
-from basis.diagnostics.quality import Quality, gradient_quality
-from basis.embedding import tied_embedding
-from basis.estimator import Estimator, LearningEstimator
+from typing import TYPE_CHECKING
+
+from basis.convert import convert, revert, set_noise_key, sketched_layers
+from basis.diagnostics.quality import gradient_quality
 from basis.estimators import (
-    ESTIMATORS,
     BalancedSketch,
     CountSketch,
     EMASketch,
@@ -35,40 +40,32 @@ from basis.estimators import (
     Subspace,
     Transform,
 )
-from basis.linear import SketchedLinear, basis_linear, sketched_linear
+from basis.lean import Lean
 from basis.loss_head import linear_cross_entropy
-from basis.ops.noise import encode_hashing
+from basis.sus import SUS
 
 __all__ = [
-    "ESTIMATORS",
-    "AdaptiveRank",
+    "SUS",
     "BalancedSketch",
     "CountSketch",
     "EMASketch",
-    "Estimator",
     "Exact",
     "Gaussian",
-    "LearningEstimator",
+    "Lean",
     "LowRank",
-    "Monitor",
-    "Quality",
     "Quantized",
     "RowSampling",
-    "SketchedLinear",
     "Subspace",
     "Transform",
-    "basis_linear",
     "convert",
-    "encode_hashing",
-    "fit",
     "gradient_quality",
-    "kept_bytes",
     "linear_cross_entropy",
-    "not_learning",
     "revert",
     "set_noise_key",
     "sketched_layers",
-    "sketched_linear",
-    "tied_embedding",
-    "within_budget",
 ]
+
+__version__ = "0.1.0"
+
+if not TYPE_CHECKING:  # a type checker is to know the names above alone
+    from basis.moved import __getattr__  # noqa: F401

@@ -12,6 +12,8 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
+from torch import nn
+
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
     """`value` as an int: numpy's integers are taken too, bools and whole floats are not.
@@ -23,6 +25,19 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     if least is not None and value < least:
         raise ValueError(f"{name}={value}: must be at least {least}")
     return operator.index(value)
+
+
+def module_classes(name: str, value: Any) -> tuple[type[nn.Module], ...]:
+    """`value`, a class of modules or a tuple of them, as a tuple.
+
+    Raises ValueError that begins with `name` for anything else.
+    """
+    classes = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in classes):
+        raise ValueError(
+            f"{name}={value!r}: must be a class of modules, or a tuple of such classes"
+        )
+    return classes
 
 
 def check_types(options: Any) -> None:

@@ -1,6 +1,6 @@
-"""Swap the dense layers of any model for sketched ones, by name, and back.
+"""Replace modules of any model, by name, with ones that keep less for backward, and put them back.
 
-Layers are exchanged in place and keep their Parameter objects, so an optimiser made before, tied
+Modules are replaced in place and keep their Parameter objects, so an optimiser made before, tied
 weights and the state_dict all stay as they were. Patterns are shell patterns over the names of
 `model.named_modules()`: "head", "blocks.*.mlp.*".
 """
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from torch import nn
 
 from basis.checks import whole_number
 from basis.estimator import Estimator
+from basis.exchange import Exchange, StandIn
 from basis.keyed import Keyed
 from basis.linear import WANTED, SketchedLinear
 from basis.ops.noise import fold
@@ -42,68 +45,121 @@ def plain_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
+@dataclass(frozen=True)
+class _Sketch(Exchange):
+    """Dense layers for SketchedLinear. estimator: as `convert` takes it."""
+
+    kind: ClassVar[str] = "dense layer"
+
+    estimator: Estimator | Callable[[str, nn.Linear], Estimator]
+
+    def accepts(self, module: nn.Module) -> bool:
+        return type(module) in (nn.Linear, SketchedLinear)
+
+    def stand_in(self, name: str, module: nn.Module) -> SketchedLinear:
+        assert isinstance(module, nn.Linear)
+        if isinstance(self.estimator, Estimator):
+            return SketchedLinear.from_linear(module, self.estimator)
+        estimator = self.estimator(name, module)
+        if not isinstance(estimator, Estimator):
+            raise TypeError(
+                f"convert: the function must return {WANTED}; for {name} it gave {estimator!r}"
+            )
+        return SketchedLinear.from_linear(module, estimator)
+
+    def why_not(self, module: nn.Module) -> str | None:
+        kind = type(module).__name__
+        if self.accepts(module):
+            return None
+        if isinstance(module, nn.LazyLinear):
+            return f"{kind}: has no weight before its first forward"
+        if nn.utils.parametrize.is_parametrized(module) and isinstance(module, nn.Linear):
+            return f"{kind}: its weight is computed by a parametrization"
+        if isinstance(module, nn.Linear):
+            return f"{kind}: a subclass of nn.Linear, whose own forward would be lost"
+        looks_dense = "Linear" in kind or kind == "Conv1D"  # transformers' Conv1D is a dense layer
+        return f"{kind}: no nn.Linear" if looks_dense else None
+
+
+Method = Exchange | Estimator | Callable[[str, nn.Linear], Estimator]
+"""What `convert` takes."""
+
+
+def _exchange(method: Method) -> Exchange:
+    if isinstance(method, Exchange):
+        return method
+    if isinstance(method, type) or not (isinstance(method, Estimator) or callable(method)):
+        raise TypeError(
+            f"convert: method must be {WANTED}, a basis.Lean or basis.SUS, or a function of a "
+            f"layer's name and the layer that returns an estimator; got {method!r}"
+        )
+    return _Sketch(method)
+
+
 def convert(
     model: nn.Module,
-    estimator: Estimator | Callable[[str, nn.Linear], Estimator],
+    method: Method,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
 ) -> list[str]:
-    """Replace each nn.Linear whose name matches `include` and not `exclude` by a SketchedLinear.
-    Returns the names changed.
+    """Replace modules of `model` whose names match `include` and not `exclude`, in place, as
+    `method` says. Returns the names changed.
 
-    estimator: one for all layers, or a function of a layer's name and the layer, where layers
-    differ (budget.py). Layers already sketched take the new estimator.
+    method:
+    - an estimator, such as `basis.BalancedSketch(32)`: each nn.Linear becomes a SketchedLinear with
+      it; or a function of a layer's name and the layer that returns an estimator, where layers
+      differ (diagnostics/budget.py);
+    - `basis.Lean(...)`: LayerNorm, GELU and attention in few bits;
+    - `basis.SUS(...)`: attention whose backward follows a few entries of each row.
 
-    Left as they are, whatever the patterns: subclasses of nn.Linear, whose own forward would be
-    lost. Those are the out_proj of nn.MultiheadAttention (which never calls it), nn.LazyLinear
-    before its first forward, layers under torch.nn.utils.parametrizations (weight_norm,
-    spectral_norm, ...) and other libraries' layers. So are dense layers that are no nn.Linear at
-    all.
+    What stands in for another module already takes the options of the new `method`.
 
-    With a method that learns, the state_dict has `estimator_...` buffers besides. A plain model's
-    is loaded all the same, and leaves what the layers have learned (after `convert`: nothing) as it
-    is; the other way `strict=True` is refused by PyTorch: save `revert`ed, or load with
-    `strict=False`.
+    Dense layers that are left as they are, whatever the patterns: subclasses of nn.Linear, whose
+    own forward would be lost. Those are the out_proj of nn.MultiheadAttention (which never calls
+    it), nn.LazyLinear before its first forward, layers under torch.nn.utils.parametrizations
+    (weight_norm, spectral_norm, ...) and other libraries' layers. So are dense layers that are no
+    nn.Linear at all.
 
-    Raises, before anything is changed: ValueError if a pattern matches no layer that can be
-    converted (the message says why those that it does match can't), if nothing is left to convert,
-    if `model` is itself a dense layer, or if a chosen layer's weight is computed by a hook (the
-    older torch.nn.utils.weight_norm and spectral_norm); TypeError for an `estimator` that is
-    neither an Estimator nor a function that gives one.
+    An estimator that learns adds `estimator_...` buffers to the state_dict. A plain model's
+    state_dict is loaded all the same, and leaves what the layers have learned (after `convert`:
+    nothing) as it is. PyTorch refuses the opposite direction with `strict=True`: save the
+    `revert`ed model, or load with `strict=False`.
+
+    Raises, before anything is changed: ValueError if a pattern matches no module that can be
+    replaced (the message says why those that it does match can't), if nothing is left to replace,
+    if `model` is itself such a module, or if a chosen one can't be replaced (a dense layer whose
+    weight is computed by a hook, as by the older torch.nn.utils.weight_norm; attention with
+    dropout, for SUS); TypeError if `method` is none of the above.
     """
-    if isinstance(model, nn.Linear):
-        raise ValueError(
-            "convert: the model is itself a dense layer; use SketchedLinear.from_linear"
-        )
-    if isinstance(estimator, type) or not (isinstance(estimator, Estimator) or callable(estimator)):
-        raise TypeError(
-            f"convert: estimator must be {WANTED}, or a function of a layer's name and the layer "
-            f"that returns one; got {estimator!r}"
-        )
-    # All names of a shared layer are listed, and all of them are to be exchanged.
+    exchange = _exchange(method)
+    if exchange.accepts(model):
+        hint = "; use SketchedLinear.from_linear" if isinstance(model, nn.Linear) else ""
+        raise ValueError(f"convert: the model is itself a {exchange.kind}{hint}")
+    # A shared module is listed under all of its names, and is to be exchanged under all of them.
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {
-        name: module
-        for name, module in modules.items()
-        if type(module) in (nn.Linear, SketchedLinear)
-    }
-    names = {name: plain_name(model, name) for name in layers}
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()  # what a module to be exchanged holds stays as it is
+    for name, module in modules.items():
+        if exchange.accepts(module) and not name.startswith(inside):
+            found[name] = module
+            inside = (*inside, f"{name}.")
+    names = {name: plain_name(model, name) for name in found}
     others = {
         plain_name(model, name): why
         for name, module in modules.items()
-        if (why := _why_not(module))
+        if (why := exchange.why_not(module))
     }
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(plain, pattern) for plain in names.values()):
-                known = _listed(names.values())
-                left = _listed(
+                known = _first_twelve(names.values())
+                left = _first_twelve(
                     f"{name} ({why})" for name, why in others.items() if fnmatchcase(name, pattern)
                 )
                 but = f"; it matches, and they are left as they are: {left}" if left else ""
                 raise ValueError(
-                    f"{option}={pattern!r}: matches no dense layer; the model's are "
+                    f"{option}={pattern!r}: matches no {exchange.kind}; the model's are "
                     f"{known or 'none'}{but}"
                 )
     chosen = [
@@ -113,44 +169,59 @@ def convert(
         and not any(fnmatchcase(plain, p) for p in exclude)
     ]
     if not chosen:
-        raise ValueError(f"include={include}, exclude={exclude}: no dense layer is left to convert")
+        raise ValueError(
+            f"include={include}, exclude={exclude}: no {exchange.kind} is left to convert"
+        )
     made: dict[int, nn.Module] = {}
-    # All are made before the first is put in place: a layer that can't be changed leaves the model
+    # All are made before the first is put in place: a module that can't be changed leaves the model
     # as it was.
     for name in chosen:
-        if id(layers[name]) not in made:
-            chosen_for = (
-                estimator
-                if isinstance(estimator, Estimator)
-                else estimator(names[name], layers[name])
-            )
-            if not isinstance(chosen_for, Estimator):
-                raise TypeError(
-                    f"convert: the function must return {WANTED}; for {names[name]} it gave "
-                    f"{chosen_for!r}"
-                )
+        if id(found[name]) not in made:
             try:
-                made[id(layers[name])] = SketchedLinear.from_linear(layers[name], chosen_for)
+                made[id(found[name])] = exchange.stand_in(names[name], found[name])
             except ValueError as error:
                 raise ValueError(f"include={names[name]!r}: {error}") from None
     for name in chosen:
-        _replace(model, name, made[id(layers[name])])
+        _replace(model, name, made[id(found[name])])
     return [names[name] for name in chosen]
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Replace every SketchedLinear by a plain nn.Linear with the same parameters. Returns the names
-    changed.
+    """Put the plain modules back that sketched, lean and SUS ones stand for, with the same
+    parameters. Returns the names changed, each once.
+
+    Raises ValueError if `model` itself stands for another module: `model.original()` is that one.
     """
-    made: dict[int, nn.Module] = {}
-    changed = []
+    return put_back(model, (StandIn,))
+
+
+def put_back(model: nn.Module, kinds: tuple[type[StandIn], ...]) -> list[str]:
+    """`revert` for stand-ins of some `kinds` only."""
+    if isinstance(model, kinds):
+        raise ValueError(
+            f"revert: the model is itself a {type(model).__name__}; use its original()"
+        )
     names = {
         name: plain_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)
     }
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, SketchedLinear):
-            _replace(model, name, made.setdefault(id(layer), layer.to_linear()))
-            changed.append(names[name])
+    originals: dict[StandIn, nn.Module] = {}  # a shared module has one original
+    changed = []
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        for child, module in list(parent._modules.items()):
+            if module is None:
+                continue
+            plain: nn.Module = module
+            while isinstance(plain, kinds):  # lean attention around SUS around the exact one
+                if plain not in originals:
+                    originals[plain] = plain.original()
+                plain = originals[plain]
+            if plain is not module:
+                setattr(parent, child, plain)
+                changed.append(names[prefix + child])
+            visit(plain, f"{prefix}{child}.")
+
+    visit(model, "")
     return changed
 
 
@@ -204,26 +275,8 @@ def not_learning(model: nn.Module) -> Iterator[None]:
             layer.frozen, layer.learning = frozen, learning
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """Why a layer that looks dense is never exchanged; None for those that are, and for all that
-    don't look it.
-    """
-    kind = type(module).__name__
-    if type(module) in (nn.Linear, SketchedLinear):
-        return None
-    if isinstance(module, nn.LazyLinear):
-        return f"{kind}: has no weight before its first forward"
-    if nn.utils.parametrize.is_parametrized(module) and isinstance(module, nn.Linear):
-        return f"{kind}: its weight is computed by a parametrization"
-    if isinstance(module, nn.Linear):
-        return f"{kind}: a subclass of nn.Linear, whose own forward would be lost"
-    return (
-        f"{kind}: no nn.Linear" if "Linear" in kind or kind == "Conv1D" else None
-    )  # such as transformers' Conv1D
-
-
-def _listed(items: Iterable[str]) -> str:
-    """Some of them, in order."""
+def _first_twelve(items: Iterable[str]) -> str:
+    """The first twelve of `items` in alphabetical order, each once, for a message."""
     return ", ".join(sorted(set(items))[:12])
 
 

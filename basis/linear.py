@@ -24,13 +24,14 @@ from torch.autograd.function import once_differentiable
 
 from basis.estimator import Estimator, State
 from basis.estimators.balanced_sketch import BalancedSketch
+from basis.exchange import StandIn
 from basis.keyed import Keyed
 from basis.ops.matrix import cast_for_autocast, has_values
 from basis.ops.noise import draw_key, encode_hashing
 from basis.state import Learning, learned
 
 WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"
-Layer = TypeVar("Layer", nn.Linear, "SketchedLinear", nn.LayerNorm)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def refuse_nested_transforms() -> None:
@@ -181,7 +182,7 @@ def basis_linear(
     )
 
 
-class SketchedLinear(Keyed, Learning, nn.Linear):
+class SketchedLinear(StandIn, Keyed, Learning, nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
     Same parameters, same forward; the same state_dict, unless the estimator learns: then with what
@@ -232,7 +233,7 @@ class SketchedLinear(Keyed, Learning, nn.Linear):
         new.forget(linear.weight.device)
         return take_over(new, linear)
 
-    def to_linear(self) -> nn.Linear:
+    def original(self) -> nn.Linear:
         """The plain layer again, sharing this layer's parameters and hooks."""
         return take_over(
             nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"),
@@ -265,7 +266,7 @@ class SketchedLinear(Keyed, Learning, nn.Linear):
         return f"{super().extra_repr()}, estimator={self.estimator}"
 
 
-def take_over(layer: Layer, old: nn.Linear | nn.LayerNorm) -> Layer:
+def take_over(layer: Layer, old: nn.Module) -> Layer:
     """Give `layer` the parameters, hooks and mode of `old`."""
     layer._parameters.update(old._parameters)
     for name, value in vars(old).items():

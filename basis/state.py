@@ -50,7 +50,7 @@ class Learning(nn.Module):
     `basis.set_noise_key`.
     """
     frozen: bool = False
-    """Whether `basis.set_noise_key` leaves it at not learning; see `basis.not_learning`."""
+    """Whether `basis.set_noise_key` leaves it at not learning; see convert.py's `not_learning`."""
 
     @property
     def state(self) -> dict[str, Tensor]:

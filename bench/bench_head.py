@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import basis
+from basis.linear import SketchedLinear
 from bench.bench_layer import DTYPES
 from bench.timing import interleaved, machine
 from harness.device import resolve
@@ -49,9 +50,9 @@ def heads(layer: nn.Linear, targets: Tensor, ranks: list[int]) -> dict[str, Loss
         )
     found["basis exact"] = lambda x: basis.linear_cross_entropy(layer, x, targets)
     for rank in ranks:
-        sketched = basis.SketchedLinear.from_linear(layer, basis.BalancedSketch(rank))
+        sketched = SketchedLinear.from_linear(layer, basis.BalancedSketch(rank))
 
-        def loss(x: Tensor, sketched: basis.SketchedLinear = sketched) -> Tensor:
+        def loss(x: Tensor, sketched: SketchedLinear = sketched) -> Tensor:
             sketched.set_noise_key(0)
             return basis.linear_cross_entropy(sketched, x, targets)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import basis
+from basis.linear import SketchedLinear
 from bench.timing import interleaved, machine
 from harness.device import resolve
 from harness.memory import format_bytes, saved_bytes_total
@@ -34,7 +35,7 @@ def step(layer: nn.Linear, x: Tensor, grad_y: Tensor, *, compile: bool) -> Calla
     forward = torch.compile(layer) if compile else layer
 
     def run() -> None:
-        if isinstance(layer, basis.SketchedLinear):
+        if isinstance(layer, SketchedLinear):
             layer.set_noise_key(0)
         forward(x).backward(grad_y)
         x.grad = None
@@ -67,9 +68,7 @@ def measure(
     frozen.requires_grad_(False)
     layers: dict[str, nn.Linear] = {"exact": plain, "limit": frozen}
     for rank in ranks:
-        layers[f"basis R={rank}"] = basis.SketchedLinear.from_linear(
-            plain, basis.BalancedSketch(rank)
-        )
+        layers[f"basis R={rank}"] = SketchedLinear.from_linear(plain, basis.BalancedSketch(rank))
     steps = {name: step(layer, x, grad_y, compile=compile) for name, layer in layers.items()}
     timings = interleaved(steps, turns=turns, synchronize=runtime.synchronize, progress=progress)
     lines = []

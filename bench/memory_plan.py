@@ -41,7 +41,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import basis
-from basis import Estimator, Exact, SketchedLinear, loss_head
+from basis import Exact, loss_head
+from basis.estimator import Estimator
+from basis.linear import SketchedLinear
 from harness import activations, memory
 from harness.build import apply_method
 from harness.config import Config

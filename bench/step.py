@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import basis
+from basis.linear import SketchedLinear
 from bench.timing import interleaved, machine
 from harness import activations, memory
 from harness.activations import ActivationsOptions
@@ -71,9 +72,7 @@ class Step:
 
     def looks(self, step: int) -> bool:
         """Whether a layer's estimator learns at this step."""
-        layers = (
-            module for module in self.model.modules() if isinstance(module, basis.SketchedLinear)
-        )
+        layers = (module for module in self.model.modules() if isinstance(module, SketchedLinear))
         learners = (layer.estimator for layer in layers if layer.state)
         return any(estimator.learns_at(step) for estimator in learners)
 

@@ -26,8 +26,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import basis.lean
+import basis
 from basis.diagnostics.saved import announce
+from basis.lean.gelu import BITS
 from basis.sus import SusAttention
 from models import GPT
 from models.gpt import CausalAttention
@@ -49,8 +50,8 @@ class ActivationsOptions:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"activations.name={self.name!r}: must be one of {', '.join(NAMES)}")
-        if self.gelu_bits not in (None, *basis.lean.gelu.BITS):
-            allowed = ", ".join(map(str, basis.lean.gelu.BITS))
+        if self.gelu_bits not in (None, *BITS):
+            allowed = ", ".join(map(str, BITS))
             raise ValueError(
                 f"activations.gelu_bits={self.gelu_bits}: must be one of {allowed}, or null for plain GELU"
             )
@@ -61,12 +62,13 @@ class ActivationsOptions:
 def apply(model: GPT, options: ActivationsOptions) -> None:
     """Change `model` in place as `options` say. `budget` is compile's own matter, see `compiled`."""
     if options.name == "lean":
-        basis.lean.convert(
-            model,
+        lean = basis.Lean(
             norm=options.norm,
             gelu_bits=options.gelu_bits,
             attention=(CausalAttention, SusAttention) if options.attention else (),
         )
+        if lean != basis.Lean(norm=False, gelu_bits=None):  # else there is nothing to replace
+            basis.convert(model, lean)
     elif options.name == "checkpoint":
         for block in model.blocks:
             block.forward = _checkpointed(block.forward, options.selective)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import basis.sus
+import basis
 from basis.diagnostics.quality import TOTAL
 from basis.sus.attention import check_options
 from models import GPT
@@ -78,7 +78,7 @@ def apply(model: GPT, options: AttentionOptions) -> None:
     if options.name == "sus":
         assert options.c is not None, options
         assert options.mode is not None, options
-        basis.sus.convert(model, CausalAttention, c=options.c, mode=options.mode)
+        basis.convert(model, basis.SUS(CausalAttention, c=options.c, mode=options.mode))
 
 
 def kept_metrics(model: GPT, forward: Callable[[], object]) -> dict[str, float]:

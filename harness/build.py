@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import basis
-from basis.diagnostics.budget import split_by_error, with_knob
+from basis.diagnostics.adaptive_rank import AdaptiveRank
+from basis.diagnostics.budget import split_by_error, with_knob, within_budget
+from basis.estimator import Estimator
+from basis.linear import SketchedLinear
 from data import Sampler
 from data.prepare import Prepared, prepare
 from data.tokens import TokenFile
@@ -95,7 +98,7 @@ def apply_method(model: GPT, config: Config) -> list[str]:
         _check_followed(estimator, config)
         if method.budget is None:
             return basis.convert(model, estimator, include=method.include, exclude=method.exclude)
-        chosen = basis.within_budget(estimator, share=share_of(method), **layer_inputs(config))
+        chosen = within_budget(estimator, share=share_of(method), **layer_inputs(config))
         return basis.convert(model, chosen, include=method.include, exclude=method.exclude)
     except ValueError as error:
         said = str(error)
@@ -106,7 +109,7 @@ def apply_method(model: GPT, config: Config) -> list[str]:
         raise ValueError(f"method.{said}") from None
 
 
-def _check_followed(estimator: basis.Estimator, config: Config) -> None:
+def _check_followed(estimator: Estimator, config: Config) -> None:
     """Raise ValueError for an option that must be as large as a batch and isn't."""
     rows = layer_inputs(config)["rows"]
     for option in dataclasses.fields(cast(Any, estimator)):
@@ -125,7 +128,7 @@ def layer_inputs(config: Config) -> dict[str, Any]:
     }
 
 
-def rank_controller(model: GPT, config: Config) -> basis.AdaptiveRank | None:
+def rank_controller(model: GPT, config: Config) -> AdaptiveRank | None:
     """What sets the rank of `model`'s sketched layers from step to step, if anything does.
 
     Raises ValueError naming the option if rank and limits don't fit the layers.
@@ -167,8 +170,8 @@ def apply_knobs(model: GPT, config: Config, knobs: Mapping[str, Any]) -> None:
     forgotten.
     """
 
-    def choose(name: str, layer: nn.Linear) -> basis.Estimator:
-        assert isinstance(layer, basis.SketchedLinear)  # `apply_method` was there before
+    def choose(name: str, layer: nn.Linear) -> Estimator:
+        assert isinstance(layer, SketchedLinear)  # `apply_method` was there before
         return with_knob(layer.estimator, knobs[name]) if name in knobs else layer.estimator
 
     basis.convert(model, choose, include=config.method.include, exclude=config.method.exclude)

@@ -47,10 +47,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import basis.lean
-import basis.sus
-from basis import SketchedLinear
+import basis
 from basis.diagnostics.saved import observe
+from basis.linear import SketchedLinear
 from models.gpt import GPT, CausalAttention, CausalSelfAttention
 
 CATEGORIES = (

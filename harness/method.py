@@ -13,8 +13,9 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from basis import ESTIMATORS, Estimator
 from basis.diagnostics.budget import parse_share
+from basis.estimator import Estimator
+from basis.estimators import ESTIMATORS
 from harness.zeroth_order import ZerothOrder
 
 ZEROTH_ORDER = "zeroth_order"
@@ -25,7 +26,7 @@ ALLOCATIONS = ("uniform", "variance")
 
 @dataclass
 class MethodOptions:
-    """How dW is formed (`name`, one of basis.ESTIMATORS or zeroth_order) and in which dense layers
+    """How dW is formed (`name`, one of ESTIMATORS or zeroth_order) and in which dense layers
     (shell patterns of names).
 
     budget: a share such as 1/24: each layer's knob (rank, rows, bits) is set so that it keeps this

@@ -35,9 +35,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from basis import ESTIMATORS, AdaptiveRank, Estimator, sketched_layers
-from basis.diagnostics.adaptive_rank import reconstruction_error, set_rank
-from basis.diagnostics.budget import fit
+from basis import sketched_layers
+from basis.diagnostics.adaptive_rank import AdaptiveRank, reconstruction_error, set_rank
+from basis.diagnostics.budget import fit_budget
+from basis.estimator import Estimator
+from basis.estimators import ESTIMATORS
 from basis.ops.noise import fold
 from data import Sampler
 from harness.device import Runtime
@@ -130,7 +132,7 @@ def start(
     maximum, what = options.maximum, ""
     if maximum is None:
         try:
-            maximum = min(_rank(fit(estimator, 1.0, rows, width, dtype)) for width in widths)
+            maximum = min(_rank(fit_budget(estimator, 1.0, rows, width, dtype)) for width in widths)
         except ValueError:  # not even rank 1 does
             raise ValueError(
                 f"adaptive_rank.maximum=null: with {rows} rows every rank keeps more than exact "

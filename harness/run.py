@@ -23,6 +23,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 import basis
+from basis.convert import not_learning
+from basis.diagnostics.monitor import Monitor
 from basis.ops.noise import fold
 from data import Sampler, ValidationWindows
 from harness import activations, attention, memory
@@ -69,7 +71,7 @@ class Run:
         default_factory=dict
     )  # each layer's own, where a budget was divided by measured errors
     rank: RankControl | None = None  # where it adapts
-    monitor: basis.Monitor | None = None
+    monitor: Monitor | None = None
     step: int = 0
     saved_step: int | None = None
     val_step: int | None = None
@@ -155,7 +157,7 @@ class Run:
         metrics = {"rank/error": error} | self.rank.metrics()
         if changed:
             if self.monitor is not None:  # it holds the old layers, and what they had learned
-                ranges, self.monitor = self.monitor.state_dict(), basis.Monitor(self.model)
+                ranges, self.monitor = self.monitor.state_dict(), Monitor(self.model)
                 self.monitor.load_state_dict(ranges)
             if (
                 self.runtime.compile
@@ -299,7 +301,7 @@ class Run:
         compiled, self.forward = self.forward, self.model
         with (
             torch.random.fork_rng(),
-            basis.not_learning(self.model),
+            not_learning(self.model),
             torch.set_grad_enabled(self.zeroth_order is None),
         ):
             saved = memory.saved_bytes(self.model, forward)

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import basis
+from basis.diagnostics.monitor import Monitor
 from data import Sampler, validation_windows
 from data.tokens import TokenFile
 from harness import activations, rundir
@@ -229,7 +230,7 @@ def set_up(config: Config, folder: Path) -> Run:
         zeroth_order=method if isinstance(method, ZerothOrder) else None,
         knobs=knobs,
         rank=rank,
-        monitor=basis.Monitor(model) if config.diagnostics.monitor else None,
+        monitor=Monitor(model) if config.diagnostics.monitor else None,
     )
     if loaded:
         run.restore(loaded)

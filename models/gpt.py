@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basis import linear_cross_entropy, tied_embedding
+from basis import linear_cross_entropy
+from basis.embedding import tied_embedding
 
 
 @dataclass

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from basis import ESTIMATORS
+from basis.estimators import ESTIMATORS
 from harness.rundir import known_options
 
 LONGEST = 72

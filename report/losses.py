@@ -15,7 +15,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from basis import ESTIMATORS
+from basis.estimators import ESTIMATORS
 from experiments.paper.published import TABLE_3, TEXT, published_row
 from harness.memory import format_bytes
 from report.recompute import Losses

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from basis import Estimator
+from basis.estimator import Estimator
 from basis.ops.noise import fold
 
 ROWS, IN, OUT = 24, 5, 4

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import basis
+from basis.ops.noise import encode_hashing
 from models import GPT, GPTConfig
 
 SKETCHED = ["blocks.*.mlp.*", "head"]
@@ -116,7 +117,7 @@ def replay_in_full(path: str | Path) -> tuple[list[float], dict[str, float], dic
             bins, signs = (
                 torch.from_numpy(arrays[name][step, index]) for name in ("bins", "signs")
             )
-            layer.set_noise_key(basis.encode_hashing(bins, signs))
+            layer.set_noise_key(encode_hashing(bins, signs))
         window = torch.from_numpy(arrays["tokens"][step]).long()  # (batch, T + 1)
         loss = model(window[:, :-1], window[:, 1:])
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """Equal bytes: each method's own knob (a rank, a number of rows, of bits), turned until it keeps a
 given share of X.
 
-    basis.convert(model, basis.within_budget(basis.BalancedSketch(1), share=1/24, rows=B))
+    basis.convert(model, within_budget(basis.BalancedSketch(1), share=1/24, rows=B))
 
 A fair comparison of methods fixes what they keep between forward and backward and lets each choose
 how. The exact layer keeps X, rows * in_features numbers in the precision of the run; a share of
@@ -56,7 +56,7 @@ def _bytes(estimator: Estimator, rows: int, width: int, dtype: torch.dtype) -> i
     return kept_bytes(estimator, rows, width, dtype) + state
 
 
-def fit(
+def fit_budget(
     estimator: Estimator, share: float, rows: int, width: int, dtype: torch.dtype = torch.float32
 ) -> Estimator:
     """`estimator` with its knob at the largest value that keeps at most `share` of X (rows, width)
@@ -115,7 +115,7 @@ def within_budget(
     """For `convert`: each layer with the setting of `estimator` that keeps `share` of its input of
     `rows` rows in `dtype`.
 
-    What it returns raises ValueError as `fit`, and where the largest setting keeps much less: no
+    What it returns raises ValueError as `fit_budget`, and where the largest setting keeps much less: no
     comparison at equal bytes.
     """
     made: dict[int, Estimator] = {}  # by width
@@ -123,7 +123,7 @@ def within_budget(
     def choose(_: str, layer: nn.Linear) -> Estimator:
         width = layer.in_features
         if width not in made:
-            made[width] = fit(estimator, share, rows, width, dtype)
+            made[width] = fit_budget(estimator, share, rows, width, dtype)
             _check_spent(made[width], share, rows, width, dtype)
         return made[width]
 
@@ -162,7 +162,7 @@ def split_by_error(
     sum b'_l = sum b_l the sum of errors is least for b'_l in proportion to sqrt(e_l b_l). For a
     method whose error falls otherwise that is a heuristic. Where that is less than a layer's
     smallest setting keeps, or more than its largest one, the others share what is left; what
-    settings round off is spent where it lowers the sum most. Raises ValueError as `fit`.
+    settings round off is spent where it lowers the sum most. Raises ValueError as `fit_budget`.
     """
     values = {name: estimator.knob_values(rows, width) for name, (width, _) in errors.items()}
 
@@ -173,7 +173,7 @@ def split_by_error(
     limits = {name: (size(name, 0), size(name, len(values[name]) - 1)) for name in errors}
     weights = {  # e_l b_l
         name: max(error, 0.0)
-        * _bytes(fit(estimator, share, rows, width, dtype), rows, width, dtype)
+        * _bytes(fit_budget(estimator, share, rows, width, dtype), rows, width, dtype)
         for name, (width, error) in errors.items()
     }
     budget = share * sum(rows * width * dtype.itemsize for width, _ in errors.values())

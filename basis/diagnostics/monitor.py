@@ -1,7 +1,7 @@
 """Watching exact training through sketches: how large activations and gradients are, layer by
 layer, without forming either anew.
 
-    monitor = basis.Monitor(model, probes=16)
+    monitor = Monitor(model, probes=16)
     with monitor:                                  # hooks are there within, and the training is the same to the last bit
         loss_fn(model(x), y).backward()
     monitor.read()["0"].gradient_norm              # and the next `with` begins anew

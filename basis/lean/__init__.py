@@ -1,8 +1,8 @@
-"""Everything besides the dense layers in as few bytes as keeps training intact, and no matrix
-product computed twice.
+"""Lean layers: everything except the dense layers in as few bytes as keeps training intact, and no
+matrix product computed twice.
 
-    basis.lean.convert(model, norm=True, attention=True, gelu_bits=2)
-    basis.lean.revert(model)
+    basis.convert(model, basis.Lean(attention=CausalAttention))   # LayerNorm, GELU, modules of this type
+    basis.revert(model)
 
 Of the 16 B x T x C tensors that a GPT block keeps in float32, 10 are not inputs of sketched layers:
 
@@ -12,76 +12,88 @@ Of the 16 B x T x C tensors that a GPT block keeps in float32, 10 are not inputs
 | GELU | 4 | 0.25 | 2 bits: the derivative in four steps (gelu.py) | 13% of dX of the GELU in norm, fixed |
 | attention: q, k, v, output | 4 | 1.06 | 8 bits, unbiased (attention.py) | noise, 1% |
 
-Layers are exchanged in place by type and keep their parameters. Forward is exact in all of them.
+Modules are replaced in place and keep their parameters. Forward is exact in all of them.
 """
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 from torch import nn
 
+from basis.checks import check_types, module_classes
+from basis.exchange import Exchange, StandIn
 from basis.lean.attention import LeanAttention
-from basis.lean.gelu import LeanGELU
+from basis.lean.gelu import LeanGELU, check_bits
 from basis.lean.norm import LeanLayerNorm
-from basis.linear import take_over
 
-__all__ = ["LeanAttention", "LeanGELU", "LeanLayerNorm", "convert", "revert"]
+__all__ = ["Lean", "LeanAttention", "LeanGELU", "LeanLayerNorm"]
 
 
-def convert(
-    model: nn.Module,
-    *,
-    norm: bool = True,
-    gelu_bits: int | None = 2,
-    attention: type[nn.Module] | tuple[type[nn.Module], ...] = (),
-) -> list[str]:
-    """Exchange nn.LayerNorm, nn.GELU and modules of the type or types `attention` (q, k, v ->
-    output). Returns the names changed.
+@dataclass(frozen=True)
+class Lean(Exchange):
+    """For `basis.convert`: LayerNorm, GELU and attention that keep few bits a number.
 
-    gelu_bits: 1, 2 or 4; None leaves GELU alone. Raises ValueError for another number.
+    norm: whether nn.LayerNorm over the last dimension is replaced. gelu_bits: 1, 2 or 4 bits that
+    nn.GELU keeps of each number; None leaves GELU as it is. attention: the class of modules that
+    take q, k, v (b, h, T, d) and return the output, or a tuple of such classes. What an attention
+    module holds is not replaced itself. Raises ValueError that begins with the name of the wrong
+    option.
     """
-    kinds = attention if isinstance(attention, tuple) else (attention,)
-    changed = []
-    within: tuple[
-        str, ...
-    ] = ()  # what an exchanged attention holds stays as it is: SUS holds the exact one
-    for name, module in list(model.named_modules()):
-        new: nn.Module
-        if name.startswith(within):
-            continue
-        if norm and type(module) is nn.LayerNorm and LeanLayerNorm.supports(module):
-            new = LeanLayerNorm(module.normalized_shape, module.eps, device="meta")
-            take_over(new, module)
-        elif gelu_bits is not None and type(module) is nn.GELU:
-            new = LeanGELU(module.approximate, gelu_bits)
-        elif type(module) in kinds:
-            new = LeanAttention(module)
-            within = (*within, f"{name}.")
-        else:
-            continue
-        _replace(model, name, new)
-        changed.append(name)
-    return changed
+
+    kind: ClassVar[str] = "module to make lean"
+
+    norm: bool = True
+    gelu_bits: int | None = 2
+    attention: type[nn.Module] | tuple[type[nn.Module], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.gelu_bits is not None:
+            check_bits(self.gelu_bits)
+        module_classes("attention", self.attention)
+
+    def accepts(self, module: nn.Module) -> bool:
+        if isinstance(module, LeanAttention):
+            module = module.attend
+        return (
+            type(module) in module_classes("attention", self.attention)
+            or (self.norm and type(module) is nn.LayerNorm and LeanLayerNorm.supports(module))
+            or (self.norm and type(module) is LeanLayerNorm)
+            or (self.gelu_bits is not None and type(module) in (nn.GELU, LeanGELU))
+        )
+
+    def stand_in(self, name: str, module: nn.Module) -> StandIn:
+        if isinstance(module, nn.LayerNorm):
+            return LeanLayerNorm.from_norm(module)
+        if isinstance(module, nn.GELU):
+            assert self.gelu_bits is not None
+            return LeanGELU.from_gelu(module, self.gelu_bits)
+        return LeanAttention(module.attend if isinstance(module, LeanAttention) else module)
+
+
+def convert(model: nn.Module, **options: Any) -> list[str]:
+    """Deprecated: `basis.convert(model, basis.Lean(...))`."""
+    from basis.convert import convert
+
+    warnings.warn(
+        "basis.lean.convert(model, ...) is now basis.convert(model, basis.Lean(...))",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return convert(model, Lean(**options))
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Put the plain layers back. Returns the names changed."""
-    changed = []
-    for name, module in list(model.named_modules()):
-        old: nn.Module
-        if isinstance(module, LeanLayerNorm):
-            old = nn.LayerNorm(module.normalized_shape, module.eps, device="meta")
-            take_over(old, module)
-        elif isinstance(module, LeanGELU):
-            old = nn.GELU(module.approximate)
-        elif isinstance(module, LeanAttention):
-            old = module.attend
-        else:
-            continue
-        _replace(model, name, old)
-        changed.append(name)
-    return changed
+    """Deprecated: `basis.revert(model)`, which reverts sketched and SUS modules too."""
+    from basis.convert import put_back
 
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    warnings.warn(
+        "basis.lean.revert(model) is now basis.revert(model), which reverts sketched and SUS "
+        "modules too",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return put_back(model, (LeanLayerNorm, LeanGELU, LeanAttention))

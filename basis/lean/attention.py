@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from basis.diagnostics.saved import announce
+from basis.exchange import StandIn
 from basis.keyed import Keyed
 from basis.lean.rounding import Rounded, restore, round_to_int8
 
 
-class LeanAttention(Keyed):
+class LeanAttention(StandIn, Keyed):
     """Wraps a module `attend(q, k, v)`, (b, h, T, d) each, whose floating-point 4-dimensional
     savings are rounded.
     """
@@ -31,6 +32,9 @@ class LeanAttention(Keyed):
     def __init__(self, attend: nn.Module) -> None:
         super().__init__()
         self.attend = attend
+
+    def original(self) -> nn.Module:
+        return self.attend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

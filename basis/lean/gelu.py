@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from basis.exchange import StandIn
+from basis.linear import take_over
 from basis.ops.bits import pack, unpack
 
 Levels = tuple[float, ...]
@@ -109,15 +111,20 @@ class _FewBitGELU(torch.autograd.Function):
         return slope.mul_(grad_output), None, None, None, None
 
 
-class LeanGELU(nn.GELU):
+def check_bits(bits: int) -> None:
+    """Raise ValueError, beginning with `gelu_bits=`, for a number of bits that there is no GELU of."""
+    if bits not in BITS:
+        raise ValueError(f"gelu_bits={bits}: must be one of {', '.join(map(str, BITS))}")
+
+
+class LeanGELU(StandIn, nn.GELU):
     """nn.GELU that keeps `bits` (1, 2 or 4) per number. Raises ValueError for another number of
     bits.
     """
 
     def __init__(self, approximate: str = "none", bits: int = 2) -> None:
         super().__init__(approximate)
-        if bits not in BITS:
-            raise ValueError(f"gelu_bits={bits}: must be one of {', '.join(map(str, BITS))}")
+        check_bits(bits)
         self.bits = bits
         self.boundaries, self.levels = steps(bits, approximate)
 
@@ -125,6 +132,14 @@ class LeanGELU(nn.GELU):
         if not (torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         return _FewBitGELU.apply(input, self.bits, self.approximate, self.boundaries, self.levels)
+
+    @classmethod
+    def from_gelu(cls, gelu: nn.GELU, bits: int) -> LeanGELU:
+        """The same GELU with the same hooks."""
+        return take_over(cls(gelu.approximate, bits), gelu)
+
+    def original(self) -> nn.GELU:
+        return take_over(nn.GELU(self.approximate), self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"

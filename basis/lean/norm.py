@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from basis.exchange import StandIn
 from basis.keyed import Keyed
 from basis.lean.rounding import Rounded, restore, round_to_int8
+from basis.linear import take_over
 
 
 class _LeanLayerNorm(torch.autograd.Function):
@@ -64,7 +66,7 @@ class _LeanLayerNorm(torch.autograd.Function):
         return (*grads, None, None)
 
 
-class LeanLayerNorm(Keyed, nn.LayerNorm):
+class LeanLayerNorm(StandIn, Keyed, nn.LayerNorm):
     """nn.LayerNorm over the last dimension whose kept input is rounded to 8 bits. Same parameters,
     same output.
     """
@@ -78,6 +80,14 @@ class LeanLayerNorm(Keyed, nn.LayerNorm):
             input = input.to(torch.promote_types(input.dtype, torch.float32))
         output, _, _ = _LeanLayerNorm.apply(input, self.weight, self.bias, self.eps, key)
         return output
+
+    @classmethod
+    def from_norm(cls, norm: nn.LayerNorm) -> LeanLayerNorm:
+        """The same norm, sharing `norm`'s parameters and hooks."""
+        return take_over(cls(norm.normalized_shape, norm.eps, device="meta"), norm)
+
+    def original(self) -> nn.LayerNorm:
+        return take_over(nn.LayerNorm(self.normalized_shape, self.eps, device="meta"), self)
 
     @staticmethod
     def supports(norm: nn.LayerNorm) -> bool:

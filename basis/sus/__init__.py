@@ -1,8 +1,8 @@
 """SUS backpropagation: attention whose backward follows about c of a row's T entries (arXiv
 2505.15080).
 
-    basis.sus.convert(model, CausalAttention, c=25)     # modules of this type: q, k, v -> output, causal
-    basis.sus.revert(model)
+    basis.convert(model, basis.SUS(CausalAttention, c=25))   # modules of this type: q, k, v -> output, causal
+    basis.revert(model)
     basis.sus.kept_statistics(model, forward)           # entries kept a row, expected and drawn
     basis.sus.mask_variance(q, k, v, grad_output, c=25) # the gradients' variance, from the formula
 
@@ -25,59 +25,88 @@ that product twice, as long as the forward kernel does not sample itself.)
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 from torch import nn
 
-from basis.sus.attention import MODES, SusAttention, sus_attention
+from basis.checks import check_types, module_classes
+from basis.exchange import Exchange
+from basis.sus.attention import MODES, SusAttention, check_options, sus_attention
 from basis.sus.statistics import Kept, kept_statistics
 from basis.sus.variance import Variance, mask_variance
 
 __all__ = [
     "MODES",
+    "SUS",
     "Kept",
     "SusAttention",
     "Variance",
-    "convert",
     "kept_statistics",
     "mask_variance",
-    "revert",
     "sus_attention",
 ]
 
 
-def convert(
-    model: nn.Module, attention: type[nn.Module], *, c: float, mode: str = "sparse"
-) -> list[str]:
-    """Exchange modules of exactly the type `attention` (q, k, v -> output, causal) in place.
-    Returns the names changed.
+@dataclass(frozen=True)
+class SUS(Exchange):
+    """For `basis.convert`: causal attention whose backward follows about `c` entries of each row.
 
-    Raises ValueError for a wrong `c` or `mode` (see SusAttention), for a module whose attribute
-    `dropout` is not 0, since its mask would have to be known in backward, and if no module is of
-    that type. Nothing is changed then.
+    attention: the class of modules that are replaced (or a tuple of classes), exactly these and no
+    subclasses: q, k, v -> output, causal, without dropout, whose mask would have to be known in
+    backward. c: positive, entries of a row that are followed, at most and on average. mode:
+    "sparse", or "dense" for the reference. Raises ValueError that begins with the name of the wrong
+    option.
     """
-    found = {name: module for name, module in model.named_modules() if type(module) is attention}
-    if not found:
-        raise ValueError(f"attention={attention.__name__}: the model has no module of this type")
-    made = {name: SusAttention(module, c, mode) for name, module in found.items()}
-    for name, module in found.items():
+
+    kind: ClassVar[str] = "attention module of the type given"
+
+    attention: type[nn.Module] | tuple[type[nn.Module], ...]
+    c: float = 25.0
+    mode: str = "sparse"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not module_classes("attention", self.attention):
+            raise ValueError("attention=(): must name at least one class of modules")
+        check_options(self.c, self.mode)
+
+    def accepts(self, module: nn.Module) -> bool:
+        if isinstance(module, SusAttention):
+            module = module.attend
+        return type(module) in module_classes("attention", self.attention)
+
+    def stand_in(self, name: str, module: nn.Module) -> SusAttention:
+        if isinstance(module, SusAttention):
+            module = module.attend
         if getattr(module, "dropout", 0.0):
             raise ValueError(
                 f"dropout={module.dropout}: must be 0 in {name}, SUS knows no dropout of attention"
             )
-    for name, new in made.items():
-        _replace(model, name, new)
-    return list(made)
+        return SusAttention(module, self.c, self.mode)
+
+
+def convert(model: nn.Module, attention: type[nn.Module], **options: Any) -> list[str]:
+    """Deprecated: `basis.convert(model, basis.SUS(attention, ...))`."""
+    from basis.convert import convert
+
+    warnings.warn(
+        "basis.sus.convert(model, ...) is now basis.convert(model, basis.SUS(...))",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return convert(model, SUS(attention, **options))
 
 
 def revert(model: nn.Module) -> list[str]:
-    """Put the exact modules back. Returns the names changed."""
-    found = {
-        name: module for name, module in model.named_modules() if isinstance(module, SusAttention)
-    }
-    for name, module in found.items():
-        _replace(model, name, module.attend)
-    return list(found)
+    """Deprecated: `basis.revert(model)`, which reverts sketched and lean modules too."""
+    from basis.convert import put_back
 
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    warnings.warn(
+        "basis.sus.revert(model) is now basis.revert(model), which reverts sketched and lean "
+        "modules too",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return put_back(model, (SusAttention,))

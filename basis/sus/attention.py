@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from basis.exchange import StandIn
 from basis.keyed import Keyed
 from basis.ops.matrix import cast_for_autocast
 from basis.sus.blocks import Heads
@@ -92,7 +93,7 @@ def sus_attention(
     return cast(Tensor, _SusAttentionFunction.apply(q, k, v, key, c, mode))
 
 
-class SusAttention(Keyed):
+class SusAttention(StandIn, Keyed):
     """Stands in for a module `attend(q, k, v)` of causal attention without dropout, (b, h, T, d)
     each; for the key see keyed.py.
 
@@ -105,6 +106,9 @@ class SusAttention(Keyed):
         check_options(c, mode)
         self.attend, self.c, self.mode = attend, c, mode
         _leave_out_of_graphs()
+
+    def original(self) -> nn.Module:
+        return self.attend
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

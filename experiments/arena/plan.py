@@ -37,8 +37,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from basis import ESTIMATORS, Estimator
 from basis.diagnostics.budget import parse_share
+from basis.estimator import Estimator
+from basis.estimators import ESTIMATORS
 from bench.memory_plan import plan
 from harness import rundir
 from harness.build import check_method

@@ -5,6 +5,7 @@ A *contender* is all that is the same in a set of runs but seed and learning rat
 the one counts that was run on the most seeds, of those the one with the lowest mean loss; runs made
 for tuning alone (results.py) only show what was tried. All are compared with *exact*: the methods'
 precision, everything kept, the largest batch. Differences are over pairs of equal seed, which start
+from basis.estimators import ESTIMATORS
 from the same weights; of equal batches they also read the same text.
 
 - *share of X*: bytes that the sketched layers keep, over the bytes of their inputs X: what
@@ -30,8 +31,8 @@ from typing import Any
 
 import torch
 
-from basis import ESTIMATORS
 from basis.diagnostics.budget import parse_share
+from basis.estimators import ESTIMATORS
 from experiments.arena.step_times import Clock, own
 from models import GPT, GPTConfig
 from report.losses import Recomputed, paired

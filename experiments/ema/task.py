@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import basis
 from basis.diagnostics.adaptive_rank import AdaptiveRank, reconstruction_error, set_rank
 from basis.diagnostics.budget import (
-    fit,
+    fit_budget,
     kept_bytes,
     knob_value,
     parse_share,
@@ -46,6 +46,7 @@ from basis.diagnostics.budget import (
     within_budget,
 )
 from basis.diagnostics.quality import TOTAL
+from basis.estimator import Estimator
 
 BETAS = (0.0, 0.9, 0.99)
 ADAPTIVE_BETA = 0.9
@@ -69,7 +70,7 @@ class Contender:
     """A method. estimator: None for exact; its knob is set by the budget, or by `adaptive`."""
 
     label: str
-    estimator: basis.Estimator | None = None
+    estimator: Estimator | None = None
     adaptive: Adaptive | None = None
 
 
@@ -185,7 +186,9 @@ def put_in(task: Task, contender: Contender, share: float) -> AdaptiveRank | Non
         basis.convert(task.model, chosen, include=task.include)
         return None
     widths = {layer.in_features for layer in chosen_layers(task)}
-    most = min(int(knob_value(fit(contender.estimator, 1.0, task.rows, width))) for width in widths)
+    most = min(
+        int(knob_value(fit_budget(contender.estimator, 1.0, task.rows, width))) for width in widths
+    )
     basis.convert(task.model, contender.estimator, include=task.include)
     rule = contender.adaptive
     return AdaptiveRank(min(rule.start, most), low=rule.low, high=rule.high, maximum=most)

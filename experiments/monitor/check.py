@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import basis
+from basis.diagnostics.monitor import Monitor
 from basis.ops.noise import fold
 from bench.timing import machine
 from harness import config as compose
@@ -134,7 +134,7 @@ def measure(
         model, _ = build_model(config)
         model.to(runtime.device)
         optimizer = make_optimizer(model, config.optim)
-        monitors = {p: basis.Monitor(model, probes=p) for p in probes}
+        monitors = {p: Monitor(model, probes=p) for p in probes}
         rows: list[dict[str, Any]] = []
         held: list[int] = []
         for step in tqdm(

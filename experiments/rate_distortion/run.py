@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from basis.diagnostics.budget import fit, kept_bytes, parse_share, state_bytes
+from basis.diagnostics.budget import fit_budget, kept_bytes, parse_share, state_bytes
 from basis.estimator import Estimator
 from basis.estimators.transform import rate_distortion_bound
 from bench.timing import machine
@@ -137,7 +137,7 @@ def measure_layer(
     total = float(spectrum.sum())
     for (method, budget), plain in estimators.items():
         try:
-            estimator = fit(plain, parse_share(budget), rows, width)
+            estimator = fit_budget(plain, parse_share(budget), rows, width)
         except ValueError:
             continue  # out of this method's reach
         state = estimator.initial_state(width, torch.device("cpu"))

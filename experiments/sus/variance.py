@@ -35,7 +35,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import basis
-import basis.sus
 from basis.ops.noise import fold
 from bench.timing import made_by
 from data import Sampler
@@ -204,12 +203,12 @@ def measure(
     calls = attention_calls(model, batches[0])
     for c, mode in settings:
         row: dict[str, Any] = {"n": length, "c": c, "mode": mode}
-        basis.sus.convert(model, CausalAttention, c=c, mode=mode)
+        basis.convert(model, basis.SUS(CausalAttention, c=c, mode=mode))
         try:
             noise = noise_of_masks(model, batches, exact, parts, draws=draws, seed=seed)
             kept = basis.sus.kept_statistics(model, lambda: model(batches[0][0])).values()
         finally:
-            basis.sus.revert(model)
+            basis.revert(model)
         row["kept"] = sum(found.expected for found in kept) / len(kept)
         row["share"] = 100 * sum(found.share for found in kept) / len(kept)
         for number, part in enumerate([*PARTS, "all"]):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import basis
-from basis import AdaptiveRank, BalancedSketch, EMASketch
-from basis.diagnostics.adaptive_rank import reconstruction_error, set_rank
+from basis import BalancedSketch, EMASketch
+from basis.diagnostics.adaptive_rank import AdaptiveRank, reconstruction_error, set_rank
 
 
 def test_up_by_two_above_and_down_by_one_after_three_checks_below() -> None:

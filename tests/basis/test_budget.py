@@ -5,30 +5,38 @@ import torch
 from torch import nn
 
 import basis
-from basis.diagnostics.budget import parse_share, split_by_error, with_knob
+from basis.diagnostics.budget import (
+    fit_budget,
+    kept_bytes,
+    parse_share,
+    split_by_error,
+    with_knob,
+    within_budget,
+)
+from basis.estimator import Estimator
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_that_a_layer_keeps(dtype: torch.dtype) -> None:
-    assert basis.kept_bytes(basis.BalancedSketch(5), 32, 16, dtype) == 5 * 16 * dtype.itemsize + 8
-    assert basis.kept_bytes(basis.Exact(), 32, 16, dtype) == 32 * 16 * dtype.itemsize
+    assert kept_bytes(basis.BalancedSketch(5), 32, 16, dtype) == 5 * 16 * dtype.itemsize + 8
+    assert kept_bytes(basis.Exact(), 32, 16, dtype) == 32 * 16 * dtype.itemsize
 
 
 @pytest.mark.parametrize("share", [1 / 4, 1 / 8, 1 / 24])
 def test_the_knob_is_the_largest_that_fits(share: float) -> None:
     rows, width = 768, 128
-    rank = basis.fit(basis.BalancedSketch(1), share, rows, width).rank
+    rank = fit_budget(basis.BalancedSketch(1), share, rows, width).rank
     assert 4 * rank * width + 8 <= share * 4 * rows * width < 4 * (rank + 1) * width + 8
 
 
 def test_options_other_than_the_knob_stay() -> None:
-    fitted = basis.fit(basis.BalancedSketch(1, hashing="uniform", shrinkage=0.5), 1 / 8, 64, 32)
+    fitted = fit_budget(basis.BalancedSketch(1, hashing="uniform", shrinkage=0.5), 1 / 8, 64, 32)
     assert (fitted.hashing, fitted.shrinkage) == ("uniform", 0.5)
 
 
 def test_convert_gives_each_width_its_own() -> None:
     model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 16))
-    basis.convert(model, basis.within_budget(basis.BalancedSketch(1), share=1 / 8, rows=256))
+    basis.convert(model, within_budget(basis.BalancedSketch(1), share=1 / 8, rows=256))
     for made in model:
         rank = made.estimator.rank
         assert (
@@ -41,13 +49,13 @@ def test_convert_gives_each_width_its_own() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: basis.fit(basis.Exact(), 0.5, 8, 8), r"budget=0\.5: Exact has no option"),
+        (lambda: fit_budget(basis.Exact(), 0.5, 8, 8), r"budget=0\.5: Exact has no option"),
         (
-            lambda: basis.fit(basis.BalancedSketch(1), 1.5, 8, 8),
+            lambda: fit_budget(basis.BalancedSketch(1), 1.5, 8, 8),
             r"budget=1\.5: must be in \(0, 1\]",
         ),
         (
-            lambda: basis.fit(basis.BalancedSketch(1), 0.01, 8, 8),
+            lambda: fit_budget(basis.BalancedSketch(1), 0.01, 8, 8),
             r"budget=0\.01: BalancedSketch keeps at least 1/6\.4 of an input of 8 x 8 \(rank=1\)",
         ),
         (lambda: parse_share("1/0"), r"budget=1/0: must be a share"),
@@ -70,12 +78,12 @@ ERRORS = {"a": (64, 9.0), "b": (64, 1.0), "c": (256, 4.0), "d": (16, 0.25)}
 
 def kept(
     knobs: dict[str, int],
-    estimator: basis.Estimator,
+    estimator: Estimator,
     errors: dict[str, tuple[int, float]],
     rows: int,
 ) -> dict[str, int]:
     return {
-        name: basis.kept_bytes(with_knob(estimator, knobs[name]), rows, errors[name][0])
+        name: kept_bytes(with_knob(estimator, knobs[name]), rows, errors[name][0])
         for name in errors
     }
 
@@ -88,9 +96,7 @@ def summed_error(sizes: dict[str, float], rows: int, uniform: float) -> float:
     for name, (width, error) in ERRORS.items():
         total += (
             error
-            * basis.kept_bytes(
-                basis.fit(basis.BalancedSketch(1), uniform, rows, width), rows, width
-            )
+            * kept_bytes(fit_budget(basis.BalancedSketch(1), uniform, rows, width), rows, width)
             / sizes[name]
         )
     return total
@@ -123,15 +129,13 @@ def test_a_split_budget_is_spent_and_no_other_split_has_less_error() -> None:
     [basis.Quantized(4), basis.Transform(1.0), basis.Subspace(4), basis.RowSampling(4)],
     ids=str,
 )
-def test_a_split_budget_is_spent_by_every_kind_of_knob(
-    estimator: basis.Estimator, share: float
-) -> None:
+def test_a_split_budget_is_spent_by_every_kind_of_knob(estimator: Estimator, share: float) -> None:
     rows, errors = 768, {"a": (128, 0.9), "b": (128, 1.2), "c": (128, 0.9), "d": (512, 0.4)}
     sizes = kept(split_by_error(estimator, errors, share=share, rows=rows), estimator, errors, rows)
     uniform = {
-        name: basis.fit(estimator, share, rows, width) for name, (width, _) in errors.items()
+        name: fit_budget(estimator, share, rows, width) for name, (width, _) in errors.items()
     }
-    even = sum(basis.kept_bytes(uniform[name], rows, width) for name, (width, _) in errors.items())
+    even = sum(kept_bytes(uniform[name], rows, width) for name, (width, _) in errors.items())
     budget = share * rows * 4 * sum(width for width, _ in errors.values())
     assert min(even, 0.9 * budget) <= sum(sizes.values()) <= budget
 

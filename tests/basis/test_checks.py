@@ -11,6 +11,9 @@ from torch import nn
 
 import basis
 from basis.checks import check_types, whole_number
+from basis.diagnostics.adaptive_rank import AdaptiveRank
+from basis.estimator import Estimator
+from basis.estimators import ESTIMATORS
 
 WRONG: dict[str, tuple[list[Any], str]] = {
     "int": ([2.5, 4.0, "3", True, None], "must be a whole number"),
@@ -18,10 +21,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "bool": (["no", 1, None], "must be true or false"),
 }
 OPTIONS = [
-    (kind, field)
-    for kind in basis.ESTIMATORS.values()
-    for field in fields(kind)
-    if field.type != "str"
+    (kind, field) for kind in ESTIMATORS.values() for field in fields(kind) if field.type != "str"
 ]
 
 
@@ -29,7 +29,7 @@ OPTIONS = [
     ("kind", "field"), OPTIONS, ids=lambda part: getattr(part, "__name__", None) or part.name
 )
 def test_every_option_of_every_estimator_is_held_to_its_type(
-    kind: type[basis.Estimator], field: Any
+    kind: type[Estimator], field: Any
 ) -> None:
     needed = {other.name: 2 for other in fields(kind) if other.default is MISSING}
     values, message = WRONG[field.type.removesuffix(" | None")]
@@ -90,4 +90,4 @@ def test_a_seed_of_numpy_draws_the_same_noise() -> None:
 
 def test_the_adaptive_rank_is_held_to_its_types() -> None:
     with pytest.raises(ValueError, match=r"^rank=2\.5: must be a whole number"):
-        basis.AdaptiveRank(rank=2.5, low=0.1, high=0.3)  # type: ignore[arg-type]
+        AdaptiveRank(rank=2.5, low=0.1, high=0.3)  # type: ignore[arg-type]

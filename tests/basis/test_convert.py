@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import basis
-from basis import BalancedSketch, SketchedLinear
+from basis import BalancedSketch
+from basis.linear import SketchedLinear
 from models import GPT, GPTConfig
 
 SKETCH = BalancedSketch(4)
@@ -79,7 +80,7 @@ def test_refusals_change_nothing(options: dict, message: str) -> None:
     [
         (
             "basis",
-            r"an Estimator, such as basis\.BalancedSketch\(rank=32\), or a function of a layer's name.*got 'basis'",
+            r"an Estimator, such as basis\.BalancedSketch\(rank=32\), a basis\.Lean or.*got 'basis'",
         ),
         (BalancedSketch, r"an Estimator, such as .*got <class"),
         (

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import basis
 from basis import EMASketch
+from basis.diagnostics.budget import fit_budget, kept_bytes
+from basis.linear import SketchedLinear
 from basis.ops import three_sketch
 from models import GPT, GPTConfig
 
@@ -145,8 +147,8 @@ def test_fewer_rows_are_as_good_as_rows_of_zero_and_more_are_refused() -> None:
 def test_nothing_is_kept_beyond_the_state_whose_bytes_are_those_stated() -> None:
     for rank, k, s in ((1, 3, 7), (2, 5, 11), (5, 11, 12), (9, 12, 12)):
         estimator = EMASketch(rank, rows=ROWS)
-        assert basis.kept_bytes(estimator, ROWS, IN) == 0
-        layer = basis.SketchedLinear(IN, OUT, estimator=estimator)
+        assert kept_bytes(estimator, ROWS, IN) == 0
+        layer = SketchedLinear(IN, OUT, estimator=estimator)
         assert sum(t.nbytes for t in layer.state.values()) == 4 * (k * (ROWS + IN) + s * s) + 8
         known = {t.untyped_storage().data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
         saved: list[Tensor] = []
@@ -159,7 +161,7 @@ def test_nothing_is_kept_beyond_the_state_whose_bytes_are_those_stated() -> None
 
 def test_a_budget_is_for_the_state() -> None:
     rows, width = 512, 64
-    fitted = basis.fit(EMASketch(1, rows=rows), 1 / 4, rows, width)
+    fitted = fit_budget(EMASketch(1, rows=rows), 1 / 4, rows, width)
     sizes = {
         rank: 4 * ((2 * rank + 1) * (rows + width) + (4 * rank + 3) ** 2) + 8
         for rank in range(1, 15)

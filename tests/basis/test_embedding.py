@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import basis
+from basis.embedding import tied_embedding
 from harness.memory import cpu_peak_bytes, tensor_bytes
 from models import GPT, GPTConfig
 
@@ -40,7 +41,7 @@ def test_gradients_are_those_of_autograd_however_often_they_are_asked_for(factor
     model = tied_gpt()
     expected = list(torch.autograd.grad(plain_loss(model), list(model.parameters())))
     loss = factor * model(*batch())
-    assert "_TiedEmbedding" in str(basis.tied_embedding(model.wte, batch()[0])[0].grad_fn)
+    assert "_TiedEmbedding" in str(tied_embedding(model.wte, batch()[0])[0].grad_fn)
     for _ in range(2):  # nothing may be written to what a retained graph keeps
         same(
             list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)),
@@ -66,14 +67,14 @@ def test_functional_gradient() -> None:
 def test_either_gradient_alone() -> None:
     model = tied_gpt()
     tokens, targets = batch()
-    rows, weight = basis.tied_embedding(model.wte, tokens)
+    rows, weight = tied_embedding(model.wte, tokens)
     assert weight is not None
     (grad,) = torch.autograd.grad(rows.sum(), model.wte.weight)
     torch.testing.assert_close(
         grad, torch.bincount(tokens.flatten(), minlength=V)[:, None].expand(V, C).double()
     )
     x = torch.randn(*tokens.shape, C, dtype=torch.float64)
-    rows, weight = basis.tied_embedding(model.wte, tokens)
+    rows, weight = tied_embedding(model.wte, tokens)
     (grad,) = torch.autograd.grad(
         basis.linear_cross_entropy(model.head, x, targets, weight=weight), model.wte.weight
     )
@@ -88,11 +89,11 @@ def test_the_usual_way_where_it_is_needed() -> None:
         nn.Embedding(V, C, sparse=True),
         nn.Embedding(V, C).requires_grad_(False),
     ):
-        rows, weight = basis.tied_embedding(embedding, tokens)
+        rows, weight = tied_embedding(embedding, tokens)
         assert weight is None
         assert torch.equal(rows, embedding(tokens))
     with torch.no_grad():
-        assert basis.tied_embedding(nn.Embedding(V, C), tokens)[1] is None
+        assert tied_embedding(nn.Embedding(V, C), tokens)[1] is None
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])

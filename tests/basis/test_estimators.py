@@ -18,16 +18,17 @@ import basis
 from basis import (
     BalancedSketch,
     CountSketch,
-    Estimator,
     Exact,
     Gaussian,
     LowRank,
     Quantized,
     RowSampling,
-    SketchedLinear,
-    kept_bytes,
     linear_cross_entropy,
 )
+from basis.diagnostics.budget import fit_budget, kept_bytes
+from basis.estimator import Estimator
+from basis.estimators import ESTIMATORS
+from basis.linear import SketchedLinear
 from harness.config import load
 from harness.method import make_estimator
 
@@ -100,7 +101,7 @@ def test_four_bits_cost_four_and_a_quarter() -> None:
 )
 def test_a_budget_of_an_eighth(estimator: Estimator, width: int) -> None:
     rows = 768
-    chosen = basis.fit(estimator, 1 / 8, rows, width)
+    chosen = fit_budget(estimator, 1 / 8, rows, width)
     used = kept_bytes(chosen, rows, width) / (rows * width * 4 / 8)
     assert 0.9 < used <= 1
     if isinstance(estimator, Quantized):
@@ -178,13 +179,13 @@ def test_autocast_through_the_layer(estimator: Estimator) -> None:
     assert layer.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in basis.ESTIMATORS if name != "exact"])
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "exact"])
 def test_configuration_and_class_agree(name: str) -> None:
     conf = Path(__file__).parents[2] / "conf"
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
         values = compose("config", overrides=[f"method={name}"])
         method = load(values).method
-        kind = basis.ESTIMATORS[name]
+        kind = ESTIMATORS[name]
         assert {field.name for field in fields(kind)} <= set(
             values.method
         )  # or an option is hidden from the command line

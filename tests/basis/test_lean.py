@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import basis
-import basis.lean
 from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
 from basis.lean.gelu import derivative, steps
 from basis.lean.rounding import restore, round_to_int8
@@ -28,7 +27,7 @@ def gpt(lean: bool = True, **parts) -> GPT:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=2, n_head=HEADS, n_embd=C))
     if lean:
-        basis.lean.convert(model, attention=CausalAttention, **parts)
+        basis.convert(model, basis.Lean(attention=CausalAttention, **parts))
     basis.set_noise_key(model, seed=0, step=0)
     return model
 
@@ -135,7 +134,7 @@ def test_lean_norm_is_exact_forward_and_near_backward() -> None:
     )
     nn.init.normal_(plain.weight)
     lean = nn.Sequential(plain)
-    basis.lean.convert(lean)
+    basis.convert(lean, basis.Lean())
     assert isinstance(lean[0], LeanLayerNorm)
     grad_y = torch.randn(40, C)
     inputs = (x, plain.weight, plain.bias)
@@ -206,12 +205,12 @@ def test_revert_and_parameters() -> None:
     model = gpt(lean=False)
     before = {name: type(module) for name, module in model.named_modules()}
     parameters, state = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
-    changed = basis.lean.convert(model, attention=CausalAttention)
+    changed = basis.convert(model, basis.Lean(attention=CausalAttention))
     assert len(changed) == 2 * 4 + 1
     assert type(model.blocks[0].attn.attend) is LeanAttention
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert list(model.state_dict()) == list(state)
-    assert sorted(basis.lean.revert(model)) == sorted(changed)
+    assert sorted(basis.revert(model)) == sorted(changed)
     assert {name: type(module) for name, module in model.named_modules()} == before
     with pytest.raises(ValueError, match="gelu_bits=3"):
         LeanGELU(bits=3)
@@ -247,7 +246,7 @@ def test_units_of_a_gpt2_block(sketched: bool, lean: bool, low: bool, most: floa
         if sketched:
             basis.convert(model, basis.BalancedSketch(64))
         if lean:
-            basis.lean.convert(model, attention=CausalAttention)
+            basis.convert(model, basis.Lean(attention=CausalAttention))
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             tokens = torch.zeros(4, 1024, dtype=torch.int64)
@@ -264,8 +263,10 @@ def test_units_of_a_gpt2_block(sketched: bool, lean: bool, low: bool, most: floa
 
 # Dynamo's own look at .grad, where the hooks of the attention break the graph.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("attention", [None, CausalAttention], ids=["norm and gelu", "all"])
-def test_compiled_lean_layers_are_near_and_keep_less(attention: type[nn.Module] | None) -> None:
+@pytest.mark.parametrize("attention", [(), CausalAttention], ids=["norm and gelu", "all"])
+def test_compiled_lean_layers_are_near_and_keep_less(
+    attention: type[nn.Module] | tuple[()],
+) -> None:
     """Attention's four tensors may be saved in another order there, and draw other noise; the rest
     is equal to eager.
     """
@@ -277,7 +278,7 @@ def test_compiled_lean_layers_are_near_and_keep_less(attention: type[nn.Module] 
         torch.compiler.reset()
         model = gpt(lean=False)
         if lean:
-            basis.lean.convert(model, attention=attention)
+            basis.convert(model, basis.Lean(attention=attention))
             basis.set_noise_key(model, seed=0, step=0)
         compiled = torch.compile(model, backend="aot_eager")
         kept[lean] = saved_bytes_total(model, lambda f=compiled: f(tokens[:, :-1], tokens[:, 1:]))

@@ -7,13 +7,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import basis
-from basis import BalancedSketch, Exact, SketchedLinear
-from basis.ops.noise import draw_hashing, fold
+from basis import BalancedSketch, Exact
+from basis.estimator import Estimator
+from basis.linear import SketchedLinear, basis_linear
+from basis.ops.noise import draw_hashing, encode_hashing, fold
 
 ROWS, IN, OUT, RANK = 48, 16, 24, 6
 
 
-def layer(estimator: basis.Estimator | None = None, **options) -> SketchedLinear:
+def layer(estimator: Estimator | None = None, **options) -> SketchedLinear:
     torch.manual_seed(0)
     return SketchedLinear(IN, OUT, estimator=estimator or BalancedSketch(RANK), **options)
 
@@ -43,7 +45,7 @@ def kept_for_backward(run, parameters) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", [(ROWS, IN), (3, 16, IN), (2, 3, 8, IN), (IN,)])
 def test_forward_and_input_and_bias_gradients_are_those_of_linear(shape: tuple[int, ...]) -> None:
     sketched = layer()
-    plain = sketched.to_linear()
+    plain = sketched.original()
     x, x_plain = batch(*shape), batch(*shape)
     y, y_plain = sketched(x), plain(x_plain)
     assert torch.equal(y, y_plain)
@@ -70,13 +72,13 @@ def test_layer_and_functional_form_agree_given_the_hashing() -> None:
     bins, signs = draw_hashing(torch.tensor(fold(7)), ROWS, RANK, "balanced")
     x = batch()
     grad = torch.randn(ROWS, OUT)
-    y = basis.basis_linear(
+    y = basis_linear(
         x, sketched.weight, sketched.bias, rank=RANK, bins=bins, signs=signs, shrinkage=0.1
     )
     (expected,) = torch.autograd.grad(y, sketched.weight, grad)
     (got,) = torch.autograd.grad(sketched(x), sketched.weight, grad)
     torch.testing.assert_close(got, expected)
-    sketched.set_noise_key(basis.encode_hashing(bins, signs))
+    sketched.set_noise_key(encode_hashing(bins, signs))
     torch.testing.assert_close(torch.autograd.grad(sketched(x), sketched.weight, grad)[0], expected)
 
 
@@ -87,7 +89,7 @@ def test_input_is_not_kept() -> None:
     assert sum(t.untyped_storage().nbytes() for t in kept if not t.is_floating_point()) <= 8
     bins, signs = draw_hashing(torch.tensor(1), ROWS, RANK, "balanced")
     kept = kept_for_backward(
-        lambda: basis.basis_linear(batch(), sketched.weight, rank=RANK, bins=bins, signs=signs),
+        lambda: basis_linear(batch(), sketched.weight, rank=RANK, bins=bins, signs=signs),
         sketched.parameters(),
     )
     assert sum(t.numel() for t in kept if t.is_floating_point()) == RANK * IN
@@ -196,7 +198,7 @@ def test_evaluation_never_advances_the_noise() -> None:
     sketched = layer()
     state = torch.get_rng_state()
     with torch.no_grad():
-        basis.basis_linear(batch(), sketched.weight, rank=2)
+        basis_linear(batch(), sketched.weight, rank=2)
         sketched.eval()(batch())
     sketched.train()
     sketched.weight.requires_grad_(False)
@@ -261,7 +263,7 @@ def test_no_work_for_gradients_nobody_asked_for(monkeypatch: pytest.MonkeyPatch)
     assert leaf.grad is None
     # The bare formula with a frozen weight prepares nothing either.
     calls.clear()
-    basis.basis_linear(batch(), sketched.weight.detach(), rank=2).sum().backward()
+    basis_linear(batch(), sketched.weight.detach(), rank=2).sum().backward()
     assert calls == []
 
 
@@ -283,10 +285,10 @@ def test_non_contiguous_input() -> None:
 @pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_an_empty_batch_is_that_of_linear(
-    estimator: basis.Estimator, shape: tuple[int, ...], autocast: bool
+    estimator: Estimator, shape: tuple[int, ...], autocast: bool
 ) -> None:
     sketched = layer(estimator)
-    plain = sketched.to_linear()
+    plain = sketched.original()
     for one in (sketched, plain):
         x = batch(*shape)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -300,7 +302,7 @@ def test_an_empty_batch_is_that_of_linear(
         assert torch.equal(gradients[1], torch.zeros(OUT, IN))
         assert torch.equal(gradients[2], torch.zeros(OUT))
     explicit = {"bins": torch.zeros(0, dtype=torch.int64), "signs": torch.zeros(0)}
-    assert basis.basis_linear(batch(*shape), sketched.weight, rank=2, **explicit).shape == (
+    assert basis_linear(batch(*shape), sketched.weight, rank=2, **explicit).shape == (
         *shape[:-1],
         OUT,
     )
@@ -309,7 +311,7 @@ def test_an_empty_batch_is_that_of_linear(
 @pytest.mark.parametrize(
     "estimator", [BalancedSketch(RANK), basis.LowRank(2), basis.Transform(2.0)], ids=str
 )
-def test_on_the_meta_device_there_are_shapes(estimator: basis.Estimator) -> None:
+def test_on_the_meta_device_there_are_shapes(estimator: Estimator) -> None:
     sketched = layer(estimator, device="meta")
     y = sketched(torch.empty(3, ROWS, IN, device="meta"))
     y.sum().backward()
@@ -352,7 +354,7 @@ def test_forward_mode_is_refused() -> None:
 )
 def test_explicit_hashing_is_checked(bins, signs, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        basis.basis_linear(torch.randn(4, 3), torch.randn(5, 3), rank=2, bins=bins, signs=signs)
+        basis_linear(torch.randn(4, 3), torch.randn(5, 3), rank=2, bins=bins, signs=signs)
 
 
 def test_works_under_functional_transform() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import basis
-from basis import BalancedSketch, Monitor
+from basis import BalancedSketch
+from basis.diagnostics.monitor import Monitor
 
 
 def mlp() -> nn.Sequential:

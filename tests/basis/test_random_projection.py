@@ -21,8 +21,9 @@ from estimator_checks import (
     relative,
 )
 
-from basis import BalancedSketch, CountSketch, Estimator, Gaussian, encode_hashing
-from basis.ops.noise import draw_hashing, normal_rows, sign_rows
+from basis import BalancedSketch, CountSketch, Gaussian
+from basis.estimator import Estimator
+from basis.ops.noise import draw_hashing, encode_hashing, normal_rows, sign_rows
 
 COUNT = 3000
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import basis
-from basis.estimator import State
+from basis.convert import not_learning
+from basis.estimator import Estimator, LearningEstimator, State
+from basis.linear import SketchedLinear, sketched_linear
 from models import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
-class RunningMean(basis.LearningEstimator):
+class RunningMean(LearningEstimator):
     """X as the mean row that was learned, in every row: a poor method with an answer that is known."""
 
     every: int = 1
@@ -42,9 +44,9 @@ def batch(seed: int) -> Tensor:
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(every: int = 1) -> basis.SketchedLinear:
+def layer(every: int = 1) -> SketchedLinear:
     torch.manual_seed(0)
-    return basis.SketchedLinear.from_linear(nn.Linear(4, 3), RunningMean(every))
+    return SketchedLinear.from_linear(nn.Linear(4, 3), RunningMean(every))
 
 
 def test_a_layer_learns_in_every_training_forward_before_it_compresses() -> None:
@@ -108,7 +110,7 @@ def test_a_recomputed_forward_learns_once() -> None:
 
 def test_not_learning_leaves_the_state_and_what_comes_next() -> None:
     model = nn.Sequential(layer())
-    with basis.not_learning(model):
+    with not_learning(model):
         basis.set_noise_key(model, seed=0, step=0)
         model(batch(0)).sum().backward()
     assert model[0].state["looks"] == 0
@@ -135,7 +137,7 @@ def test_the_quality_panel_sees_the_estimate_that_the_layer_would_make() -> None
 
 def test_without_a_layer_it_learns_from_the_input_itself() -> None:
     weight, x = torch.zeros(3, 4, requires_grad=True), batch(2)
-    basis.sketched_linear(
+    sketched_linear(
         x, weight, None, torch.zeros((), dtype=torch.int64), RunningMean()
     ).sum().backward()
     torch.testing.assert_close(weight.grad, 6 * x.mean(0).expand(3, 4))
@@ -159,7 +161,7 @@ every_method = pytest.mark.parametrize(
 )
 
 
-def network(estimator: basis.Estimator | None = None) -> nn.Sequential:
+def network(estimator: Estimator | None = None) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
     if estimator is not None:
@@ -177,9 +179,7 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_a_cast_of_the_model_is_none_of_the_state(
-    estimator: basis.Estimator, dtype: torch.dtype
-) -> None:
+def test_a_cast_of_the_model_is_none_of_the_state(estimator: Estimator, dtype: torch.dtype) -> None:
     model = network(estimator)
     train(model)
     before = copied(model[0].state)
@@ -212,7 +212,7 @@ def test_a_count_goes_on_in_a_low_precision_model() -> None:
 
 @every_method
 def test_state_made_without_memory_is_the_initial_one_once_it_has_some(
-    estimator: basis.Estimator,
+    estimator: Estimator,
 ) -> None:
     expected = network(estimator)
     with torch.device("meta"):
@@ -235,7 +235,7 @@ def test_state_made_without_memory_is_the_initial_one_once_it_has_some(
 
 @every_method
 def test_a_plain_checkpoint_is_loaded_and_a_part_of_the_state_is_refused(
-    estimator: basis.Estimator,
+    estimator: Estimator,
 ) -> None:
     plain, model = network().state_dict(), network(estimator)
     model[0].weight.data.zero_()
@@ -254,7 +254,7 @@ def test_a_plain_checkpoint_is_loaded_and_a_part_of_the_state_is_refused(
 
 
 @every_method
-def test_an_empty_batch_teaches_nothing(estimator: basis.Estimator) -> None:
+def test_an_empty_batch_teaches_nothing(estimator: Estimator) -> None:
     model = network(estimator)
     train(model)
     before = copied(model[0].state)

@@ -5,8 +5,8 @@ adaptive rank.
 import pytest
 import torch
 
-import basis
 from basis import Subspace
+from basis.diagnostics.budget import kept_bytes
 
 KEY = torch.tensor(0)
 GENERATOR = torch.Generator().manual_seed(0)
@@ -77,7 +77,7 @@ def test_factors_are_the_same_estimate() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_kept_and_state(dtype: torch.dtype) -> None:
-    assert basis.kept_bytes(Subspace(4), 64, 12, dtype) == (64 * 4 + 12) * dtype.itemsize
+    assert kept_bytes(Subspace(4), 64, 12, dtype) == (64 * 4 + 12) * dtype.itemsize
     state = Subspace(4).initial_state(12, torch.device("cpu"))
     assert sum(t.numel() for t in state.values()) == 12 * 4 + 4 + 1
 

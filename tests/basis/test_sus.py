@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import basis
-import basis.lean
-import basis.sus
 from basis.sus import MODES, SusAttention, mask_variance, sus_attention
 from basis.sus.blocks import Heads
 from basis.sus.masks import Noise, independent_mask
@@ -245,7 +243,7 @@ def test_kept_bytes_grow_as_the_length(mode: str) -> None:
     for length in (128, 512):
         model, tokens = model_of(length), tokens_of(length)
         exact = saved_bytes(model, lambda model=model, tokens=tokens: model(tokens, tokens))
-        basis.sus.convert(model, CausalAttention, c=C, mode=mode)
+        basis.convert(model, basis.SUS(CausalAttention, c=C, mode=mode))
         kept[length] = saved_bytes(model, lambda model=model, tokens=tokens: model(tokens, tokens))[
             "attention"
         ]
@@ -259,11 +257,11 @@ def test_kept_bytes_grow_as_the_length(mode: str) -> None:
 def test_convert_and_revert_leave_the_parameters_and_the_loss() -> None:
     model, tokens = model_of(), tokens_of(64)
     names, loss = list(model.state_dict()), model(tokens, tokens).item()
-    changed = basis.sus.convert(model, CausalAttention, c=C)
+    changed = basis.convert(model, basis.SUS(CausalAttention, c=C))
     assert changed == ["blocks.0.attn.attend", "blocks.1.attn.attend"]
     assert list(model.state_dict()) == names
     assert model(tokens, tokens).item() == loss
-    assert basis.sus.revert(model) == changed
+    assert basis.revert(model) == changed
     assert not any(isinstance(module, SusAttention) for module in model.modules())
 
 
@@ -271,12 +269,13 @@ def test_lean_wraps_sus_and_leaves_its_masks() -> None:
     model, tokens = model_of(), tokens_of(64)
     weight = model.blocks[0].attn.qkv.weight
     exact = torch.autograd.grad(model(tokens, tokens), weight)[0]
-    basis.sus.convert(model, CausalAttention, c=C)
+    basis.convert(model, basis.SUS(CausalAttention, c=C))
     errors = {}
     for lean in (False, True):
         if lean:
-            changed = basis.lean.convert(
-                model, norm=False, gelu_bits=None, attention=(CausalAttention, SusAttention)
+            changed = basis.convert(
+                model,
+                basis.Lean(norm=False, gelu_bits=None, attention=(CausalAttention, SusAttention)),
             )
             assert changed == ["blocks.0.attn.attend", "blocks.1.attn.attend"]
         found = []
@@ -291,13 +290,13 @@ def test_lean_wraps_sus_and_leaves_its_masks() -> None:
         errors[lean] = sum(found) / len(found)
     assert errors[False] > 0.1  # 8 bits alone: 0.01
     assert errors[True] == pytest.approx(errors[False], rel=0.05)
-    basis.lean.revert(model)
-    assert all(type(block.attn.attend) is SusAttention for block in model.blocks)
+    assert basis.revert(model) == changed  # both at once, and each name once
+    assert all(type(block.attn.attend) is CausalAttention for block in model.blocks)
 
 
 def test_noise_follows_the_key_of_the_model() -> None:
     model, tokens = model_of(), tokens_of(64)
-    basis.sus.convert(model, CausalAttention, c=C)
+    basis.convert(model, basis.SUS(CausalAttention, c=C))
     found = []
     for step in (0, 0, 1):
         basis.set_noise_key(model, seed=0, step=step)
@@ -308,7 +307,7 @@ def test_noise_follows_the_key_of_the_model() -> None:
 
 def test_statistics_tell_what_is_kept_and_change_nothing() -> None:
     model, tokens = model_of(), tokens_of(64)
-    basis.sus.convert(model, CausalAttention, c=C)
+    basis.convert(model, basis.SUS(CausalAttention, c=C))
     state = torch.get_rng_state()
     found = basis.sus.kept_statistics(model, lambda: model(tokens))
     assert torch.equal(state, torch.get_rng_state())
@@ -341,14 +340,14 @@ def test_low_precision_is_sampled_in_float32() -> None:
 )
 def test_wrong_options_are_named(wrong: dict, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{said}"):
-        basis.sus.convert(model_of(), CausalAttention, **wrong)
+        basis.convert(model_of(), basis.SUS(CausalAttention, **wrong))
 
 
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, _ = inputs()
     with pytest.raises(ValueError, match="do not fit"):
         sus_attention(q, k[:, :, 1:], v[:, :, 1:], torch.tensor(1), c=C)
-    with pytest.raises(ValueError, match="no module of this type"):
-        basis.sus.convert(nn.Sequential(nn.Linear(2, 2)), CausalAttention, c=C)
+    with pytest.raises(ValueError, match="matches no attention module of the type given"):
+        basis.convert(nn.Sequential(nn.Linear(2, 2)), basis.SUS(CausalAttention, c=C))
     with pytest.raises(ValueError, match=r"dropout=0\.1: must be 0"):
-        basis.sus.convert(nn.Sequential(CausalAttention(0.1)), CausalAttention, c=C)
+        basis.convert(nn.Sequential(CausalAttention(0.1)), basis.SUS(CausalAttention, c=C))

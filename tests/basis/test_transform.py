@@ -9,10 +9,10 @@ import torch
 from estimator_checks import bias_in_deviations
 from torch import nn
 
-import basis
 from basis import Transform
-from basis.diagnostics.budget import state_bytes
+from basis.diagnostics.budget import fit_budget, kept_bytes, state_bytes
 from basis.estimators.transform import rate_distortion_bound
+from basis.linear import SketchedLinear
 from basis.ops import gaussian_code
 from basis.ops.noise import fold
 
@@ -230,12 +230,12 @@ def test_compiled_fake_in_inference_and_under_a_transform(group: int) -> None:
         return estimator.weight_grad(estimator.compress_with(x, key, state), grad_y)
 
     torch.manual_seed(0)
-    layer = basis.SketchedLinear.from_linear(nn.Linear(16, 6), estimator).eval()
+    layer = SketchedLinear.from_linear(nn.Linear(16, 6), estimator).eval()
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
     for first in ("fake", "inference", "transform", "compiled"):
         gaussian_code._remembered.cache_clear()
         if first == "fake":
-            assert basis.kept_bytes(estimator, 256, 16) > 0
+            assert kept_bytes(estimator, 256, 16) > 0
         elif first == "inference":
             with torch.inference_mode():
                 gradient(x, grad_y, key(1), state)
@@ -258,7 +258,7 @@ def test_every_value_of_the_knob_can_be_had(width: int, group: int) -> None:
     """Groups filled up have more directions than there are features."""
     estimator = Transform(1.0, directions=1.0, group=group)
     assert estimator.tracked(width) == width + 1
-    assert basis.fit(estimator, 0.9, 256, width).bits == 8.0
+    assert fit_budget(estimator, 0.9, 256, width).bits == 8.0
 
 
 @pytest.mark.parametrize(
@@ -267,8 +267,8 @@ def test_every_value_of_the_knob_can_be_had(width: int, group: int) -> None:
 def test_bytes_kept(rows: int, groups: int, filled: int) -> None:
     planes, tracked, width = 24, 8, 16
     expected = planes * filled // 8 + 4 * tracked * groups + 4 * width + 8
-    assert basis.kept_bytes(Transform(1.5, directions=0.5), rows, width) == expected
-    assert basis.kept_bytes(Transform(1.5, directions=0.5), rows, width, torch.bfloat16) == expected
+    assert kept_bytes(Transform(1.5, directions=0.5), rows, width) == expected
+    assert kept_bytes(Transform(1.5, directions=0.5), rows, width, torch.bfloat16) == expected
 
 
 @pytest.mark.parametrize(
@@ -283,15 +283,15 @@ def test_without_a_wish_as_many_directions_as_can_use_the_bits(bits: float, trac
 @pytest.mark.parametrize("share", [1 / 4, 1 / 8, 1 / 24, 1 / 48])
 @pytest.mark.parametrize("width", [128, 512])
 def test_budgets_are_met(share: float, width: int) -> None:
-    fitted = basis.fit(Transform(1.0), share, 768, width)
-    assert 0.97 * share < basis.kept_bytes(fitted, 768, width) / (4 * 768 * width) <= share
+    fitted = fit_budget(Transform(1.0), share, 768, width)
+    assert 0.97 * share < kept_bytes(fitted, 768, width) / (4 * 768 * width) <= share
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_learns_and_trains_in_either_precision(dtype: torch.dtype) -> None:
     x, grad_y = data()
     torch.manual_seed(0)
-    layer = basis.SketchedLinear.from_linear(nn.Linear(16, 6), Transform(6.0, directions=1.0))
+    layer = SketchedLinear.from_linear(nn.Linear(16, 6), Transform(6.0, directions=1.0))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         for _ in range(3):
             layer.weight.grad = None

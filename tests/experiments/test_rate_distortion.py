@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import train_here
 
-from basis.diagnostics.budget import fit, kept_bytes
+from basis.diagnostics.budget import fit_budget, kept_bytes
 from basis.estimators.transform import rate_distortion_bound
 from experiments.arena.plan import estimator_of
 from experiments.rate_distortion import run as rate_distortion
@@ -40,13 +40,13 @@ def points(method: str, *budgets: str) -> list[rate_distortion.Point]:
 
 def test_a_subspace_leaves_the_tail_of_the_spectrum() -> None:
     (point,) = points("subspace", "1/8")
-    rank = fit(estimator_of("subspace"), 1 / 8, ROWS, WIDTH).rank  # type: ignore[attr-defined]
+    rank = fit_budget(estimator_of("subspace"), 1 / 8, ROWS, WIDTH).rank  # type: ignore[attr-defined]
     variances = 1.0 / torch.arange(1.0, WIDTH + 1) ** 2
     assert point.distortion == pytest.approx(
         float(variances[rank:].sum() / variances.sum()), rel=0.1
     )
     assert point.bits * WIDTH * ROWS == 8 * kept_bytes(
-        fit(estimator_of("subspace"), 1 / 8, ROWS, WIDTH), ROWS, WIDTH
+        fit_budget(estimator_of("subspace"), 1 / 8, ROWS, WIDTH), ROWS, WIDTH
     )
     assert point.bound == pytest.approx(
         float(rate_distortion_bound(variances, point.bits * WIDTH) / variances.sum()), rel=0.1

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import basis
+from basis.diagnostics.budget import fit_budget
 from experiments.ema import mlp_digits
 from experiments.ema import tables as report
 from experiments.ema import task as small
@@ -97,7 +98,7 @@ def test_adaptive_rank_rises_to_its_cap_and_no_further() -> None:
     ranks = [seen["rank"] for seen in outcome.looks]
     assert ranks[:3] == [1, 2, 2]
     assert (
-        ranks[-1] == basis.fit(basis.EMASketch(1, rows=ROWS), 1.0, ROWS, 16).rank
+        ranks[-1] == fit_budget(basis.EMASketch(1, rows=ROWS), 1.0, ROWS, 16).rank
     )  # the narrower layer decides
     assert outcome.bytes_state <= outcome.bytes_exact
 

@@ -16,7 +16,6 @@ from tiny import train_here
 from torch import Tensor
 
 import basis
-import basis.sus
 from basis.sus import MODES
 from data import Sampler
 from experiments.sus import variance as sus_variance
@@ -73,12 +72,12 @@ def windows(trained: Trained, count: int, length: int = LENGTH) -> list[tuple[Te
 
 def draws(model: GPT, batch: tuple[Tensor, Tensor], mode: str, count: int) -> Tensor:
     """`count` gradients of all parameters, (count, P), each under masks of its own."""
-    basis.sus.convert(model, CausalAttention, c=C, mode=mode)
+    basis.convert(model, basis.SUS(CausalAttention, c=C, mode=mode))
     found = []
     for step in range(count):
         basis.set_noise_key(model, seed=0, step=step)
         found.append(gradient(model, batch))
-    basis.sus.revert(model)
+    basis.revert(model)
     return torch.stack(found).double()
 
 
@@ -104,7 +103,7 @@ def test_attention_is_no_longer_uniform(trained: Trained) -> None:
 def test_without_a_limit_it_is_the_exact_gradient(trained: Trained, mode: str) -> None:
     (batch,) = windows(trained, 1)
     exact = gradient(trained.model, batch)
-    basis.sus.convert(trained.model, CausalAttention, c=1e9, mode=mode)
+    basis.convert(trained.model, basis.SUS(CausalAttention, c=1e9, mode=mode))
     found = gradient(trained.model, batch)
     assert float((found - exact).norm() / exact.norm()) < 1e-5
 
@@ -142,7 +141,7 @@ def test_variance_of_every_attention_is_that_of_the_formula(trained: Trained) ->
 
 @pytest.mark.parametrize("mode", MODES)
 def test_as_many_entries_are_kept_as_the_probabilities_say(trained: Trained, mode: str) -> None:
-    basis.sus.convert(trained.model, CausalAttention, c=C, mode=mode)
+    basis.convert(trained.model, basis.SUS(CausalAttention, c=C, mode=mode))
     inputs = torch.cat([inputs for inputs, _ in windows(trained, 64)])
     for kept in basis.sus.kept_statistics(trained.model, lambda: trained.model(inputs)).values():
         assert 1 < kept.expected < C
@@ -153,7 +152,7 @@ def test_rho_is_the_noise_of_masks_over_that_of_batches(trained: Trained) -> Non
     batches = windows(trained, 6)
     (row,) = measure(trained.model, batches, [(C, "dense")], draws=2, formula_draws=3, seed=4)
     exact = torch.stack([gradient(trained.model, batch) for batch in batches]).double()
-    basis.sus.convert(trained.model, CausalAttention, c=C, mode="dense")
+    basis.convert(trained.model, basis.SUS(CausalAttention, c=C, mode="dense"))
     noise = []
     for number, batch in enumerate(batches):
         for draw in range(2):

@@ -17,7 +17,6 @@ from tiny import REPOSITORY, losses, overrides, train_here
 from torch import Tensor
 
 import basis
-import basis.sus
 from harness.build import training_text
 from harness.checkpoint import Checkpoints
 from harness.config import configuration
@@ -138,7 +137,7 @@ def test_where_no_attention_is_cut_nothing_is_logged(data: Path, tmp_path: Path)
 def test_under_autocast_the_probabilities_are_those_of_backward() -> None:
     torch.manual_seed(0)
     attend = torch.nn.Sequential(CausalAttention(0.0))
-    basis.sus.convert(attend, CausalAttention, c=C)
+    basis.convert(attend, basis.SUS(CausalAttention, c=C))
     q, k = (2 * torch.randn(1, 2, 64, 16) for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
         (found,) = basis.sus.kept_statistics(attend, lambda: attend[0](q, k, k)).values()

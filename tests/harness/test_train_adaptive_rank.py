@@ -10,8 +10,10 @@ import torch
 from hydra.errors import CompactHydraException
 from tiny import losses, train_here
 
-from basis import ESTIMATORS, AdaptiveRank, Subspace
+from basis import Subspace
+from basis.diagnostics.adaptive_rank import AdaptiveRank
 from basis.diagnostics.budget import state_bytes
+from basis.estimators import ESTIMATORS
 from harness import activations, rundir
 from harness.checkpoint import Checkpoints
 from harness.run_id import read_run_file
