@@ -16,7 +16,13 @@ stands in harness/report/.
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Until all libraries are loaded, Ctrl-C ends the process at once and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from pathlib import Path
 
 import hydra
@@ -24,6 +30,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, ListConfig
 
 from experiments.paper import complexity
+from harness import command_line
 from report import write
 
 
@@ -72,4 +79,4 @@ def main(values: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

@@ -15,9 +15,15 @@ Ctrl-C or SIGTERM after saving.
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":
+    # Until all libraries are loaded, Ctrl-C ends the process at once and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness import memory, rundir
+from harness import command_line, memory, rundir
 from harness.checkpoint import CheckpointError
 from harness.config import load
 from harness.method import make_estimator
@@ -42,7 +48,6 @@ from harness.set_up import set_up
 from harness.signals import StopRequest
 
 log = logging.getLogger("train")
-STARTED = time.time()
 
 OmegaConf.register_new_resolver("run_name", rundir.run_name, replace=True)
 
@@ -304,8 +309,11 @@ def execute(values: DictConfig, folder: Path) -> None:
             )
         run = set_up(config, folder)
     except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
-        remove_if_empty(folder)
+        command_line.remove_if_empty(folder)
         raise CompactHydraException(str(error)) from error
+    except KeyboardInterrupt:
+        command_line.remove_if_empty(folder)
+        raise
 
     summary = {
         "status": "running",
@@ -364,24 +372,10 @@ def execute(values: DictConfig, folder: Path) -> None:
     )
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Hydra makes the run directory before anything is checked; a refused run should leave nothing
-    behind.
-
-    Empty parents go too, as far as they lie below the working directory.
-    """
-    here = Path.cwd()
-    for candidate in (folder, *(parent for parent in folder.parents if here in parent.parents)):
-        made_now = candidate.is_dir() and candidate.stat().st_mtime >= STARTED
-        if candidate == here or not made_now or any(candidate.iterdir()):
-            return
-        candidate.rmdir()
-
-
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(values: DictConfig) -> None:
     execute(values, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

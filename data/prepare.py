@@ -25,7 +25,7 @@ from typing import Any
 
 from data.documents import Source
 from data.fetch import locked, write_bytes
-from data.options import REPOSITORY, DataOptions
+from data.options import DataOptions
 from data.shards import SPLITS, join, remove, tokenize
 from data.sources import make_source
 from data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer
@@ -156,21 +156,23 @@ def _tokenizer(options: DataOptions, source: Source, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_options(overrides: Sequence[str], conf: Path = REPOSITORY / "conf") -> DataOptions:
-    """The `data` group of `conf`/config.yaml under Hydra overrides, as train.py would see it.
-
-    Raises ValueError for a value out of range; Hydra's and OmegaConf's own errors for a misspelt
-    option or a wrong type.
+def load_options(overrides: Sequence[str]) -> DataOptions:
+    """The `data` group under Hydra overrides, as train.py would see it. Raises ValueError in one
+    line that names the option.
     """
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
-        config = compose("config", overrides=list(overrides))
-    # Merged one level down, so that an error names data.max_tokens and not max_tokens.
-    schema = OmegaConf.create({"data": OmegaConf.structured(DataOptions)})
-    values = {"data": OmegaConf.to_container(config.data, resolve=True)}
-    options = OmegaConf.to_object(OmegaConf.merge(schema, values).data)
+    import conf
+
+    values = conf.compose(overrides)
+    try:
+        # Merged one level down, so that an error names data.max_tokens and not max_tokens.
+        schema = OmegaConf.create({"data": OmegaConf.structured(DataOptions)})
+        given = {"data": OmegaConf.to_container(values.data, resolve=True)}
+        options = OmegaConf.to_object(OmegaConf.merge(schema, given).data)
+    except OmegaConfBaseException as error:
+        raise ValueError(conf.explain(error, overrides)) from error
     assert isinstance(options, DataOptions)
     return options
 
@@ -184,9 +186,6 @@ def main(overrides: Sequence[str]) -> int:
     if {"-h", "--help"} & set(overrides):
         print(__doc__)
         return 0
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     ours = logging.getLogger("data")  # and not the root: the libraries speak for themselves
     ours.setLevel(logging.INFO)
     ours.handlers = [logging.StreamHandler()]
@@ -194,7 +193,7 @@ def main(overrides: Sequence[str]) -> int:
         prepared = prepare(load_options(overrides))
         for file in (prepared.train, prepared.val):
             file.verify()
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, OSError) as error:
         print(f"data.prepare: {error}", file=sys.stderr)
         return 1
     metadata = prepared.metadata

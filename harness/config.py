@@ -16,16 +16,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import conf
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
 from harness.attention import AttentionOptions
@@ -36,10 +32,16 @@ from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
 from models import GPTConfig
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+
+def _product(*factors: object) -> int | float:
+    numbers = [factor for factor in factors if isinstance(factor, int | float)]
+    if len(numbers) < len(factors):
+        raise ValueError(f"product of {', '.join(map(str, factors))}: takes numbers only")
+    return math.prod(numbers)
+
 
 # For values that follow from others: ${product:${micro_batch_size},${model.block_size}}.
-OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
+OmegaConf.register_new_resolver("product", _product, replace=True)
 
 
 @dataclass
@@ -209,14 +211,16 @@ def load(values: DictConfig) -> Config:
     """Typed, checked configuration from composed values. Raises ValueError in the words of the
     user's options.
     """
+    for group in dataclasses.fields(Config):
+        if group.default is dataclasses.MISSING and values.get(group.name, group) is None:
+            raise ValueError(f"{group.name}=null: is a group of options, which can't be left out")
     try:
         name = OmegaConf.select(values, "method.name")
         schema = OmegaConf.structured(Config)
         schema.method = OmegaConf.structured(method_schema(str(name)))
         config = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(f"{key}{str(error.msg).splitlines()[0]}") from error
+        raise ValueError(conf.explain(error, ())) from error
     assert isinstance(config, Config)
     make_method(config.method)  # its options are checked by making it once
     return config
@@ -225,18 +229,5 @@ def load(values: DictConfig) -> Config:
 def configuration(overrides: Sequence[str]) -> Config:
     """What train.py would run under `overrides`. Raises ValueError in one line for what can't be,
     misspelt words too.
-
-    Inside a Hydra application too, whose own state is put aside: there can be one at a time.
     """
-    outer = get_gh_backup()
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-            try:
-                values = compose("config", overrides=list(overrides))
-            except HydraException as error:
-                lines = [line for line in str(error).splitlines() if line.strip()]
-                raise ValueError(" ".join(lines[:2])) from error
-            return load(values)
-    finally:
-        restore_gh_from_backup(outer)
+    return load(conf.compose(overrides))

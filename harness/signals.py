@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM as a request: finish the step, save, leave.
+"""Signals that ask a run to stop: finish the step, save, leave.
 
-A batch system sends SIGTERM minutes before it kills; a person presses Ctrl-C. Neither should cost a
-run the steps since its last checkpoint, so the signal only sets a flag that the loop looks at
-between steps. A second signal is not waited for.
+A batch system sends SIGTERM or SIGUSR1 minutes before it kills, a person presses Ctrl-C (SIGINT)
+or closes the terminal (SIGHUP). None of these should cost a run the steps since its last
+checkpoint. So the signal only sets a flag, which the loop looks at between steps. After a second
+signal the process ends at once.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
 
 class StopRequest:
-    """A context manager; inside it `code` is None until a signal came, then the exit code that the
-    signal asks for.
+    """A context manager that catches SIGNALS. `code` is None until one came, then 128 + its number,
+    the exit code that the run should end with.
     """
 
     def __init__(self) -> None:
@@ -27,7 +30,9 @@ class StopRequest:
         self.code = 128 + number
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started by nohup: the run shall survive its terminal
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

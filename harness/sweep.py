@@ -1,14 +1,14 @@
-"""What Hydra tells about the jobs of a sweep: which one failed, and why, at once and in few lines.
+"""What became of the jobs that Hydra ran in this process, one or the cells of a sweep.
 
-Hydra's basic launcher goes on with the remaining jobs, exits with code 1 at the end and shows the
-first failure only, so all that failed are listed once more when the process ends: Hydra calls
-nobody between the last job and that exit.
+Hydra goes on with a sweep when a job fails, and at the end shows the first failure only. So each
+failure is shown when it happens, and `command_line.run` reads here what it has to say at the end.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -20,30 +20,35 @@ from omegaconf import DictConfig
 log = logging.getLogger(__name__)
 
 
-class ReportFailedJobs(Callback):
-    """A Hydra callback (conf/config.yaml). In a single run Hydra itself reports."""
+@dataclass
+class Jobs:
+    """count: jobs that ended. failed: overrides and error of each that failed. folder: of a sweep;
+    None in a single run.
+    """
 
-    def __init__(self) -> None:
-        self.jobs = 0
-        self.failed: list[str] = []
+    count: int = 0
+    failed: list[tuple[str, BaseException]] = field(default_factory=list)
+    folder: Path | None = None
+
+
+jobs = Jobs()
+"""The jobs of this process. Hydra makes the callback itself, so it can't be handed this object."""
+
+
+class ReportFailedJobs(Callback):
+    """A Hydra callback (conf/config.yaml, conf/eval.yaml) that keeps `jobs` up to date."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        atexit.register(self.at_the_end)
+        jobs.folder = Path(str(config.hydra.sweep.dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if config.hydra.mode != RunMode.MULTIRUN:
-            return
-        self.jobs += 1
+        jobs.count += 1
         if job_return.status != JobStatus.FAILED:
             return
-        self.failed.append(" ".join(job_return.overrides or []))
+        overrides = " ".join(job_return.overrides or [])
         error = job_return._return_value  # the public property would raise it
-        unexpected = None if isinstance(error, CompactHydraException) else error
-        log.error("FAILED: %s\n%s", self.failed[-1], error, exc_info=unexpected)
-
-    def at_the_end(self) -> None:
-        """All failures again, a line each, where they are not far above."""
-        if self.failed:
-            log.error(
-                "%d of %d jobs failed:\n  %s", len(self.failed), self.jobs, "\n  ".join(self.failed)
-            )
+        jobs.failed.append((overrides, error))
+        job_return.status = JobStatus.COMPLETED  # else Hydra would print lines of its own
+        if config.hydra.mode == RunMode.MULTIRUN:
+            unexpected = None if isinstance(error, CompactHydraException) else error
+            log.error("FAILED: %s\n%s", overrides, error, exc_info=unexpected)

@@ -37,13 +37,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import conf
 from basis.diagnostics.budget import parse_share
 from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from bench.memory_plan import plan
 from harness import rundir
 from harness.build import check_method
-from harness.config import CONF, Config, configuration
+from harness.config import Config, configuration
 from harness.files import write_atomic
 from harness.method import make_estimator
 from harness.metrics import read_metrics
@@ -118,7 +119,7 @@ def default_methods() -> list[str]:
     names = [
         name
         for name, kind in ESTIMATORS.items()
-        if kind.knob and (CONF / "method" / f"{name}.yaml").exists()
+        if kind.knob and (conf.FOLDER / "method" / f"{name}.yaml").exists()
     ]
     fields = {field.name for field in dataclasses.fields(ESTIMATORS["basis"])}  # type: ignore[arg-type]
     return names + (["basis center=true"] if "center" in fields else [])

@@ -259,13 +259,12 @@ def test_command_finds_a_flipped_bit(
     ("override", "message"),
     [
         ("data.order=foo", "data.order='foo': must be one of paper, random"),
-        ("data.ordre=paper", "Could not override 'data.ordre'"),
+        ("data.ordre=paper", "data.ordre: there is no such option"),
         (
             "data.max_tokens=many",
-            "Value 'many' of type 'str' could not be converted to Integer\n    full_key: "
-            "data.max_tokens",
+            "data.max_tokens: Value 'many' of type 'str' could not be converted to Integer",
         ),
-        ("data=texts", "Could not find 'data/texts'"),
+        ("data=texts", "data=texts: must be one of fineweb_edu, openwebtext"),
         ("data=text", "data.path=null"),
         ("data.path=/nowhere", "data.path='/nowhere': no such file or folder"),
     ],
@@ -276,4 +275,4 @@ def test_command_answers_mistakes_in_a_few_lines(
     assert main([override]) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,100 @@
+"""How train.py and eval.py answer on a command line: a refusal is one message, nothing is left.
+
+Hydra has a printer of its own for errors: a traceback for many of the user's mistakes, and a hint
+at HYDRA_FULL_ERROR under each refusal. `run` takes its place. A mistake in the user's options (an
+error of Hydra or OmegaConf, or a CompactHydraException, which is what train.py and eval.py raise
+for theirs) becomes one message on stderr and exit code 1. Any other error of the program is a fault
+of ours and keeps its traceback. With HYDRA_FULL_ERROR=1 in the environment every error does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import CompactHydraException, HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+import conf
+from harness import sweep
+
+STARTED = time.time()
+FULL_ERROR = "HYDRA_FULL_ERROR"
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def run(main: Callable[[], Any]) -> int:
+    """Run `main`, a function decorated by hydra.main, on sys.argv; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    overrides = [word for word in sys.argv[1:] if not word.startswith("-")]
+    jobs = sweep.jobs = sweep.Jobs()
+    asked = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print
+    try:
+        conf.check(overrides)
+        main()
+    # What a job raises is in `jobs`: these are Hydra's errors before the first one.
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        if asked == "1":
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            remove_if_empty(Path(error.filename).parent)  # made on the way to the folder itself
+            option = "hydra.run.dir" if jobs.folder is None else "hydra.sweep.dir"
+            return _refuse(f"{option}={error.filename}: can't be made ({error.strerror})")
+        return _refuse(conf.explain(error, overrides))
+    except KeyboardInterrupt:
+        _refuse("interrupted")
+        return INTERRUPTED
+    finally:
+        os.environ.pop(FULL_ERROR)
+        if asked is not None:
+            os.environ[FULL_ERROR] = asked
+        if jobs.folder is not None:
+            _end_of_sweep(jobs, jobs.folder)
+    if jobs.folder is None and jobs.failed:
+        _, failure = jobs.failed[0]
+        if asked == "1" or not isinstance(failure, CompactHydraException):
+            raise failure
+        return _refuse(str(failure))
+    return 1 if jobs.failed else 0
+
+
+def _refuse(said: str) -> int:
+    print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    return 1
+
+
+def _end_of_sweep(jobs: sweep.Jobs, folder: Path) -> None:
+    """List all failures, a line each, where they are not far above. A sweep of which no run began
+    leaves nothing: Hydra's own record goes.
+    """
+    record = folder / "multirun.yaml"
+    if made_now(record) and list(folder.iterdir()) == [record]:
+        record.unlink()
+        remove_if_empty(folder)
+    if jobs.failed:
+        lines = "\n  ".join(overrides for overrides, _ in jobs.failed)
+        _refuse(f"{len(jobs.failed)} of {jobs.count} jobs failed:\n  {lines}")
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove the run directory of a refused run if this process made it and it holds nothing; Hydra
+    makes it before anything is checked.
+
+    Empty parents go too, as far as they lie below the working directory.
+    """
+    here, folder = Path.cwd(), folder.absolute()
+    for candidate in (folder, *(parent for parent in folder.parents if here in parent.parents)):
+        if candidate == here or not made_now(candidate) or any(candidate.iterdir()):
+            return
+        candidate.rmdir()
+
+
+def made_now(path: Path) -> bool:
+    """Whether this process made or changed the file or folder."""
+    return path.exists() and path.stat().st_mtime >= STARTED
