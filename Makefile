@@ -1,9 +1,9 @@
-# make demo | test | lint | clean.  PYTHON=python3.12 make demo picks the interpreter.
+# make demo | test | test-all | lint | clean.  PYTHON=python3.12 make demo picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: .venv/installed
 	$(BIN)/python train.py -m experiment=demo steps=$(DEMO_STEPS) method=exact
@@ -12,6 +12,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# With what is marked slow.
+test-all: .venv/installed
+	$(BIN)/python -m pytest -m ''
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -88,39 +88,31 @@ def kept(
     }
 
 
-def summed_error(sizes: dict[str, float], rows: int, uniform: float) -> float:
-    """Of a method whose squared error is one over its bytes, `ERRORS` being those at the share
-    `uniform`.
-    """
-    total = 0.0
-    for name, (width, error) in ERRORS.items():
-        total += (
-            error
-            * kept_bytes(fit_budget(basis.BalancedSketch(1), uniform, rows, width), rows, width)
-            / sizes[name]
-        )
-    return total
-
-
 def test_a_split_budget_is_spent_and_no_other_split_has_less_error() -> None:
+    """Of a method whose squared error is one over its bytes, `ERRORS` being those at `share`."""
     rows, share, sketch = 512, 1 / 8, basis.BalancedSketch(1)
+    even = {
+        name: kept_bytes(fit_budget(sketch, share, rows, width), rows, width)
+        for name, (width, _) in ERRORS.items()
+    }
+
+    def summed_error(sizes: dict[str, float]) -> float:
+        return sum(error * even[name] / sizes[name] for name, (_, error) in ERRORS.items())
+
     sizes = kept(split_by_error(sketch, ERRORS, share=share, rows=rows), sketch, ERRORS, rows)
     budget = share * rows * 4 * sum(width for width, _ in ERRORS.values())
     assert budget - 16 * 4 < sum(sizes.values()) <= budget  # to the smallest step that is left
-    best = summed_error(sizes, rows, share)
+    best = summed_error(sizes)
     assert best < 0.8 * summed_error(
-        {name: share * rows * 4 * width for name, (width, _) in ERRORS.items()}, rows, share
+        {name: share * rows * 4 * width for name, (width, _) in ERRORS.items()}
     )
-    assert sizes["a"] / sizes["b"] == pytest.approx(
-        3.0, rel=0.05
-    )  # equal widths: as the roots of their errors
+    # Layers of equal width share as the roots of their errors.
+    assert sizes["a"] / sizes["b"] == pytest.approx(3.0, rel=0.05)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         other = torch.rand(4, generator=generator, dtype=torch.float64) + 0.02
         other *= budget / other.sum()
-        assert (
-            summed_error(dict(zip(ERRORS, other.tolist(), strict=True)), rows, share) > 0.999 * best
-        )
+        assert summed_error(dict(zip(ERRORS, other.tolist(), strict=True))) > 0.999 * best
 
 
 @pytest.mark.parametrize("share", [1 / 4, 1 / 8])

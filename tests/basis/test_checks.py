@@ -2,7 +2,7 @@
 an int becomes one.
 """
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields, make_dataclass
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,7 @@ def test_integers_of_numpy_become_ints_and_whole_floats_are_fine_for_floats() ->
 
 
 def test_a_dataclass_without_deferred_annotations_is_checked_too() -> None:
-    @dataclass
-    class Plain:
-        count: Any
-        share: Any = None
-
-    for name, declared in (("count", int), ("share", float | None)):
-        Plain.__dataclass_fields__[name].type = declared
+    Plain = make_dataclass("Plain", [("count", int), ("share", float | None, None)])
     check_types(Plain(1))
     with pytest.raises(ValueError, match=r"^count=1\.5"):
         check_types(Plain(1.5))

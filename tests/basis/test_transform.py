@@ -217,8 +217,11 @@ def test_scale_keeps_the_energy_under_autocast_too() -> None:
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("group", [768, 7])
-def test_compiled_fake_in_inference_and_under_a_transform(group: int) -> None:
+@pytest.mark.parametrize(
+    ("group", "backend"),
+    [(768, "aot_eager"), (7, "aot_eager"), pytest.param(7, "inductor", marks=pytest.mark.slow)],
+)
+def test_compiled_fake_in_inference_and_under_a_transform(group: int, backend: str) -> None:
     """Whatever touches the remembered matrices first, what comes after is the same."""
     x, grad_y = data()
     estimator = Transform(2.0, group=group)
@@ -242,7 +245,9 @@ def test_compiled_fake_in_inference_and_under_a_transform(group: int) -> None:
         elif first == "transform":
             torch.func.grad(lambda p: torch.func.functional_call(layer, p, x).sum())(parameters)
         else:
-            compiled = torch.compile(gradient, fullgraph=True)(x, grad_y, key(1), state)
+            compiled = torch.compile(gradient, fullgraph=True, backend=backend)(
+                x, grad_y, key(1), state
+            )
             torch.testing.assert_close(
                 compiled, gradient(x, grad_y, key(1), state), rtol=1e-4, atol=1e-4
             )
