@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from basis.first_order import first_order
 
 
 def graph_is_released() -> bool:
@@ -50,10 +51,11 @@ class _TiedEmbedding(torch.autograd.Function):
         weight, tokens = inputs
         ctx.classes = weight.shape[0]
         ctx.set_materialize_grads(False)
+        ctx.transformed = False
         ctx.save_for_backward(tokens)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_rows: Tensor | None, grad_weight: Tensor | None
     ) -> tuple[Tensor | None, None]:

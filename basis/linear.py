@@ -9,8 +9,8 @@ Under autocast the input is cast first and sketched in the low precision, so wha
 too; the weight is kept as the parameter itself and cast again in backward, so no copy of it is
 kept.
 
-Double backward is refused: a second derivative would have to go through X, which is gone. So is
-forward mode (torch.func.jvp): it has no backward, hence no dW to estimate.
+Second derivatives are refused, since X is not kept (first_order.py). So is forward mode
+(torch.func.jvp): it has no backward, hence no dW to estimate.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from basis.estimator import Estimator, State
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.exchange import StandIn
+from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.keyed import Keyed
 from basis.ops.matrix import cast_for_autocast, has_values
 from basis.ops.noise import draw_key, encode_hashing
@@ -32,17 +32,6 @@ from basis.state import Learning, learned
 
 WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"
 Layer = TypeVar("Layer", bound=nn.Module)
-
-
-def refuse_nested_transforms() -> None:
-    """Raise RuntimeError inside nested transforms: a second derivative would silently be zero,
-    since autograd never asks.
-    """
-    if not torch.compiler.is_compiling() and (torch._C._functorch.maybe_current_level() or 0) > 1:
-        raise RuntimeError(
-            "sketched linear: nested transforms of torch.func (second derivatives, vmap) are not "
-            "supported"
-        )
 
 
 class _SketchedLinearFunction(torch.autograd.Function):
@@ -71,12 +60,13 @@ class _SketchedLinearFunction(torch.autograd.Function):
             )
         ctx.inputs = len(inputs)
         ctx.estimator = estimator
-        ctx.save_for_backward(weight, *kept)
+        ctx.transformed = in_transform()
+        ctx.save_for_backward(link(input), weight, *kept)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *kept = ctx.saved_tensors
+        _, weight, *kept = ctx.saved_tensors
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])  # (B, M)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:

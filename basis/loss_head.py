@@ -38,12 +38,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from basis.embedding import graph_is_released
 from basis.estimator import Estimator, State
 from basis.estimators.exact import Exact
-from basis.linear import SketchedLinear, refuse_nested_transforms, wants_weight_grad
+from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
+from basis.linear import SketchedLinear, wants_weight_grad
 from basis.ops.matrix import (
     cast_for_autocast,
     frobenius_norm,
@@ -204,18 +204,22 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]
     ) -> None:
         refuse_nested_transforms()
+        x, weight, *_ = inputs
         _, grad_x, grad_weight = output
         ctx.inputs = len(inputs)
         ctx.mark_non_differentiable(*(grad for grad in (grad_x, grad_weight) if grad is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_x if ctx.needs_input_grad[0] else None, grad_weight)
+        ctx.transformed = in_transform()
+        ctx.save_for_backward(
+            grad_x if ctx.needs_input_grad[0] else None, grad_weight, link(x), link(weight)
+        )
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
+        grad_x, grad_weight, *_ = ctx.saved_tensors
         if grad_loss is None:
             return (None,) * ctx.inputs
         # A look at the value spares a pass over dW. Not on a GPU, where looking waits for it, nor

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from basis.diagnostics.saved import announce
 from basis.exchange import StandIn
+from basis.first_order import refuse_graph_of_backward
 from basis.keyed import Keyed
 from basis.lean.rounding import Rounded, restore, round_to_int8
 
@@ -56,6 +57,7 @@ class LeanAttention(StandIn, Keyed):
             return rounded, tensor.dtype
 
         def unpack(kept: Tensor | tuple[Rounded, torch.dtype]) -> Tensor:
+            refuse_graph_of_backward()
             return kept if isinstance(kept, Tensor) else restore(*kept)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

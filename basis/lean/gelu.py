@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from basis.exchange import StandIn
+from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.linear import take_over
 from basis.ops.bits import pack, unpack
 
@@ -90,15 +90,17 @@ class _FewBitGELU(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.bits, _, boundaries, ctx.levels = inputs
+        refuse_nested_transforms()
+        ctx.transformed = in_transform()
         codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
         for boundary in boundaries:
             codes += x > boundary
-        ctx.save_for_backward(pack(codes.view(-1), ctx.bits))
+        ctx.save_for_backward(pack(codes.view(-1), ctx.bits), link(x))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (packed,) = ctx.saved_tensors
+        packed, _ = ctx.saved_tensors
         levels = torch.tensor(ctx.levels, dtype=grad_output.dtype, device=grad_output.device)
         per_byte = 8 // ctx.bits
         every_byte = torch.arange(256, device=packed.device).to(torch.uint8)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from basis.exchange import StandIn
+from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.keyed import Keyed
 from basis.lean.rounding import Rounded, restore, round_to_int8
 from basis.linear import take_over
@@ -39,20 +39,22 @@ class _LeanLayerNorm(torch.autograd.Function):
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         x, weight, bias, _, key = inputs
+        refuse_nested_transforms()
+        ctx.transformed = in_transform()
         _, mean, deviation = output
         ctx.mark_non_differentiable(mean, deviation)
         ctx.set_materialize_grads(False)
         ctx.has_bias, ctx.dtype = bias is not None, x.dtype
-        ctx.save_for_backward(*round_to_int8(x, key), mean, deviation, weight)
+        ctx.save_for_backward(*round_to_int8(x, key), mean, deviation, weight, link(x))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_output: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 5
-        codes, scales, mean, deviation, weight = ctx.saved_tensors
+        codes, scales, mean, deviation, weight, _ = ctx.saved_tensors
         x = restore(Rounded(codes, scales), ctx.dtype)
         needed = [
             ctx.needs_input_grad[0],

@@ -7,7 +7,7 @@ again in backward, in float32. The mask is a function of the key, so a block tha
 under activation checkpointing draws the same one.
 
 Under torch.compile the module is left out of the graph: backward goes over blocks of rows in a
-Python loop, which a graph would have to unroll. Double backward is refused.
+Python loop, which a graph would have to unroll. Second derivatives are refused.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from basis.exchange import StandIn
+from basis.first_order import first_order, in_transform, refuse_nested_transforms
 from basis.keyed import Keyed
 from basis.ops.matrix import cast_for_autocast
 from basis.sus.blocks import Heads
@@ -40,10 +40,12 @@ class _SusAttentionFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         q, k, v, key, ctx.c, ctx.mode = inputs
+        refuse_nested_transforms()
+        ctx.transformed = in_transform()
         ctx.save_for_backward(q, k, v, output, key)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, key = ctx.saved_tensors
         heads = Heads.of(q, k, v)
