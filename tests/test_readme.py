@@ -77,6 +77,7 @@ def after(text: str, line: str, new: str) -> str:
     return text.replace(line, line + new)
 
 
+@pytest.mark.slow
 def test_the_example_estimator_works_as_written(data: Path, tmp_path: Path) -> None:
     """In a copy of the house: what the README says, letter by letter, then its tests, a run and the
     arena's plan.

@@ -109,6 +109,7 @@ def test_step_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_runs_with_torch_and_numpy_alone(tmp_path) -> None:
     blocked = ("hydra", "omegaconf", "wandb", "datasets", "tiktoken", "tqdm", "scipy", "matplotlib")
     program = (

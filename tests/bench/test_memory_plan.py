@@ -88,6 +88,7 @@ def test_deep_models_are_extended_block_by_block(kind: str) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [65, 2001])
+@pytest.mark.slow
 def test_a_deep_model_is_planned_as_if_it_were_walked_through(vocabulary: int) -> None:
     """Wherever its peak is: at a small vocabulary in the blocks, at a large one at the head."""
     options = config("method=exact", "model.n_layer=12", f"model.vocab_size={vocabulary}")
@@ -178,6 +179,7 @@ def test_the_vocabulary_is_the_tokenizer_s_and_asked_for_where_the_text_decides(
 
 
 @pytest.mark.parametrize("option", ["block_size", "micro_batch_size"])
+@pytest.mark.slow
 def test_sizes_between_two_long_ones_lie_on_a_line(
     option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +207,7 @@ def test_what_only_compilation_decides_is_refused() -> None:
             planning.plan(config(wrong))
 
 
+@pytest.mark.slow
 def test_a_sketched_and_lean_step_takes_a_fifth_of_an_exact_one() -> None:
     """4 blocks of GPT-2's width, 4 x 1,024 tokens, vocabulary 50,257: the step of results/speed, by
     planning.

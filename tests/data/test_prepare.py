@@ -210,6 +210,7 @@ sys.exit(max([os.waitpid(child, 0)[1] for child in children if child], default=0
 """
 
 
+@pytest.mark.slow
 def test_four_processes_at_once_make_one_folder(stories: DataOptions) -> None:
     """They start while this test holds the lock, so that they truly race for it when it is given
     back.

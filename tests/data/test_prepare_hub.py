@@ -161,6 +161,7 @@ def killed(parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> DataOptio
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.slow
 def test_killed_and_run_again_the_files_are_the_same(
     killed: DataOptions, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -206,6 +207,7 @@ def test_hub_without_network_or_column_is_told_in_words(hub: DataOptions) -> Non
         prepare(hub, progress=False)
 
 
+@pytest.mark.slow
 def test_command_prints_counts_and_hashes_and_ends_cleanly(hub: DataOptions) -> None:
     """Stopped early by data.max_tokens: a Parquet stream left half-read would abort the interpreter
     on its way out.

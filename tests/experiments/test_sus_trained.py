@@ -109,6 +109,7 @@ def test_without_a_limit_it_is_the_exact_gradient(trained: Trained, mode: str) -
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_the_mean_over_masks_of_two_layers_is_the_exact_gradient(
     trained: Trained, mode: str
 ) -> None:
@@ -118,6 +119,7 @@ def test_the_mean_over_masks_of_two_layers_is_the_exact_gradient(
     assert 0.75 < float(z.square().mean().sqrt()) < 1.25  # many share their masks
 
 
+@pytest.mark.slow
 def test_delta_from_the_sample_is_biased_and_the_test_sees_it(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +131,7 @@ def test_delta_from_the_sample_is_biased_and_the_test_sees_it(
     assert float(z.square().mean().sqrt()) > 2
 
 
+@pytest.mark.slow
 def test_variance_of_every_attention_is_that_of_the_formula(trained: Trained) -> None:
     calls = attention_calls(trained.model, windows(trained, 1)[0])
     assert len(calls) == 2

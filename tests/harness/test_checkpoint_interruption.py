@@ -61,6 +61,7 @@ print(reported, interrupted, set_aside)
 """
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILL_LOOP, str(tmp_path / "checkpoints"), "40"],

@@ -198,6 +198,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_while_writing(tmp_path):
     path = tmp_path / "metrics.jsonl"
     moments = random.Random(0)

@@ -20,6 +20,7 @@ def test_a_finished_cell_is_skipped_within_two_seconds(data: Path, tmp_path: Pat
     assert time.perf_counter() - start < 2.0  # with the composition of its configuration
 
 
+@pytest.mark.slow
 def test_repeated_sweep_skips_continues_and_reports(data: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     cells = ["experiment=paper", "row=exact,r8", "optim.lr=0.01,1e20", "seed=1"]

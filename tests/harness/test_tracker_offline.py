@@ -141,6 +141,7 @@ def test_options_win_over_what_the_run_would_choose(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_process_and_one_of_them_continued(tmp_path, wandb_offline):
     """As in a multirun whose first job fails and is started again by the same command."""
     ends = []
@@ -192,6 +193,7 @@ print("done")
 
 
 @pytest.mark.parametrize("telemetry", [False, True])
+@pytest.mark.slow
 def test_offline_makes_no_attempt_to_reach_the_network(tmp_path, wandb_offline, telemetry):
     """All of wandb's traffic is sent to a proxy that only counts. With the telemetry left on, the
     count is not 0.
@@ -229,6 +231,7 @@ def test_offline_makes_no_attempt_to_reach_the_network(tmp_path, wandb_offline, 
     assert len(segments(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_online_without_a_key_says_what_to_do(tmp_path, wandb_offline):
     done = subprocess.run(
         [sys.executable, "-c", NETWORK, "online", str(tmp_path)],

@@ -124,6 +124,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(torch.equal(kept.state["model"][k], v) for k, v in good.state["model"].items())
 
 
+@pytest.mark.slow
 def test_a_divergent_learning_rate_fails_with_exit_code_1(data: Path, tmp_path: Path) -> None:
     done = run_command(
         command(data, "optim.lr=1e20", "method=exact", f"hydra.run.dir={tmp_path / 'run'}"),
@@ -135,6 +136,7 @@ def test_a_divergent_learning_rate_fails_with_exit_code_1(data: Path, tmp_path: 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_offline_mirror_holds_the_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = run_command(command(data, "tracker.mode=offline", f"hydra.run.dir={run}"), tmp_path)

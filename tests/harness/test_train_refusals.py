@@ -199,6 +199,7 @@ def test_a_damaged_run_folder_is_refused_by_the_name_of_the_file(
     assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_sweep_goes_on_after_a_failure_reports_it_and_skips_what_is_finished(
     data: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ def test_sweep_goes_on_after_a_failure_reports_it_and_skips_what_is_finished(
     assert "is finished" in again.stdout
 
 
+@pytest.mark.slow
 def test_disabled_tracker_needs_no_wandb_and_offline_says_what_to_do(
     data: Path, tmp_path: Path
 ) -> None:
@@ -245,6 +247,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_online_without_a_key_is_refused_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
     arguments = command(data, "tracker.mode=online", f"hydra.run.dir={tmp_path / 'run'}")
     done = run_command(
@@ -259,6 +262,7 @@ def test_online_without_a_key_is_refused_and_leaves_nothing(data: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_refused_run_never_removes_the_working_directory(data: Path, tmp_path: Path) -> None:
     done = run_command(command(data, "method.rank=0", "hydra.run.dir=."), tmp_path)
     assert done.returncode == 1

@@ -53,6 +53,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 
 @pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.slow
 def test_killed_and_resumed_equals_straight_to_the_last_bit(
     method: str, data: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_budget_divided_by_the_error_of_dw_is_kept_told_and_resumed(
     )  # weights are those of the seed
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["steps=700", "checkpoint.every=0", "eval.every=0", "log.every=10"]

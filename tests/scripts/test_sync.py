@@ -136,6 +136,7 @@ def test_a_bad_folder_is_reported_and_the_others_are_done(run_dir, tmp_path, cap
     assert len(segments(run_dir)) == 1
 
 
+@pytest.mark.slow
 def test_the_command_line(run_dir):
     done = subprocess.run(
         [sys.executable, "scripts/sync.py", str(run_dir), "--mode", "offline"],
