@@ -2,16 +2,17 @@
 
     python eval.py runs=runs/paper/50000
     python eval.py runs=[runs/a,runs/b] out=somewhere
-    python eval.py runs=runs/arena/2000                      # methods at equal bytes, ranked (scripts/arena.py runs them)
-    python eval.py runs=runs/arena/2000 times=step.csv       # the same, with step times of scripts/bench_step.py
-    python eval.py complexity=true out=runs/complexity       # Table 1, measured: needs no runs
+    python eval.py runs=runs/arena/2000                  # methods at equal bytes, ranked
+    python eval.py runs=runs/arena/2000 times=step.csv   # with step times of scripts/bench_step.py
+    python eval.py complexity=true out=runs/complexity   # Table 1, measured: needs no runs
 
-Takes folders; every run in or below them that finished (or diverged) is used, the others are named
-with the reason; of copies of a run the furthest that is sound. Runs that differ in their seed alone
-are averaged. Models are rebuilt from their checkpoints and their validation losses computed again.
-Writes report.md with tables, sentences and figures, the same as report.json, each table as .md and
-.csv, each figure as .png and .svg, into `out` (default: the first folder). What each number means
-stands in harness/report/.
+Every run in or below the given folders that finished or diverged is used. The others are named with
+the reason. Of several copies of a run the sound one with the most steps counts. Runs that differ in
+their seed alone are averaged. Models are rebuilt from their checkpoints, and their validation losses
+are computed again.
+Writes report.md with tables, sentences and figures, the same as report.json, each table as .csv,
+each figure as .svg, into `out` (default: the first folder). What each number means stands in
+report/ and in the folders of experiments/.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, ListConfig
 
 from experiments.paper import complexity
+from experiments.sections import studies
 from harness import command_line
 from report import write
 
@@ -52,9 +54,8 @@ def evaluate(values: DictConfig) -> None:
             Path(str(folder))
             for folder in (values.runs if isinstance(values.runs, ListConfig) else [values.runs])
         ]
-        report = write.gather(
-            folders, compare=values.arena, times=Path(str(values.times)) if values.times else None
-        )
+        times = Path(str(values.times)) if values.times else None
+        report = write.gather(folders, studies(compare=values.arena, times=times))
         for complaint in report.complaints:
             print(complaint, file=sys.stderr)
         for table in report.tables[:2]:

@@ -25,7 +25,7 @@ from bench import memory_plan as planning
 from data.tokenizers import GPT2Tokenizer
 from harness.config import Config, configuration
 from harness.memory import CATEGORIES, format_bytes
-from report.figures import SUFFIXES
+from report.figures import pyplot, save
 from report.tables import Column, Table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -119,97 +119,93 @@ def draw(
     lines: list[dict[str, Any]],
     peaks: dict[tuple[str, str], Callable[[int], int]],
     budgets: list[float],
-    stem: Path,
-) -> list[Path]:
+    path: Path,
+) -> Path:
     """Peak against context, a line per method and activations; with budgets, beside it the longest
     context that fits each.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "basis"  # equal figures are equal files
-    from matplotlib import pyplot as plt
-
-    panels = 2 if budgets else 1
-    figure, grid = plt.subplots(
-        1, panels, figsize=(7 if panels == 1 else 12.5, 5), layout="constrained", squeeze=False
-    )
-    axes = grid[0, 0]
-    kinds = list(dict.fromkeys(kind for _, kind in peaks))
-    methods = list(dict.fromkeys(method for method, _ in peaks))
-    ends = []
-    for (method, kind), peak in tqdm(peaks.items(), desc="lines", leave=False):
-        sizes = [peak(length) / 2**30 for length in FIGURE_CONTEXTS]
-        colour = f"C{methods.index(method)}"
-        style = ("-", "--", ":", "-.")[kinds.index(kind) % 4]
-        axes.loglog(FIGURE_CONTEXTS, sizes, linestyle=style, color=colour, linewidth=1.8)
-        ends.append((sizes[-1], f"{method}, {kind}  {sizes[-1]:.0f} GiB", colour))
-    lowest = 0.0
-    for size, label, colour in sorted(
-        ends
-    ):  # labels at the lines' ends, moved up where they would lie on each other
-        lowest = max(size, lowest * 1.13)
-        axes.text(FIGURE_CONTEXTS[-1] * 1.08, lowest, label, color=colour, va="center", fontsize=9)
-    for budget in budgets:
-        axes.axhline(budget, color="grey", linewidth=0.8)
-        axes.text(
-            FIGURE_CONTEXTS[0],
-            budget * 1.02,
-            f"{budget:g} GiB",
-            color="grey",
-            va="bottom",
-            fontsize=9,
+    with pyplot() as plt:
+        panels = 2 if budgets else 1
+        figure, grid = plt.subplots(
+            1, panels, figsize=(7 if panels == 1 else 12.5, 5), layout="constrained", squeeze=False
         )
-    axes.set_xlim(
-        FIGURE_CONTEXTS[0] * 0.9, FIGURE_CONTEXTS[-1] * (9 if budgets else 5)
-    )  # room for the labels
-    axes.set_xlabel("context (tokens)")
-    axes.set_ylabel("peak of a step (GiB)")
-    axes.set_xticks(
-        FIGURE_CONTEXTS, [f"{length // 1024}k" for length in FIGURE_CONTEXTS], minor=False
-    )
-    axes.minorticks_off()
-    powers = [2**i for i in range(11) if axes.get_ylim()[0] <= 2**i <= axes.get_ylim()[1]]
-    axes.set_yticks(powers, [str(power) for power in powers])
-    axes.grid(alpha=0.3)
-    if budgets:
-        bars = grid[0, 1]
-        names = [f"{line['method']}, {line['kind']}" for line in lines]
-        height = 0.8 / len(budgets)
-        for number, budget in enumerate(budgets):
-            lengths = [line[f"context_{budget:g}"] for line in lines]
-            places = [i + (number - (len(budgets) - 1) / 2) * height for i in range(len(lines))]
-            colours = [f"C{methods.index(line['method'])}" for line in lines]
-            bars.barh(
-                places,
-                lengths,
-                height * 0.92,
-                color=colours,
-                alpha=0.45 + 0.5 * number / max(len(budgets) - 1, 1),
+        axes = grid[0, 0]
+        kinds = list(dict.fromkeys(kind for _, kind in peaks))
+        methods = list(dict.fromkeys(method for method, _ in peaks))
+        ends = []
+        for (method, kind), peak in tqdm(peaks.items(), desc="lines", leave=False):
+            sizes = [peak(length) / 2**30 for length in FIGURE_CONTEXTS]
+            colour = f"C{methods.index(method)}"
+            style = ("-", "--", ":", "-.")[kinds.index(kind) % 4]
+            axes.loglog(FIGURE_CONTEXTS, sizes, linestyle=style, color=colour, linewidth=1.8)
+            ends.append((sizes[-1], f"{method}, {kind}  {sizes[-1]:.0f} GiB", colour))
+        lowest = 0.0
+        for size, label, colour in sorted(
+            ends
+        ):  # labels at the lines' ends, moved up where they would lie on each other
+            lowest = max(size, lowest * 1.13)
+            axes.text(
+                FIGURE_CONTEXTS[-1] * 1.08, lowest, label, color=colour, va="center", fontsize=9
             )
-            for place, length in zip(places, lengths, strict=True):
-                bars.text(
-                    max(length, 1),
-                    place,
-                    f"  {length:,} in {budget:g} GiB",
-                    va="center",
-                    fontsize=9,
-                )
-        bars.set_yticks(range(len(names)), names)
-        bars.invert_yaxis()
-        bars.set_xlim(
-            0,
-            1.4 * max(max(line[f"context_{budget:g}"] for line in lines) for budget in budgets) + 1,
+        for budget in budgets:
+            axes.axhline(budget, color="grey", linewidth=0.8)
+            axes.text(
+                FIGURE_CONTEXTS[0],
+                budget * 1.02,
+                f"{budget:g} GiB",
+                color="grey",
+                va="bottom",
+                fontsize=9,
+            )
+        axes.set_xlim(
+            FIGURE_CONTEXTS[0] * 0.9, FIGURE_CONTEXTS[-1] * (9 if budgets else 5)
+        )  # room for the labels
+        axes.set_xlabel("context (tokens)")
+        axes.set_ylabel("peak of a step (GiB)")
+        axes.set_xticks(
+            FIGURE_CONTEXTS, [f"{length // 1024}k" for length in FIGURE_CONTEXTS], minor=False
         )
-        bars.set_xlabel("longest context that fits (tokens)")
-        bars.xaxis.set_major_formatter("{x:,.0f}")
-        bars.locator_params(axis="x", nbins=5)
-        bars.spines[["top", "right"]].set_visible(False)
-    paths = [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
-    for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
-    return paths
+        axes.minorticks_off()
+        powers = [2**i for i in range(11) if axes.get_ylim()[0] <= 2**i <= axes.get_ylim()[1]]
+        axes.set_yticks(powers, [str(power) for power in powers])
+        axes.grid(alpha=0.3)
+        if budgets:
+            bars = grid[0, 1]
+            names = [f"{line['method']}, {line['kind']}" for line in lines]
+            height = 0.8 / len(budgets)
+            for number, budget in enumerate(budgets):
+                lengths = [line[f"context_{budget:g}"] for line in lines]
+                places = [i + (number - (len(budgets) - 1) / 2) * height for i in range(len(lines))]
+                colours = [f"C{methods.index(line['method'])}" for line in lines]
+                bars.barh(
+                    places,
+                    lengths,
+                    height * 0.92,
+                    color=colours,
+                    alpha=0.45 + 0.5 * number / max(len(budgets) - 1, 1),
+                )
+                for place, length in zip(places, lengths, strict=True):
+                    bars.text(
+                        max(length, 1),
+                        place,
+                        f"  {length:,} in {budget:g} GiB",
+                        va="center",
+                        fontsize=9,
+                    )
+            bars.set_yticks(range(len(names)), names)
+            bars.invert_yaxis()
+            bars.set_xlim(
+                0,
+                1.4 * max(max(line[f"context_{budget:g}"] for line in lines) for budget in budgets)
+                + 1,
+            )
+            bars.set_xlabel("longest context that fits (tokens)")
+            bars.xaxis.set_major_formatter("{x:,.0f}")
+            bars.locator_params(axis="x", nbins=5)
+            bars.spines[["top", "right"]].set_visible(False)
+        save(figure, path)
+        plt.close(figure)
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--figure",
         type=Path,
-        help="also draw bytes against context, to this path with .png and .svg",
+        help="also draw bytes against context, to this path with .svg",
     )
     options = parser.parse_intermixed_args(argv)
     if any(budget <= 0 for budget in options.memory):
@@ -263,6 +259,5 @@ def main(argv: list[str] | None = None) -> int:
     if options.csv:
         result.write(options.csv)
     if options.figure:
-        options.figure.parent.mkdir(parents=True, exist_ok=True)
-        print("Written:", *draw(lines, peaks, options.memory, options.figure))
+        print("Written:", draw(lines, peaks, options.memory, options.figure.with_suffix(".svg")))
     return 0

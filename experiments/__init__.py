@@ -8,5 +8,5 @@ monitor/          whether the monitor's readings are right
 rate_distortion/  how near each method's code comes to the bound of information theory
 
 A study reads runs through report/ and trains through harness/. No study imports another one, and
-nothing below imports a study: eval.py hands their sections to the report.
+nothing below imports a study: sections.py lists what eval.py hands to the report.
 """

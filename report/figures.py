@@ -1,99 +1,260 @@
-"""Figures of groups of runs, as PNG and SVG. matplotlib is drawn without a display and imported
-when asked for.
+"""Figures as values: panels of lines that report.json keeps, drawn as SVG by one function.
+
+A figure holds the very numbers that it shows, rounded to six digits. So it can be drawn again from
+report.json alone, and a study makes one without importing matplotlib, which is imported when a
+figure is drawn. Text in the SVG stays text, which keeps the file small.
+
+`canvas` is for a study that draws with matplotlib itself.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from report.results import Group, differing_options, setting
+from harness.files import write_atomic
+from report.results import Group
 from report.statistics import Estimate, estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from experiments.arena.standings import Standing
 
-SUFFIXES = ("png", "svg")
+@dataclass(frozen=True)
+class Line:
+    """Points (x, y) that are joined by a line, marked, or both.
+
+    label: in the legend; without one the line is not in it. half: half the width of the interval at
+    each point, None where there is none; shown as a band, or as bars where the points have markers.
+    color: a name of matplotlib, or "viridis:0.3" and "tab20:4", a place in a colour map.
+    texts: written next to each point. ends_with: the marker of the last point alone.
+    """
+
+    x: list[float]
+    y: list[float]
+    label: str | None = None
+    half: list[float | None] | None = None
+    color: str = "black"
+    style: str = "-"
+    width: float = 1.6
+    marker: str = ""
+    texts: list[str] | None = None
+    ends_with: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. limits: of y; without them all lines are shown. legend: its own, below it."""
+
+    xlabel: str
+    ylabel: str
+    lines: list[Line]
+    title: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    limits: tuple[float, float] | None = None
+    legend: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """name: of its file; panels: row by row. legend: how many columns the legend of the whole figure
+    has, which lists the lines of the first panel; 0: none.
+    """
+
+    name: str
+    title: str
+    panels: list[Panel]
+    rows: int = 1
+    legend: int = 0
+
+    def shows_something(self) -> bool:
+        """Whether there is a point in it."""
+        return any(line.x for panel in self.panels for line in panel.lines)
+
+    def json(self) -> dict[str, Any]:
+        """The figure as report.json keeps it."""
+        rounded: dict[str, Any] = _rounded(asdict(self))
+        return rounded
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Figure:
+        """The inverse of json()."""
+        panels = [
+            Panel(
+                **panel
+                | {
+                    "lines": [Line(**line) for line in panel["lines"]],
+                    "limits": tuple(panel["limits"]) if panel["limits"] else None,
+                }
+            )
+            for panel in values["panels"]
+        ]
+        return cls(**{**values, "panels": panels})
+
+    def draw(self, folder: Path) -> Path:
+        """Write <name>.svg into `folder` and return its path. Equal figures are equal files."""
+        shown = Figure.from_json(self.json())  # what is drawn is what is kept
+        entries = sum(line.label is not None for panel in self.panels for line in panel.lines)
+        per_row = len(self.panels) // self.rows
+        path = folder / f"{self.name}.svg"
+        with canvas(path, per_row, entries, lines=self.rows) as (figure, axes):
+            for axis, panel in zip(axes, shown.panels, strict=True):
+                _draw_panel(axis, panel)
+            if self.legend:
+                handles, labels = axes[0].get_legend_handles_labels()
+                figure.legend(
+                    handles, labels, loc="outside lower center", ncols=self.legend, frameon=False
+                )
+        return path
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits, in nested lists and dicts; NaN and infinity as None, as JSON wants it."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager
-def canvas(
-    stem: Path, panels: int, legend_rows: int, lines: int = 1
-) -> Iterator[tuple[Any, Sequence[Axes]]]:
-    """A figure of `lines` times `panels` axes, line by line, saved as stem.png and stem.svg at the
-    end.
+def pyplot() -> Iterator[Any]:
+    """matplotlib.pyplot without a display, set so that `save` writes small, reproducible SVGs.
+
+    Ids come from a fixed salt, so equal figures are equal files. Text stays text: glyphs drawn as
+    paths would be most of a file.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "basis"  # equal figures are equal files
     from matplotlib import pyplot as plt
 
+    with matplotlib.rc_context({"svg.hashsalt": "basis", "svg.fonttype": "none"}):
+        yield plt
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure of `pyplot` to `path`, an SVG, and return it; the folder is made.
+
+    No date is written, and coordinates have two decimals: a hundredth of a point can't be seen.
+    """
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, compact(text.getvalue()))
+    return path
+
+
+def compact(svg: str) -> str:
+    """An SVG of matplotlib with coordinates to two decimals and without blanks at line ends."""
+    shorter = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)
+    return re.sub(r"[ \t]+$", "", shorter, flags=re.MULTILINE)
+
+
+@contextmanager
+def canvas(
+    path: Path, panels: int, legend_rows: int, lines: int = 1
+) -> Iterator[tuple[Any, Sequence[Axes]]]:
+    """A figure of `lines` times `panels` axes, row by row; at the end it is saved to `path`."""
     size = (
         7.0 if panels == 1 else 4.6 * panels,
         4.2 + 0.22 * legend_rows if lines == 1 else 3.6 * lines,
     )
-    figure, axes = plt.subplots(lines, panels, figsize=size, layout="constrained", squeeze=False)
-    yield figure, list(axes.flatten())
-    for suffix in SUFFIXES:
-        metadata = {"Date": None} if suffix == "svg" else None
-        figure.savefig(stem.with_suffix(f".{suffix}"), dpi=150, metadata=metadata)
-    plt.close(figure)
+    with pyplot() as plt:
+        figure, axes = plt.subplots(
+            lines, panels, figsize=size, layout="constrained", squeeze=False
+        )
+        yield figure, list(axes.flatten())
+        save(figure, path)
+        plt.close(figure)
 
 
-def _styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Colours in the order of the groups, exact in black and dashed."""
+def _color(name: str) -> Any:
+    """A colour that matplotlib takes, from what Line.color says."""
     import matplotlib
 
-    colours = matplotlib.colormaps["viridis"]
-    sketched = [group for group in groups if group.method != "exact"]
-    styles = []
-    for group in groups:
-        exact = group.method == "exact"
-        colour = (
-            "black" if exact else colours(0.9 * sketched.index(group) / max(len(sketched) - 1, 1))
+    colormap, _, place = name.partition(":")
+    if not place:
+        return name
+    chosen = matplotlib.colormaps[colormap]
+    return chosen(int(place)) if colormap == "tab20" else chosen(float(place))
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    for line in panel.lines:
+        style: dict[str, Any] = {"color": _color(line.color), "linewidth": line.width}
+        label = line.label if line.label is not None else "_nolegend_"
+        # A point without an interval has a bar, or a band, of width 0.
+        half = [value or 0.0 for value in line.half] if line.half else None
+        if line.marker:
+            axes.errorbar(
+                line.x,
+                line.y,
+                half,
+                linestyle=line.style or "none",
+                marker=line.marker,
+                markersize=4,
+                label=label,
+                **style,
+            )
+        else:
+            axes.plot(line.x, line.y, linestyle=line.style, label=label, **style)
+            if half:
+                low = [y - h for y, h in zip(line.y, half, strict=True)]
+                high = [y + h for y, h in zip(line.y, half, strict=True)]
+                axes.fill_between(line.x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        if line.ends_with and line.x:
+            axes.plot(
+                line.x[-1], line.y[-1], marker=line.ends_with, markersize=9, color=style["color"]
+            )
+        for text, x, y in zip(line.texts or [], line.x, line.y, strict=False):
+            axes.annotate(text, (x, y), (4, 3), textcoords="offset points", fontsize=7)
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
+    if panel.limits:
+        axes.set_ylim(*panel.limits)
+    axes.set_xlabel(panel.xlabel)
+    axes.set_ylabel(panel.ylabel)
+    axes.set_title(panel.title, fontsize="small")
+    axes.grid(alpha=0.3)
+    if panel.legend:
+        axes.legend(
+            fontsize="x-small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16)
         )
-        styles.append({"color": colour, "linestyle": "--" if exact else "-"})
-    return styles
 
 
-def _legend(figure: Any, groups: Sequence[Group]) -> None:
-    columns = 3 if max(len(group.label) for group in groups) <= 24 else 1
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+def colors(groups: Sequence[Group]) -> list[str]:
+    """A colour for each group in their order, black for exact."""
+    sketched = [group for group in groups if group.method != "exact"]
+    last = max(len(sketched) - 1, 1)
+    return [
+        "black" if group.method == "exact" else f"viridis:{0.9 * sketched.index(group) / last:.4g}"
+        for group in groups
+    ]
 
 
-def _label(group: Group) -> str:
+def columns(labels: Iterable[str]) -> int:
+    """How many columns a legend with these labels has."""
+    return 3 if max(map(len, labels), default=0) <= 24 else 1
+
+
+def seeds_label(group: Group) -> str:
+    """The group's label with its number of seeds, for a legend."""
     return f"{group.label} ({len(group.runs)} seed{'s' if len(group.runs) > 1 else ''})"
 
 
-def _draw(
-    axes: Axes, group: Group, metric: str, style: dict[str, Any], label: str | None = None
-) -> list[float]:
-    """Mean curve of a metric with a 95% band where there are seeds, a cross where a run diverged;
-    returns the means.
-    """
-    steps, values = mean_curve(group, metric)
-    means = [value.mean for value in values]
-    axes.plot(steps, means, linewidth=1.6, label=label or _label(group), **style)
-    if len(group.runs) > 1:
-        low, high = ([value.low for value in values], [value.high for value in values])
-        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
-    if group.diverged and steps:
-        axes.plot(steps[-1], means[-1], marker="x", markersize=9, color=style["color"])
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.3)
-    return means
-
-
 def mean_curve(group: Group, metric: str) -> tuple[list[int], list[Estimate]]:
-    """Steps at which all runs of the group logged a finite `metric`, and mean and interval there:
-    to the first divergence.
+    """The steps at which all runs of the group logged a finite `metric`, and the mean and interval
+    at each: the curve ends where the first run diverged.
     """
     curves = [
         {
@@ -107,185 +268,37 @@ def mean_curve(group: Group, metric: str) -> tuple[list[int], list[Estimate]]:
     return steps, [estimate([curve[step] for curve in curves]) for step in steps]
 
 
-def validation_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
+def mean_line(group: Group, metric: str, color: str, label: str | None) -> Line:
+    """The mean of a metric over the seeds with a 95% band, and a cross where a run diverged."""
+    steps, values = mean_curve(group, metric)
+    return Line(
+        [float(step) for step in steps],
+        [value.mean for value in values],
+        label,
+        half=[value.half_width for value in values] if len(group.runs) > 1 else None,
+        color=color,
+        style="--" if group.method == "exact" else "-",
+        ends_with="x" if group.diverged else "",
+    )
+
+
+def validation_curves(groups: Sequence[Group]) -> Figure:
     """Figure 1 of the paper: validation loss (nats per token) against steps, a line per group, a
     95% band over seeds.
 
-    The loss of the untrained model is cut off, since all that is to be seen lies below. Returns the
-    paths written.
+    The loss of the untrained model is cut off: everything of interest lies far below it.
     """
-    with canvas(stem, 1, len(groups)) as (figure, (axes,)):
-        top, bottom = 0.0, math.inf
-        for group, style in zip(groups, _styles(groups), strict=True):
-            means = _draw(axes, group, "val/loss", style)
-            later = means[max(1, len(means) // 25) :]
-            if later:
-                top, bottom = max(top, later[0]), min(bottom, *later)
-        if math.isfinite(bottom) and top > bottom:
-            axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
-        axes.set_ylabel("validation loss (nats per token)")
-        _legend(figure, groups)
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
-
-
-def stability_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
-    """Validation loss (first line) and norm of the momentum (second) against steps, a column per
-    setting, such as a rate.
-    """
-    columns: dict[str, list[Group]] = {}
-    for group in groups:
-        columns.setdefault(setting(group.runs[0]), []).append(group)
-    titles = differing_options([members[0].runs[0] for members in columns.values()])
-    with canvas(stem, len(columns), len(groups), lines=2) as (_, axes):
-        for column, (members, title) in enumerate(zip(columns.values(), titles, strict=True)):
-            losses, norms = axes[column], axes[len(columns) + column]
-            highest, lowest = 0.0, math.inf
-            for group, style in zip(members, _styles(members), strict=True):
-                means = _draw(losses, group, "val/loss", style)
-                highest, lowest = max([highest, *means[:1]]), min([lowest, *means])
-                norms.plot([], [], label=_label(group).replace(f" {title}", ""), **style)
-                _draw(norms, group, "momentum_norm", style, label="_nolegend_")
-            if highest:
-                losses.set_ylim(
-                    0.95 * lowest, 1.1 * highest
-                )  # a loss that runs away leaves the picture
-            losses.set_title(title, fontsize="small")
-            norms.set_yscale("log")
-            norms.legend(
-                fontsize="x-small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16)
-            )
-        axes[0].set_ylabel("validation loss (nats per token)")
-        axes[len(columns)].set_ylabel("2-norm of the momentum")
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
-
-
-def quality_curves(groups: Sequence[Group], stem: Path) -> list[Path]:
-    """Cosine and norm ratio of sketched to exact dW against steps; nothing is drawn if no run
-    looked at them.
-    """
-    shown = [group for group in groups if mean_curve(group, "sketch/all/cosine")[0]]
-    if not shown:
-        return []
-    with canvas(stem, 2, len(shown)) as (figure, axes):
-        for group, style in zip(shown, _styles(shown), strict=True):
-            _draw(axes[0], group, "sketch/all/cosine", style)
-            _draw(axes[1], group, "sketch/all/norm_ratio", style)
-        axes[0].set_ylabel("cosine of sketched to exact dW")
-        axes[1].set_ylabel("norm of sketched / exact dW")
-        axes[1].set_yscale("log")
-        _legend(figure, shown)
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
-
-
-def arena_costs(standings: Sequence[Standing], stem: Path) -> list[Path]:
-    """Final loss against four costs: bytes of dense layers, all bytes, time of a step, time of the
-    training.
-
-    Bars: 95% intervals over seeds. The line joins the front, those that nothing beats in both. What
-    keeps nothing has no place on a logarithmic axis of bytes and is drawn at its left edge.
-    """
-    if len(standings) < 2:
-        return []
-    costs: list[tuple[str, Callable[[Standing], float | None]]] = [
-        (
-            "kept by dense layers and state (bytes)",
-            lambda s: None if s.dense is None else s.dense + s.state,
-        ),
-        ("kept in all and state (bytes)", lambda s: s.kept + s.state),
-        ("median time of a step (ms)", lambda s: None if s.step is None else 1000 * s.step),
-        ("training (s)", lambda s: s.seconds),
+    lines = [
+        mean_line(group, "val/loss", color, seeds_label(group))
+        for group, color in zip(groups, colors(groups), strict=True)
     ]
-    return _scatter(standings, costs, stem, lines=2, joined=True)
-
-
-def arena_quality(standings: Sequence[Standing], stem: Path) -> list[Path]:
-    """Final loss against relative error and cosine of dW; nothing is drawn if no run looked at
-    them.
-    """
-    shown = [s for s in standings if s.quality]
-    if len(shown) < 2:
-        return []
-    costs: list[tuple[str, Callable[[Standing], float | None]]] = [
-        ("relative error of dW", lambda s: s.quality.get("relative_error")),
-        ("cosine of estimated to exact dW", lambda s: s.quality.get("cosine")),
-    ]
-    return _scatter(shown, costs, stem, lines=1, joined=False)
-
-
-def _scatter(
-    standings: Sequence[Standing],
-    costs: Sequence[tuple[str, Callable[[Standing], float | None]]],
-    stem: Path,
-    *,
-    lines: int,
-    joined: bool,
-) -> list[Path]:
-    """A panel per cost: a colour per method, a number per contender, which the legend explains; the
-    worst losses are cut off.
-    """
-    import matplotlib
-
-    colours = matplotlib.colormaps["tab20"]
-    ended = [s for s in standings if s.loss is not None]
-    methods = sorted({s.group.method for s in ended if s.group.method != "exact"})
-    means = sorted(s.loss.mean for s in ended if s.loss is not None)
-    top = means[0] + 3.0 * (means[(3 * len(means)) // 4] - means[0]) if means else 0.0
-    with canvas(stem, len(costs) // lines, len(ended) // 2, lines=lines) as (figure, axes):
-        for panel, (title, cost) in zip(axes, costs, strict=True):
-            points = [(cost(s), s) for s in ended]
-            positive = [c for c, _ in points if c]
-            edge = min(positive) / 2 if positive else 1.0
-            for number, (c, s) in enumerate(points, start=1):
-                assert s.loss is not None
-                if c is None:
-                    continue
-                exact = s.group.method == "exact"
-                colour = "black" if exact else colours(methods.index(s.group.method) % 20)
-                look: dict[str, Any] = {
-                    "color": colour,
-                    "marker": "s" if exact else "o",
-                    "markersize": 4,
-                    "linewidth": 1,
-                }
-                panel.errorbar(max(c, edge), s.loss.mean, s.loss.half_width, **look)
-                panel.annotate(
-                    str(number),
-                    (max(c, edge), s.loss.mean),
-                    (4, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
-            if joined:
-                best, lowest = list[tuple[float, float]](), math.inf
-                for c, loss in sorted(
-                    (c, s.loss.mean) for c, s in points if c is not None and s.loss is not None
-                ):
-                    if loss < lowest:
-                        best, lowest = [*best, (max(c, edge), loss)], loss
-                panel.plot(*zip(*best, strict=True), color="grey", linewidth=0.8, zorder=0)
-            if positive and max(positive) > 5 * min(positive):
-                panel.set_xscale("log")
-            if means and top > means[0] and means[-1] > top:
-                panel.set_ylim(means[0] - 0.1 * (top - means[0]), top)
-            panel.set_xlabel(title)
-            panel.set_ylabel("final validation loss (nats per token)")
-            panel.grid(alpha=0.3)
-        from matplotlib.lines import Line2D
-
-        handles = [
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker="s" if s.group.method == "exact" else "o",
-                color="black"
-                if s.group.method == "exact"
-                else colours(methods.index(s.group.method) % 20),
-                label=f"{number} {s.label}",
-            )
-            for number, s in enumerate(ended, start=1)
-        ]
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
-        )
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
+    later = [line.y[max(1, len(line.y) // 25) :] for line in lines]
+    top = max((ys[0] for ys in later if ys), default=0.0)
+    bottom = min((y for ys in later for y in ys), default=math.inf)
+    limits = None
+    if top > bottom:
+        limits = (bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
+    panel = Panel("step", "validation loss (nats per token)", lines, limits=limits)
+    return Figure(
+        "validation_loss", "Validation loss", [panel], legend=columns(g.label for g in groups)
+    )

@@ -16,8 +16,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from basis.estimators import ESTIMATORS
-from experiments.paper.published import TABLE_3, TEXT, published_row
 from harness.memory import format_bytes
+from report.published import Published
 from report.recompute import Losses
 from report.results import Group, RunResult, setting
 from report.statistics import Estimate, estimate
@@ -54,12 +54,20 @@ def compression(group: Group) -> float | None:
     return float(rows / min(group.rank, rows))
 
 
+def _known(values: Sequence[float | None]) -> Estimate | None:
+    """Their mean and interval; None if one of them is not known."""
+    known = [value for value in values if value is not None]
+    return estimate(known) if len(known) == len(values) else None
+
+
 def _bytes(size: float) -> str | None:
     return format_bytes(size) if math.isfinite(size) else None
 
 
-def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
-    """A row per group. The paper's columns are filled where the group repeats a row of its Table 3."""
+def final_losses(
+    groups: Sequence[Group], recomputed: Recomputed, published: Published | None = None
+) -> Table:
+    """A row per group. The paper's columns are filled where a group repeats a published run."""
     rows = []
     for group in groups:
         ended = [run for run in group.runs if not run.diverged]
@@ -68,7 +76,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         milliseconds = [
             1000 * value for run in group.runs for value in run.series("step_seconds")[1]
         ]
-        published = published_row(group)
+        paper = published.losses(group) if published else None
         row = {
             "method": group.label,
             "options": group.options,
@@ -76,8 +84,8 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
             "diverged": len(group.diverged) or None,
             "steps": first.options["steps"],
             "compression": compression(group),
-            "paper_train": published and published.train_loss,
-            "paper_val": published and published.val_loss,
+            "paper_train": paper and paper.train_loss,
+            "paper_val": paper and paper.val_loss,
             "kept_dense": _bytes(sum(first.last(name) for name in dense)),
             "kept_all": _bytes(first.last("mem/saved_bytes")),
             "state": _bytes(first.last("mem/estimator_bytes"))
@@ -91,7 +99,7 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
                 "train": estimate([late_train_loss(run) for run in ended]),
                 "train_last": estimate([run.last("train/loss_last_step") for run in ended]),
                 "val": estimate([recomputed[run.id].held_out for run in ended]),
-                "val_as_published": estimate([recomputed[run.id].as_published for run in ended]),
+                "val_as_published": _known([recomputed[run.id].as_published for run in ended]),
             }
         rows.append(row)
     columns = {
@@ -113,10 +121,10 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         "step_time": Column("step, ms", digits=1),
         "runs": Column("run ids"),
     }
+    where = f"on held-out text, and {published.validates}" if published else "on held-out text"
     notes = [
         "Losses in nats per token. Validation losses are computed again from the last checkpoint: "
-        "on held-out text, and as the published code validates, on 30 windows of text that is also "
-        "training text. Kept: bytes held for backward by one micro-batch; the head is not among "
+        f"{where}. Kept: bytes held for backward by one micro-batch; the head is not among "
         "the dense layers there, since it forms its gradient with the loss and keeps no input, "
         "whatever the method. Step time: median over the log, on a machine that may have done "
         "other work beside."
@@ -139,11 +147,8 @@ def final_losses(groups: Sequence[Group], recomputed: Recomputed) -> Table:
             "of them is both columns together, kept by dense layers and state; a budget counts "
             "both."
         )
-    if any(row["paper_val"] for row in rows):
-        notes.append(
-            f"The paper's columns: {TEXT}; its train loss is of the last step, its validation text "
-            "is also training text."
-        )
+    if published and any(row["paper_val"] for row in rows):
+        notes.append(published.note)
     if any(group.options for group in groups):
         unnamed = f" (where they are not named: {groups[0].usual})" if groups[0].usual else ""
         notes.append(
@@ -179,7 +184,9 @@ def exact_partner(group: Group, groups: Sequence[Group]) -> Group | None:
     )
 
 
-def differences(groups: Sequence[Group], recomputed: Recomputed) -> Table:
+def differences(
+    groups: Sequence[Group], recomputed: Recomputed, published: Published | None = None
+) -> Table:
     """A row per group that has exact partners."""
     rows = []
     for group in groups:
@@ -190,7 +197,7 @@ def differences(groups: Sequence[Group], recomputed: Recomputed) -> Table:
         if val is None:
             continue
         train = paired(group, exact, late_train_loss)
-        published = published_row(group)
+        paper = published.losses(group) if published else None
         rows.append(
             {
                 "method": group.label,
@@ -199,7 +206,7 @@ def differences(groups: Sequence[Group], recomputed: Recomputed) -> Table:
                 "val_p": val.p,
                 "train": train,
                 "train_p": train and train.p,
-                "paper": published and published.val_loss - TABLE_3[None].val_loss,
+                "paper": paper.val_loss - published.exact.val_loss if paper and published else None,
                 "runs": [run.id for run in group.runs],
             }
         )

@@ -6,10 +6,8 @@ run's data options. Two losses, in nats per token:
 
 - *held out*: the very windows that the run was evaluated on. Text the run never trained on (for
   Shakespeare, whole works). It must equal the logged loss; a difference above 1e-6 is reported.
-- *as published*: 30 windows of text that is **also training text**. The published code validates on
-  the beginning of its training stream, and each evaluation reads the next 30 windows: the k-th (k =
-  steps / 1,000) reads windows 30 (k - 1) to 30 k - 1. Such a loss is of text already seen, and two
-  evaluations are of different text.
+- *as published*: the windows on which a publication validates, if a study hands one in
+  (report/published.py).
 """
 
 from __future__ import annotations
@@ -22,16 +20,16 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from data import Sampler, validation_windows
+from data import validation_windows
 from data.options import DataOptions
 from data.prepare import Prepared, prepare
-from experiments.paper.published import EVALUATION_EVERY, EVALUATION_WINDOWS
 from harness.checkpoint import CheckpointError, Checkpoints
 from harness.device import resolve
 from harness.run import validation_loss
 from harness.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, known_options
 from harness.trained import plain_weights
 from models import GPT, GPTConfig
+from report.published import Published
 from report.results import RunResult, copies, loss_options
 
 TOLERANCE = 1e-6
@@ -39,12 +37,12 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats per token, of the weights in the last checkpoint. logged: what the run itself found on
-    the held-out windows.
+    """Nats per token, of the weights in the last checkpoint. as_published: None without a
+    publication. logged: what the run itself found on the held-out windows.
     """
 
     held_out: float
-    as_published: float
+    as_published: float | None
     logged: float
 
     @property
@@ -54,7 +52,7 @@ class Losses:
 
 
 def usable(
-    found: Sequence[RunResult], progress: bool = True
+    found: Sequence[RunResult], progress: bool = True, published: Published | None = None
 ) -> tuple[list[RunResult], dict[str, Losses], list[str]]:
     """Runs that count, their losses by id, and one sentence for each that is left out or whose loss
     is not the logged one.
@@ -83,7 +81,7 @@ def usable(
                 continue
             if not run.diverged and not run.tuning:
                 try:
-                    losses[run.id] = recompute(run)
+                    losses[run.id] = recompute(run, published)
                 except ValueError as error:
                     complaints.append(f"{run.folder} is left out: {error}")
                     continue
@@ -99,22 +97,23 @@ def usable(
     return runs, losses, complaints
 
 
-def recompute(run: RunResult) -> Losses:
-    """Rebuild the model of a finished run and compute its losses again.
+def recompute(run: RunResult, published: Published | None = None) -> Losses:
+    """Rebuild the model of a finished run and compute its losses again, also as `published`
+    validates.
 
     Raises ValueError, in words, if there is no sound checkpoint of the run's last step, if it is of
     other options than the run's, if its text can't be had any more, or if the checkpoint is of a
     version that this one can't read.
     """
     try:
-        return _recompute(run)
+        return _recompute(run, published)
     except (CheckpointError, OSError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
             f"its losses can't be computed again: {type(error).__name__}: {error}"
         ) from error
 
 
-def _recompute(run: RunResult) -> Losses:
+def _recompute(run: RunResult, published: Published | None) -> Losses:
     loaded = Checkpoints(run.folder / CHECKPOINT_FOLDER).load_latest()
     if loaded is None:
         raise ValueError(
@@ -162,25 +161,22 @@ def _recompute(run: RunResult) -> Losses:
     )
     model.to(runtime.device)
     forward = torch.compile(model) if runtime.compile else model
-    already_seen = Sampler(
-        prepared.train,
-        block_size=model_config.block_size,
-        batch_size=EVALUATION_WINDOWS,
-        order="paper",
-        seed=0,
-    ).batch(max(loaded.step // EVALUATION_EVERY, 1) - 1)
-    # No more windows at once than the run's own evaluation takes: equal parts, so that the mean of
-    # their means is the mean.
-    parts = next(
-        n
-        for n in range(1, EVALUATION_WINDOWS + 1)
-        if n * config["eval"]["batch_size"] >= EVALUATION_WINDOWS
-    )
-    parts = next(n for n in range(parts, EVALUATION_WINDOWS + 1) if EVALUATION_WINDOWS % n == 0)
-    inputs, targets = (half.chunk(parts) for half in already_seen)
+    as_published = None
+    if published is not None:
+        inputs, targets = published.batch(prepared.train, model_config.block_size, loaded.step)
+        # No more windows at once than the run's own evaluation takes, in parts of equal size, so
+        # that the mean of their means is the mean.
+        count = len(inputs)
+        parts = next(
+            parts
+            for parts in range(-(-count // config["eval"]["batch_size"]), count + 1)
+            if count % parts == 0
+        )
+        batches = zip(inputs.chunk(parts), targets.chunk(parts), strict=True)
+        as_published = validation_loss(model, batches, runtime, forward)
     return Losses(
         held_out=validation_loss(model, held_out, runtime, forward),
-        as_published=validation_loss(model, zip(inputs, targets, strict=True), runtime, forward),
+        as_published=as_published,
         logged=run.last("val/loss"),
     )
 

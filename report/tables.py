@@ -1,5 +1,6 @@
-"""A table that is written three times: Markdown for people, CSV and JSON with the unrounded numbers
-for programs.
+"""A table in three forms: Markdown for people, CSV and JSON with unrounded numbers for programs.
+
+The JSON form is complete: a table can be made from it again.
 """
 
 from __future__ import annotations
@@ -7,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from report.statistics import Estimate, p_text
 
 @dataclass(frozen=True)
 class Column:
-    """A heading with its unit, and how its values are shown. digits: after the point; sign: a plus
-    too; p: as a p-value.
+    """A heading with its unit, and how its values are shown.
 
-    data: for programs only, in CSV and JSON.
+    digits: after the decimal point. sign: positive numbers have a plus. p: shown as a p-value.
+    data: left out of Markdown, so for programs only.
     """
 
     heading: str
@@ -46,8 +48,8 @@ class Column:
 
 @dataclass
 class Table:
-    """name: of its files; columns by key; rows hold raw values under those keys; notes are printed
-    below it.
+    """name: of its files. columns: by key, in order. rows: raw values under the keys of columns; a
+    key that a row lacks is an empty cell. notes: sentences printed below the table.
     """
 
     name: str
@@ -107,23 +109,35 @@ class Table:
         return text.getvalue()
 
     def write(self, path: Path) -> None:
-        """`path`, which ends with .csv, and the Markdown beside it; their folder is made."""
+        """Write `path`, a .csv, and next to it the same as Markdown; the folder is made."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, self.csv())
         write_atomic(path.with_suffix(".md"), self.markdown())
 
     def json(self) -> dict[str, Any]:
-        """Raw values, for a program to read; what is no finite number is null or a word, as JSON
-        wants it.
-        """
+        """Raw values and how they are shown. NaN becomes null, infinity a word, as JSON wants it."""
         rows = [{key: _plain(row.get(key)) for key in self.columns} for row in self.rows]
-        headings = {key: column.heading for key, column in self.columns.items()}
-        return {"title": self.title, "columns": headings, "rows": rows, "notes": self.notes}
+        columns = {key: asdict(column) for key, column in self.columns.items()}
+        return {"title": self.title, "columns": columns, "rows": rows, "notes": self.notes}
+
+    @classmethod
+    def from_json(cls, name: str, values: Mapping[str, Any]) -> Table:
+        """The inverse of json()."""
+        rows = [{key: _raw(value) for key, value in row.items()} for row in values["rows"]]
+        columns = {key: Column(**column) for key, column in values["columns"].items()}
+        return cls(name, values["title"], columns, rows, values["notes"])
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Estimate):
-        return {name: _plain(getattr(value, name)) for name in ("mean", "half_width", "count", "p")}
+        return {name: _plain(number) for name, number in asdict(value).items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
+
+
+def _raw(value: Any) -> Any:
+    if isinstance(value, dict):
+        numbers = {name: _raw(number) for name, number in value.items()}
+        return Estimate(**numbers | ({"mean": math.nan} if numbers["mean"] is None else {}))
+    return float(value) if value in ("inf", "-inf") else value

@@ -1,60 +1,88 @@
-"""All tables, sentences and figures about some finished runs, into one folder.
+"""All tables, sentences and figures about some finished runs, in one folder.
 
-    report.md       everything, to be read            report.json     everything, unrounded
-    <table>.md      each table by itself              <table>.csv     the same for a spreadsheet
-    <figure>.png    and .svg                          metrics/        with `metrics`: each run's evaluations, thinned
+    report.md       everything, to be read       report.json        everything, unrounded
+    <table>.csv     for a spreadsheet            <figure>.svg       drawn from report.json
+    metrics.jsonl.gz    with `metrics`: the evaluations of every run, its id in each row
 
 A run that can't be used is named with the reason, and the rest is reported.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.arena import tables as arena
-from experiments.arena.plan import LEDGER, read_ledger
-from experiments.arena.standings import Standing, is_arena
-from experiments.paper import claims, stability
 from harness.files import write_atomic
 from harness.rundir import FREE_OPTIONS
 from report import figures, losses
+from report.figures import Figure
 from report.recompute import Losses, usable
 from report.results import Group, RunResult, find_runs, group_runs, setting
+from report.section import Evidence, Section, Study
 from report.tables import Column, Table
+
+METRICS = "metrics.jsonl.gz"
 
 
 @dataclass
 class Report:
-    """What was found, before it is written."""
+    """What was found, before it is written. groups: the runs behind it."""
 
     groups: list[Group]
     complaints: list[str]
     tables: list[Table]
     sentences: list[str]
-    standings: list[Standing] = field(default_factory=list)
+    figures: list[Figure]
+
+    def json(self, command: str) -> dict[str, Any]:
+        """Everything as report.json keeps it. command: what makes this report again."""
+        return {
+            "command": command,
+            "sentences": self.sentences,
+            "complaints": self.complaints,
+            "tables": {table.name: table.json() for table in self.tables},
+            "figures": [figure.json() for figure in self.figures],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Report:
+        """The inverse of json(), without the runs."""
+        return cls(
+            groups=[],
+            complaints=values["complaints"],
+            tables=[Table.from_json(name, table) for name, table in values["tables"].items()],
+            sentences=values["sentences"],
+            figures=[Figure.from_json(figure) for figure in values["figures"]],
+        )
+
+    def markdown(self, command: str) -> str:
+        """Everything as report.md shows it."""
+        parts = ["# Report\n", f"Made by `{command}`.\n"]
+        if self.sentences:
+            parts += ["## What holds\n", *(f"- {sentence}" for sentence in self.sentences), ""]
+        if self.complaints:
+            parts += ["## Left out and noticed\n", *(f"- {line}" for line in self.complaints), ""]
+        parts += [f"## {table.title}\n\n{table.markdown()}" for table in self.tables]
+        parts += [f"## {f.title}\n\n![{f.title}]({f.name}.svg)\n" for f in self.figures]
+        return "\n".join(parts)
 
 
-def gather(
-    folders: Sequence[Path], progress: bool = True, compare: bool = False, times: Path | None = None
-) -> Report:
-    """Read runs, compute their losses again, and make the tables. Raises ValueError if no run can
-    be used.
+def gather(folders: Sequence[Path], studies: Sequence[Study] = (), progress: bool = True) -> Report:
+    """Read runs, compute their losses again, and make the tables, those of `studies` among them.
 
-    compare: also the tables of arena.py, which are made unasked where runs keep to budgets or are
-    of several methods. times: of steps, for these tables, see step_times.py.
+    Raises ValueError if no run can be used. At most one study may bring published losses.
     """
+    published = next((study.published for study in studies if study.published), None)
     found, complaints = find_runs(folders)
-    counted, recomputed, more = usable(found, progress)
+    counted, recomputed, more = usable(found, progress, published)
     complaints += more
-    tuning, runs = (
-        [run for run in counted if run.tuning],
-        [run for run in counted if not run.tuning],
-    )
+    tuning = [run for run in counted if run.tuning]
+    runs = [run for run in counted if not run.tuning]
     if not runs:
         raise ValueError(
             "\n".join(
@@ -62,28 +90,33 @@ def gather(
             )
         )
     groups = group_runs(runs)
-    compare = compare or is_arena(groups)
-    tables = [
-        losses.final_losses(groups, recomputed),
-        losses.differences(groups, recomputed),
-        stability.stability(groups),
+    evidence = Evidence(groups, tuning, recomputed, folders)
+    sections = [study.section(evidence) for study in studies]
+    own = Section(
+        tables=[
+            losses.final_losses(groups, recomputed, published),
+            losses.differences(groups, recomputed, published),
+        ],
+        figures=[figures.validation_curves(groups)],
+    )
+    ordered = [
+        *(section for section in sections if section.leads),
+        own,
+        *(section for section in sections if not section.leads),
+        Section(tables=[run_list(groups, recomputed)]),
     ]
-    tables.append(run_list(groups, recomputed))
-    sentences, standings = claims.claims(groups, recomputed), list[Standing]()
-    if compare:
-        ledgers = [
-            read_ledger(file.parent) for folder in folders for file in sorted(folder.rglob(LEDGER))
-        ]
-        standings, first, said = arena.tables(groups, tuning, recomputed, ledgers, times)
-        tables, sentences = first + tables, said + sentences
     settings = {setting(group.runs[0]) for group in groups}
-    if len(settings) > 1 and not standings:
+    if len(settings) > 1 and not any(section.compares_settings for section in sections):
         complaints.append(
             f"The runs are of {len(settings)} settings (they differ in more than the method, see "
             "their labels); differences to exact are formed within each setting only"
         )
     return Report(
-        groups, complaints, [table for table in tables if table.rows], sentences, standings
+        groups,
+        [*complaints, *(line for section in ordered for line in section.complaints)],
+        [table for section in ordered for table in section.tables if table.rows],
+        [sentence for section in ordered for sentence in section.sentences],
+        [figure for section in ordered for figure in section.figures if figure.shows_something()],
     )
 
 
@@ -146,52 +179,43 @@ def essential(command: str) -> str:
 def write(report: Report, out: Path, *, command: str, metrics: bool = False) -> list[Path]:
     """Write everything into `out` and return the paths. command: what makes this report again."""
     out.mkdir(parents=True, exist_ok=True)
-    pictures = {
-        "Loss against bytes and seconds": figures.arena_costs(
-            report.standings, out / "arena_costs"
-        ),
-        "Loss against the error of dW": figures.arena_quality(
-            report.standings, out / "arena_quality"
-        ),
-        "Validation loss": figures.validation_curves(report.groups, out / "validation_loss"),
-        "Loss and momentum": figures.stability_curves(report.groups, out / "stability"),
-        "Quality of dW": figures.quality_curves(report.groups, out / "gradient_quality"),
-    }
-    pictures = {title: paths for title, paths in pictures.items() if paths}
-    written = [path for paths in pictures.values() for path in paths]
+    written = [figure.draw(out) for figure in report.figures]
     for table in report.tables:
-        table.write(out / f"{table.name}.csv")
-        written += [out / f"{table.name}.md", out / f"{table.name}.csv"]
-    parts = ["# Report\n", f"Made by `{command}`.\n"]
-    if report.sentences:
-        parts += ["## What holds\n", *(f"- {sentence}" for sentence in report.sentences), ""]
-    if report.complaints:
-        parts += ["## Left out and noticed\n", *(f"- {line}" for line in report.complaints), ""]
-    parts += [f"## {table.title}\n\n{table.markdown()}" for table in report.tables]
-    parts += [f"## {title}\n\n![{title}]({paths[0].name})\n" for title, paths in pictures.items()]
-    write_atomic(out / "report.md", "\n".join(parts))
-    everything = {
-        "command": command,
-        "sentences": report.sentences,
-        "complaints": report.complaints,
-        "tables": {table.name: table.json() for table in report.tables},
-    }
-    write_atomic(out / "report.json", json.dumps(everything, indent=1, allow_nan=False) + "\n")
+        write_atomic(out / f"{table.name}.csv", table.csv())
+        written.append(out / f"{table.name}.csv")
+    write_atomic(out / "report.md", report.markdown(command))
+    everything = json.dumps(report.json(command), indent=1, allow_nan=False)
+    write_atomic(out / "report.json", everything + "\n")
     written += [out / "report.md", out / "report.json"]
     if metrics:
-        (out / "metrics").mkdir(exist_ok=True)
-        for run in (run for group in report.groups for run in group.runs):
-            path = out / "metrics" / f"{run.id}.jsonl"
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in thinned(run)))
-            written.append(path)
+        runs = [run for group in report.groups for run in group.runs]
+        write_metrics(out / METRICS, {run.id: thinned(run) for run in runs})
+        written.append(out / METRICS)
     return written
 
 
 def thinned(run: RunResult) -> list[dict[str, Any]]:
-    """The run's evaluations: rows with a validation loss, without what only the machine's moment
-    explains.
+    """The run's evaluations: rows with a validation loss, without values that depend on how busy
+    the machine was.
     """
     fleeting = ("mem/rss_bytes", "step_seconds", "tokens_per_second", "val/perplexity")
     return [
         {k: v for k, v in row.items() if k not in fleeting} for row in run.rows if "val/loss" in row
     ]
+
+
+def write_metrics(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Rows of metrics by run id into one compressed file. Equal rows are equal bytes: gzip's header
+    would else hold the time and the file's name.
+    """
+    lines = [json.dumps({"run": name} | row) + "\n" for name, rows in runs.items() for row in rows]
+    write_atomic(path, gzip.compress("".join(lines).encode(), compresslevel=9, mtime=0))
+
+
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The inverse of write_metrics."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+        row = json.loads(line)
+        runs.setdefault(row.pop("run"), []).append(row)
+    return runs

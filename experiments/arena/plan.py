@@ -39,14 +39,12 @@ from typing import Any
 
 import conf
 from basis.diagnostics.budget import parse_share
-from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from bench.memory_plan import plan
 from harness import rundir
 from harness.build import check_method
 from harness.config import Config, configuration
 from harness.files import write_atomic
-from harness.method import make_estimator
 from harness.metrics import read_metrics
 from report.results import TUNING
 
@@ -123,20 +121,6 @@ def default_methods() -> list[str]:
     ]
     fields = {field.name for field in dataclasses.fields(ESTIMATORS["basis"])}  # type: ignore[arg-type]
     return names + (["basis center=true"] if "center" in fields else [])
-
-
-def estimator_of(method: str) -> Estimator:
-    """The estimator of a method's name and, behind blanks, options of it, as in "basis
-    center=true".
-
-    Raises ValueError for one that can't be.
-    """
-    name, *options = method.split()
-    if name not in ESTIMATORS:
-        raise ValueError(f"method={name}: must be one of {', '.join(ESTIMATORS)}")
-    return make_estimator(
-        configuration([f"method={name}", *(f"method.{option}" for option in options)]).method
-    )
 
 
 def contenders(

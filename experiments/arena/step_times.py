@@ -70,6 +70,26 @@ def shared(ledgers: Sequence[Mapping[str, Any]]) -> int:
     )
 
 
+def choose(ledgers: Sequence[Mapping[str, Any]], times: Path | None) -> tuple[Clock, str]:
+    """Where seconds come from, and a sentence about it for the notes: from the table `times`, from
+    the runs if they shared no machine, else from nowhere.
+
+    Raises ValueError if `times` is no table of steps.
+    """
+    if times is not None:
+        return benchmarked(times), (
+            f"Times of a step are those of {times}, where it has such a step; training: that times "
+            "the steps."
+        )
+    busy = shared(ledgers)
+    if busy > 1:
+        return unknown, (
+            f"{busy} runs shared the machine at a time, so their seconds are not shown; eval.py "
+            "times= takes a benchmark's."
+        )
+    return own, ""
+
+
 def benchmarked(path: Path) -> Clock:
     """Times by a table of scripts/bench_step.py. Raises ValueError, beginning with `times=`, for
     anything else.

@@ -10,14 +10,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from basis.diagnostics.budget import parse_share
-from experiments.arena import step_times
-from experiments.arena.standings import TOLERANCE, Standing, standings, unranked
+from experiments.arena.standings import TOLERANCE, Standing
 from harness.memory import format_bytes
-from report.losses import Recomputed
 from report.results import Group, RunResult, contender
 from report.statistics import Estimate, estimate, p_text
 from report.tables import Column, Table
@@ -253,33 +250,3 @@ def _against(best: Standing, other: Standing) -> str:
     if difference.low <= 0.0 <= difference.high:
         return f"{shown}, undecided, the interval covers zero"
     return f"{shown}, {best.label if difference.mean < 0 else other.label} is better"
-
-
-def tables(
-    groups: Sequence[Group],
-    tuning: Sequence[RunResult],
-    recomputed: Recomputed,
-    ledgers: Sequence[Mapping[str, Any]],
-    times: Path | None = None,
-) -> tuple[list[Standing], list[Table], list[str]]:
-    """Standings, tables and sentences; without exact runs no more than a sentence that says so.
-
-    times: a table of scripts/bench_step.py to take seconds from.
-
-    Raises ValueError for times that are no such table.
-    """
-    busy = step_times.shared(ledgers)
-    clock: step_times.Clock = step_times.own
-    timed = ""
-    if times is not None:
-        clock = step_times.benchmarked(times)
-        timed = f"Times of a step are those of {times}, where it has such a step; training: that times the steps."
-    elif busy > 1:
-        clock = step_times.unknown
-        timed = f"{busy} runs shared the machine at a time, so their seconds are not shown; eval.py times= takes a benchmark's."
-    found = standings(groups, recomputed, clock)
-    out_of_reach = refused(ledgers)
-    if not found:
-        return [], [out_of_reach], unranked(groups)
-    made = [ranks(found, timed), rates(found, groups, tuning), quality(found), out_of_reach]
-    return found, made, conclusions(found, out_of_reach) + unranked(groups)

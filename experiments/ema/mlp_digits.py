@@ -20,7 +20,7 @@ and two optimisers: SGD takes steps as large as the gradient that is left, Adam 
 is.
 
 Contenders, budget and what is measured: experiments/ema/task.py. Written to --out: mlp.csv, mlp.md,
-mlp.png, mlp.svg and mlp_looks.csv, every look at every training.
+mlp.svg and mlp_looks.csv, every look at every training.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ steps are points that have nothing to do with each other.
 
 The first layer, whose input is coordinates, one or two numbers a row, stays exact; all others are
 sketched. Contenders, budget and what is measured: experiments/ema/task.py. Adam. Written to --out:
-pinn.csv, pinn.md, pinn.png, pinn.svg and pinn_looks.csv, every look at every training.
+pinn.csv, pinn.md, pinn.svg and pinn_looks.csv, every look at every training.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 from bench.timing import machine
 from experiments.ema.task import Outcome, Setting
 from harness.files import write_atomic
-from report.figures import SUFFIXES, canvas
+from report.figures import canvas
 from report.statistics import Estimate, estimate
 from report.tables import Column, Table
 
@@ -102,7 +102,7 @@ def looks_csv(settings: Sequence[Setting]) -> str:
     return text.getvalue()
 
 
-def draw(settings: Sequence[Setting], stem: Path, score: str, *, log: bool) -> list[Path]:
+def draw(settings: Sequence[Setting], path: Path, score: str, *, log: bool) -> None:
     """A line of panels per setting, against the step: score, kept of the gradient, rank; means over
     seeds, bands of 95%.
 
@@ -114,7 +114,7 @@ def draw(settings: Sequence[Setting], stem: Path, score: str, *, log: bool) -> l
         ("share_kept", "kept of the gradient"),
         ("rank", "rank (the largest of the layers)"),
     )
-    with canvas(stem, len(panels), len(labels), lines=len(settings)) as (figure, axes):
+    with canvas(path, len(panels), len(labels), lines=len(settings)) as (figure, axes):
         for line, setting in enumerate(settings):
             for column, (name, words) in enumerate(panels):
                 panel = axes[line * len(panels) + column]
@@ -154,7 +154,6 @@ def draw(settings: Sequence[Setting], stem: Path, score: str, *, log: bool) -> l
                     panel.set_title(setting.name, fontsize="small", loc="left")
         handles, found = axes[0].get_legend_handles_labels()
         figure.legend(handles, found, loc="outside lower center", ncols=4, frameon=False)
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
 
 
 def _curve(runs: Sequence[Outcome], name: str) -> tuple[list[int], list[Estimate]]:
@@ -183,5 +182,4 @@ def write(
     print(found.markdown())
     found.write(out / f"{name}.csv")
     write_atomic(out / f"{name}_looks.csv", looks_csv(settings))
-    for path in draw(settings, out / name, score, log=log):
-        print(path)
+    draw(settings, out / f"{name}.svg", score, log=log)

@@ -16,7 +16,7 @@ one is not far below p.
 
 Overrides are those of train.py; of the method, exact alone: with any other, dW is what is to be
 estimated. Written to --out: readings.csv (every reading), monitor and monitor_layers (.csv, .md),
-monitor (.png, .svg).
+monitor.svg.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from harness.device import resolve
 from harness.files import write_atomic
 from harness.memory import format_bytes, tensor_bytes
 from harness.optim import learning_rate, make_optimizer
-from report.figures import SUFFIXES, canvas
+from report.figures import canvas
 from report.tables import Column, Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -262,7 +262,7 @@ def tables(rows: list[dict[str, Any]], held: list[int], probes: Sequence[int]) -
     ]
 
 
-def draw(rows: list[dict[str, Any]], probes: Sequence[int], stem: Path) -> list[Path]:
+def draw(rows: list[dict[str, Any]], probes: Sequence[int], path: Path) -> None:
     """Above, estimate against truth, a colour per layer, for the middle number of probes; below,
     errors by layer: medians and quartiles.
     """
@@ -273,7 +273,7 @@ def draw(rows: list[dict[str, Any]], probes: Sequence[int], stem: Path) -> list[
         matplotlib.colormaps["viridis"](i / max(len(layers) - 1, 1)) for i in range(len(layers))
     ]
     middle = sorted(probes)[len(probes) // 2]
-    with canvas(stem, len(QUANTITIES), 0, lines=2) as (_, axes):
+    with canvas(path, len(QUANTITIES), 0, lines=2) as (_, axes):
         for column, (quantity, words) in enumerate(QUANTITIES.items()):
             above, below = axes[column], axes[len(QUANTITIES) + column]
             for layer, colour in zip(layers, colours, strict=True):
@@ -322,7 +322,6 @@ def draw(rows: list[dict[str, Any]], probes: Sequence[int], stem: Path) -> list[
             for panel in (above, below):
                 panel.grid(alpha=0.3)
         axes[len(QUANTITIES)].legend(fontsize="x-small", frameon=False)
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
 
 
 def readings_csv(rows: list[dict[str, Any]]) -> str:
@@ -374,6 +373,5 @@ def main(argv: list[str] | None = None) -> int:
     for table in tables(rows, held, options.probes):
         print(f"{table.title}\n\n{table.markdown()}")
         table.write(options.out / f"{table.name}.csv")
-    for path in draw(rows, options.probes, options.out / "monitor"):
-        print(path)
+    draw(rows, options.probes, options.out / "monitor.svg")
     return 0

@@ -43,7 +43,7 @@ from harness.files import write_atomic
 from harness.memory import saved_bytes
 from harness.provenance import provenance
 from models import GPT, GPTConfig
-from report.figures import SUFFIXES
+from report.figures import pyplot, save
 from report.tables import Column, Table
 
 BASE = {"B": 1024, "L": 2, "R": 32}
@@ -239,7 +239,7 @@ def sizes_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def report(out: Path, *, command: str) -> tuple[Table, list[Path]]:
-    """Measure everything and write complexity.md, .csv, .json, .png, .svg and complexity_sizes.csv:
+    """Measure everything and write complexity.md, .csv, .json, .svg and complexity_sizes.csv:
     the slopes, and the paths.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -254,42 +254,40 @@ def report(out: Path, *, command: str) -> tuple[Table, list[Path]]:
         out / name
         for name in ("complexity.md", "complexity.csv", "complexity_sizes.csv", "complexity.json")
     ]
-    return fitted, [*texts, *draw(rows, out / "complexity")]
+    return fitted, [*texts, draw(rows, out / "complexity.svg")]
 
 
-def draw(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Bytes (first line) and FLOPs of dW in the blocks (second) against B, L and R on log-log axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(2, len(AXES), figsize=(12, 7), layout="constrained", sharex="col")
-    styles = {
-        "exact": {"color": "black", "linestyle": "--"},
-        "basis": {"color": "tab:blue", "linestyle": "-"},
-    }
-    for column, axis in enumerate(AXES):
-        for method, style in styles.items():
-            for quantity, marker in (("kept_dense", "o"), ("kept_besides", "x")):
-                x, y = series(rows, method, axis, quantity)
+    with pyplot() as plt:
+        figure, grid = plt.subplots(
+            2, len(AXES), figsize=(12, 7), layout="constrained", sharex="col"
+        )
+        styles = {
+            "exact": {"color": "black", "linestyle": "--"},
+            "basis": {"color": "tab:blue", "linestyle": "-"},
+        }
+        for column, axis in enumerate(AXES):
+            for method, style in styles.items():
+                for quantity, marker in (("kept_dense", "o"), ("kept_besides", "x")):
+                    x, y = series(rows, method, axis, quantity)
+                    if x:
+                        label = f"{method}, {QUANTITIES[quantity].removesuffix(' (bytes)')}"
+                        grid[0][column].loglog(x, y, marker=marker, label=label, **style)
+                x, y = series(rows, method, axis, "dw_blocks")
                 if x:
-                    label = f"{method}, {QUANTITIES[quantity].removesuffix(' (bytes)')}"
-                    grid[0][column].loglog(x, y, marker=marker, label=label, **style)
-            x, y = series(rows, method, axis, "dw_blocks")
-            if x:
-                grid[1][column].loglog(x, y, marker="o", label=method, **style)
-        grid[1][column].set_xlabel({"B": "B (rows)", "L": "L (blocks)", "R": "R (rows kept)"}[axis])
-        for axes in (grid[0][column], grid[1][column]):
-            axes.grid(alpha=0.3)
-            axes.set_xticks(AXES[axis], [f"{value:,}" for value in AXES[axis]])
-            axes.minorticks_off()
-    grid[0][0].set_ylabel("bytes kept for backward")
-    grid[1][0].set_ylabel("FLOPs of dW, blocks")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    paths = [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
-    for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
-    return paths
+                    grid[1][column].loglog(x, y, marker="o", label=method, **style)
+            grid[1][column].set_xlabel(
+                {"B": "B (rows)", "L": "L (blocks)", "R": "R (rows kept)"}[axis]
+            )
+            for axes in (grid[0][column], grid[1][column]):
+                axes.grid(alpha=0.3)
+                axes.set_xticks(AXES[axis], [f"{value:,}" for value in AXES[axis]])
+                axes.minorticks_off()
+        grid[0][0].set_ylabel("bytes kept for backward")
+        grid[1][0].set_ylabel("FLOPs of dW, blocks")
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        save(figure, path)
+        plt.close(figure)
+    return path

@@ -21,7 +21,8 @@ import re
 import statistics
 from collections.abc import Sequence
 
-from report.results import Group, RunResult
+from report.figures import Figure, Line, Panel, colors, columns, mean_curve, mean_line, seeds_label
+from report.results import Group, RunResult, differing_options, setting
 from report.statistics import Estimate, estimate
 from report.tables import Column, Table
 
@@ -112,7 +113,7 @@ def stability(groups: Sequence[Group]) -> Table:
                 "runs": [run.id for run in group.runs],
             }
         )
-    columns = {
+    shown = {
         "method": Column("method"),
         "seeds": Column("seeds"),
         "diverged": Column("diverged"),
@@ -134,4 +135,55 @@ def stability(groups: Sequence[Group]) -> Table:
         "sketched against exact dW of the same step, all sketched layers together. ± 95% interval "
         "over seeds."
     ]
-    return Table("stability", "Stability", columns, rows, notes)
+    return Table("stability", "Stability", shown, rows, notes)
+
+
+def stability_curves(groups: Sequence[Group]) -> Figure:
+    """Validation loss (first row) and norm of the momentum (second) against steps; a column for
+    each setting, such as a learning rate.
+    """
+    by_setting: dict[str, list[Group]] = {}
+    for group in groups:
+        by_setting.setdefault(setting(group.runs[0]), []).append(group)
+    titles = differing_options([members[0].runs[0] for members in by_setting.values()])
+    losses, norms = [], []
+    for members, title in zip(by_setting.values(), titles, strict=True):
+        hues = colors(members)
+        lines = [
+            mean_line(group, "val/loss", hue, None)
+            for group, hue in zip(members, hues, strict=True)
+        ]
+        first = max((line.y[0] for line in lines if line.y), default=0.0)
+        lowest = min((y for line in lines for y in line.y), default=0.0)
+        # A loss that runs away leaves the picture.
+        limits = (0.95 * lowest, 1.1 * first) if first else None
+        losses.append(
+            Panel("step", "validation loss (nats per token)", lines, title=title, limits=limits)
+        )
+        named = [
+            mean_line(group, "momentum_norm", hue, seeds_label(group).replace(f" {title}", ""))
+            for group, hue in zip(members, hues, strict=True)
+        ]
+        norms.append(Panel("step", "2-norm of the momentum", named, log_y=True, legend=True))
+    return Figure("stability", "Loss and momentum", [*losses, *norms], rows=2)
+
+
+def quality_curves(groups: Sequence[Group]) -> Figure:
+    """Cosine and norm ratio of sketched to exact dW against steps, of the groups whose runs looked
+    at them.
+    """
+    shown = [group for group in groups if mean_curve(group, "sketch/all/cosine")[0]]
+    hues = colors(shown)
+
+    def lines(metric: str) -> list[Line]:
+        return [
+            mean_line(group, f"sketch/all/{metric}", hue, seeds_label(group))
+            for group, hue in zip(shown, hues, strict=True)
+        ]
+
+    panels = [
+        Panel("step", "cosine of sketched to exact dW", lines("cosine")),
+        Panel("step", "norm of sketched / exact dW", lines("norm_ratio"), log_y=True),
+    ]
+    legend = columns(group.label for group in shown)
+    return Figure("gradient_quality", "Quality of dW", panels, legend=legend)

@@ -38,15 +38,17 @@ from torch import Tensor, nn
 
 from basis.diagnostics.budget import fit_budget, kept_bytes, parse_share, state_bytes
 from basis.estimator import Estimator
+from basis.estimators import ESTIMATORS
 from basis.estimators.transform import rate_distortion_bound
 from bench.timing import machine
 from data import Sampler
-from experiments.arena.plan import estimator_of
+from experiments.rate_distortion import figures
 from harness.checkpoint import CheckpointError
+from harness.config import configuration
 from harness.memory import format_bytes
+from harness.method import make_estimator
 from harness.trained import load_trained
 from models import GPT
-from report import method_figures
 from report.tables import Column, Table
 
 METHODS = (
@@ -165,6 +167,19 @@ def measure_layer(
             bound,
             state_bytes(estimator, width),
         )
+
+
+def estimator_of(method: str) -> Estimator:
+    """The estimator of a method's name and options of it, as in "basis center=true".
+
+    Raises ValueError if there is no such method or option.
+    """
+    name, *options = method.split()
+    if name not in ESTIMATORS:
+        raise ValueError(f"method={name}: must be one of {', '.join(ESTIMATORS)}")
+    return make_estimator(
+        configuration([f"method={name}", *(f"method.{option}" for option in options)]).method
+    )
 
 
 def tables(points: Sequence[Point], note: str) -> tuple[Table, Table]:
@@ -312,5 +327,5 @@ def main(argv: list[str] | None = None) -> int:
     if options.out:
         for table in (summary, every):
             table.write(options.out / f"{table.name}.csv")
-        method_figures.rate_distortion(points, options.out / "rate_distortion")
+        figures.draw(points, options.out / "rate_distortion.svg")
     return 0

@@ -40,11 +40,11 @@ from basis.sus.masks import Noise
 from basis.sus.sparse import entry_gradients, sample
 from basis.sus.statistics import kept_per_row
 from bench.timing import interleaved, made_by
+from experiments.sus.figures import draw_times
 from harness.device import resolve
 from harness.memory import format_bytes, saved_bytes
 from harness.provenance import provenance
 from models.gpt import CausalAttention
-from report.method_figures import sus_times
 from report.tables import Column, Table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         default="wall",
         help="cpu: computing time, for a shared machine; one thread",
     )
-    parser.add_argument("--out", type=Path, help="folder for attention.csv, .md, .png and .svg")
+    parser.add_argument("--out", type=Path, help="folder for attention.csv, .md and .svg")
     options = parser.parse_args(argv)
     if (
         min(*options.lengths, options.heads, options.width) < 1
@@ -276,5 +276,5 @@ def main(argv: list[str] | None = None) -> int:
     print(result.markdown())
     if options.out:
         result.write(options.out / "attention.csv")
-        sus_times(rows, options.out / "attention")
+        draw_times(rows, options.out / "attention.svg")
     return 0

@@ -38,12 +38,12 @@ import basis
 from basis.ops.noise import fold
 from bench.timing import made_by
 from data import Sampler
+from experiments.sus.figures import draw_variance
 from harness.checkpoint import CheckpointError
 from harness.provenance import provenance
 from harness.trained import load_trained
 from models import GPT
 from models.gpt import CausalAttention
-from report.method_figures import sus_variance
 from report.statistics import Estimate, estimate
 from report.tables import Column, Table
 
@@ -243,7 +243,7 @@ def write(out: Path, rows: list[dict[str, Any]], notes: list[str]) -> None:
     """The table and its figure."""
     result = table(rows, notes)
     result.write(out / "variance.csv")
-    sus_variance(rows, out / "variance")
+    draw_variance(rows, out / "variance.svg")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         help="draws an attention, for the formula (default: 16)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of windows and masks (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder for variance.csv, .md, .png and .svg")
+    parser.add_argument("--out", type=Path, help="folder for variance.csv, .md and .svg")
     options = parser.parse_args(argv)
     if (
         min(options.windows, options.formula_draws) < 3

@@ -153,7 +153,7 @@ def test_attention_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--lengths", "64", "32", "--heads", "3", "--width", "8", "--c", "4", "--turns", "2"]
     assert bench_sus.main([*options, "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"attention.{end}" for end in ("csv", "md", "png", "svg")
+        f"attention.{end}" for end in ("csv", "md", "svg")
     }
     with (tmp_path / "attention.csv").open() as file:
         rows = list(csv.DictReader(file))

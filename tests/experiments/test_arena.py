@@ -15,6 +15,7 @@ from tiny import REPOSITORY, run_command, train_here
 
 from experiments.arena import plan, standings, step_times
 from experiments.arena import tables as arena
+from experiments.sections import studies
 from report import write
 from report.recompute import Losses
 from report.results import RunResult, find_runs, group_runs
@@ -68,7 +69,7 @@ def summaries(runs: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
-    report = write.gather([runs])
+    report = write.gather([runs], studies())
     assert [table.name for table in report.tables[:4]] == [
         "arena",
         "arena_rates",
@@ -78,8 +79,6 @@ def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
     written = {path.name for path in write.write(report, tmp_path, command="the command")}
     assert {
         "arena.csv",
-        "arena.md",
-        "arena_costs.png",
         "arena_costs.svg",
         "arena_quality.svg",
     } <= written
@@ -147,11 +146,11 @@ def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
 def test_a_ranking_that_can_not_be_made_is_said(runs: Path, data: Path, tmp_path: Path) -> None:
     budgets = sorted(runs.glob("basis*"))
     reports = [
-        write.gather(budgets),
-        write.gather([runs / "small0", runs / "basis1-4_0"], compare=True),
+        write.gather(budgets, studies()),
+        write.gather([runs / "small0", runs / "basis1-4_0"], studies(compare=True)),
     ]
     train_here(data, tmp_path / "low", *QUICK, "method.budget=1/4", BLOCKS, "precision=bfloat16")
-    reports.append(write.gather([tmp_path / "low", runs / "exact0"]))
+    reports.append(write.gather([tmp_path / "low", runs / "exact0"], studies()))
     for report, said in zip(reports, ("float32", None, "bfloat16"), strict=True):
         left = [
             sentence
@@ -164,7 +163,7 @@ def test_a_ranking_that_can_not_be_made_is_said(runs: Path, data: Path, tmp_path
             for line in left
         )
         assert ("arena" in [table.name for table in report.tables]) == (said is None)
-    assert not any("ank" in sentence for sentence in write.gather([runs]).sentences)
+    assert not any("ank" in sentence for sentence in write.gather([runs], studies()).sentences)
     script = [
         sys.executable,
         str(REPOSITORY / "eval.py"),
@@ -188,7 +187,7 @@ def test_who_is_of_another_model_is_not_ranked_and_said(
         BLOCKS,
         "model.n_embd=32",
     )
-    report = write.gather([tmp_path / "wide", runs / "exact0", runs / "basis1-4_0"])
+    report = write.gather([tmp_path / "wide", runs / "exact0", runs / "basis1-4_0"], studies())
     (ranks,) = (table for table in report.tables if table.name == "arena")
     assert {row["method"] for row in ranks.rows} == {"exact", "basis 1/4"}
     (said,) = (sentence for sentence in report.sentences if sentence.startswith("Not ranked"))
@@ -250,11 +249,18 @@ def test_step_times_of_runs_alone_of_a_benchmark_and_of_busy_machines(
         for line in (runs / f"basis1-4_{seed}" / "metrics.jsonl").read_text().splitlines()
         if "step_seconds" in line
     ]
-    alone, _, _ = arena.tables(groups, [], losses, [{"jobs": 2, "devices": 2}])
+    clock, said = step_times.choose([{"jobs": 2, "devices": 2}], None)
+    alone = standings.standings(groups, losses, clock)
+    assert said == ""
     assert {s.label: s.step for s in alone}["basis 1/4"] == statistics.median(logged)
+    busy, said = step_times.choose([{"jobs": 2}], None)
+    assert busy(groups[0]) == (None, None)
+    assert said.startswith("2 runs shared the machine at a time")
     file = tmp_path / "step.csv"
     file.write_text(STEP_TABLE)
-    timed, (table, *_), _ = arena.tables(groups, [], losses, [{"jobs": 2}], file)
+    clock, said = step_times.choose([{"jobs": 2}], file)
+    timed = standings.standings(groups, losses, clock)
+    table = arena.ranks(timed, said)
     assert {s.label: s.step for s in timed} == {
         "exact": 0.01,
         "basis 1/4": 0.015,
@@ -280,7 +286,7 @@ def test_step_times_of_runs_alone_of_a_benchmark_and_of_busy_machines(
     assert ratios == {"exact": "1.0", "basis 1/4": "1.5", "basis 1/16": "", "exact, 1 windows": ""}
     for wrong in (tmp_path / "none.csv", runs / "arena.json"):
         with pytest.raises(ValueError, match=r"times=.*must be a \.csv of scripts/bench_step\.py"):
-            arena.tables(groups, [], losses, [], wrong)
+            step_times.choose([], wrong)
 
 
 def standing(

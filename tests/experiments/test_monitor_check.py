@@ -58,7 +58,7 @@ def test_readings_tables_and_figure(
         assert sizes[quantity, "64"] < sizes[quantity, "2"]
     assert {p.name for p in tmp_path.iterdir()} == {
         "readings.csv",
-        *(f"monitor.{kind}" for kind in ("csv", "md", "png", "svg")),
+        *(f"monitor.{kind}" for kind in ("csv", "md", "svg")),
         *(f"monitor_layers.{kind}" for kind in ("csv", "md")),
     }
     held = (tmp_path / "monitor.md").read_text().split("Held between steps")[1]

@@ -141,7 +141,7 @@ def test_command_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         <= (1.0 if row["method"] == "exact" or "adaptive" in row["method"] else 0.9)
         for row in rows
     )
-    assert {p.suffix for p in tmp_path.iterdir()} == {".csv", ".md", ".png", ".svg"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".csv", ".md", ".svg"}
     for wrong, named in (
         (["--lr", "0"], "--lr 0.0"),
         (["--share", "2"], "--share 2"),

@@ -11,9 +11,8 @@ from tiny import train_here
 
 from basis.diagnostics.budget import fit_budget, kept_bytes
 from basis.estimators.transform import rate_distortion_bound
-from experiments.arena.plan import estimator_of
 from experiments.rate_distortion import run as rate_distortion
-from experiments.rate_distortion.run import measure_layer, reconstruction
+from experiments.rate_distortion.run import estimator_of, measure_layer, reconstruction
 
 ROWS, WIDTH = 768, 48
 
@@ -99,7 +98,7 @@ def test_the_program_writes_tables_and_a_figure(
         == 0
     )
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    ends = {"rate_distortion.png", "rate_distortion.svg"}
+    ends = {"rate_distortion.svg"}
     assert names == ends | {
         f"{name}.{end}" for name in ("summary", "rate_distortion") for end in ("csv", "md")
     }
@@ -116,3 +115,8 @@ def test_the_program_writes_tables_and_a_figure(
     assert "no method keeps to any of the budgets" in capsys.readouterr().err
     assert rate_distortion.main([str(run), "--layers", "nothing"]) == 1
     assert "--layers nothing" in capsys.readouterr().err
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(ValueError, match=r"method=foo: must be one of exact, basis"):
+        estimator_of("foo")

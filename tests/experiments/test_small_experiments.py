@@ -173,7 +173,7 @@ def test_command_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         rows = list(csv.DictReader(file))
     assert len(rows) == 7 * 2 * 3
     assert {p.name for p in tmp_path.iterdir()} == {
-        f"mlp.{kind}" for kind in ("csv", "md", "png", "svg")
+        f"mlp.{kind}" for kind in ("csv", "md", "svg")
     } | {"mlp_looks.csv"}
     for wrong, named in (
         (["--batch", "5000"], "--batch 5000"),

@@ -3,6 +3,8 @@ it can't use.
 """
 
 import csv
+import dataclasses
+import gzip
 import json
 import shutil
 import sys
@@ -12,10 +14,14 @@ import pytest
 import torch
 from tiny import REPOSITORY, run_command, train_here
 
+from experiments.paper.published import PUBLISHED
+from experiments.sections import studies
 from harness.checkpoint import Checkpoints
 from report import write
 from report.recompute import recompute
 from report.results import find_runs, group_runs
+from report.section import Evidence, Section, Study
+from report.tables import Column, Table
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +53,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def test_everything_is_written_with_the_runs_own_numbers(runs: Path, tmp_path: Path) -> None:
-    report = write.gather([runs])
+    report = write.gather([runs], studies())
     written = write.write(report, tmp_path, command="the command", metrics=True)
     names = {path.relative_to(tmp_path).as_posix() for path in written}
-    tables = [
-        f"{name}.{suffix}"
-        for name in ("final_losses", "differences", "stability", "runs")
-        for suffix in ("md", "csv")
-    ]
-    pictures = [
-        f"{name}.{suffix}" for name in ("validation_loss", "stability") for suffix in ("png", "svg")
-    ]
-    assert {*tables, *pictures, "report.md", "report.json"} <= names
-    assert len([name for name in names if name.startswith("metrics/")]) == 6
+    tables = [f"{name}.csv" for name in ("final_losses", "differences", "stability", "runs")]
+    pictures = ["validation_loss.svg", "stability.svg"]
+    assert names == {*tables, *pictures, "report.md", "report.json", "metrics.jsonl.gz"}
     assert all((tmp_path / name).stat().st_size > 0 for name in names)
 
     rows = read_csv(tmp_path / "final_losses.csv")
@@ -84,21 +83,41 @@ def test_everything_is_written_with_the_runs_own_numbers(runs: Path, tmp_path: P
         1
     ]
     assert numbers["val"]["mean"] == pytest.approx(mean, abs=1e-6)
-    assert (tmp_path / "validation_loss.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in (tmp_path / "validation_loss.svg").read_text()[:600]
-    kept = [
-        json.loads(line)
-        for line in (tmp_path / "metrics" / f"{exact[0]['run_id']}.jsonl").read_text().splitlines()
-    ]
-    assert [row["step"] for row in kept] == [0, 10, 20]
+    lines = gzip.decompress((tmp_path / "metrics.jsonl.gz").read_bytes()).decode().splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert len({row["run"] for row in kept}) == 6
+    assert [row["step"] for row in kept if row["run"] == exact[0]["run_id"]] == [0, 10, 20]
+
+
+def test_a_study_adds_tables_sentences_and_figures_where_it_says(runs: Path) -> None:
+    def section(found: Evidence) -> Section:
+        rows = [{"method": group.label, "seeds": len(group.runs)} for group in found.groups]
+        table = Table(
+            "seeds", "Seeds", {"method": Column("method"), "seeds": Column("seeds")}, rows
+        )
+        return Section(
+            [table, Table("empty", "Nothing", {}, [])], ["Two seeds."], complaints=["A complaint."]
+        )
+
+    report = write.gather([runs / "exact0", runs / "exact1"], [Study(section)])
+    assert [table.name for table in report.tables] == ["final_losses", "seeds", "runs"]
+    assert report.tables[1].rows == [{"method": "exact", "seeds": 2}]
+    assert (report.sentences, report.complaints) == (["Two seeds."], ["A complaint."])
+    leading = Study(lambda found: dataclasses.replace(section(found), leads=True))
+    names = [table.name for table in write.gather([runs / "exact0"], [leading]).tables]
+    assert names == ["seeds", "final_losses", "runs"]
+    (kept,) = (table for table in report.tables if table.name == "final_losses")
+    assert "val_as_published" not in kept.csv()  # no study brought a publication
 
 
 def test_losses_come_from_the_checkpoint_and_not_from_the_log(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(runs / "basis4_0", folder)
     (run,), _ = find_runs([folder])
-    again = recompute(run)
+    again = recompute(run, PUBLISHED)
     assert again.agrees
+    assert recompute(run).as_published is None
     assert again.held_out == pytest.approx(run.last("val/loss"), abs=1e-6)
     assert again.as_published != again.held_out
     log = (folder / "metrics.jsonl").read_text()
@@ -132,7 +151,7 @@ def test_published_validation_reads_the_training_text_window_by_window(runs: Pat
     ).view(30, 17)
     with torch.no_grad():
         expected = model(text[:, :-1], text[:, 1:]).item()
-    assert recompute(run).as_published == pytest.approx(expected, abs=1e-6)
+    assert recompute(run, PUBLISHED).as_published == pytest.approx(expected, abs=1e-6)
 
 
 def test_commands_are_shown_without_what_changes_nothing() -> None:
@@ -155,7 +174,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_reported(runs: Path, tmp_path
     }
     (tmp_path / "basis2_0" / "summary.json").write_text(json.dumps(diverged))
     train_here(tmp_path, tmp_path / "other", "method.rank=2", "model.n_embd=8")
-    report = write.gather([tmp_path])
+    report = write.gather([tmp_path], studies())
     complaints = "\n".join(report.complaints)
     assert "basis4_0 is left out: no checkpoint in checkpoints/" in complaints
     assert (

@@ -11,7 +11,7 @@ from experiments.paper import claims, complexity, stability
 from experiments.paper.complexity import BASE, Point, count, slope
 from experiments.paper.published import published_row
 from report import losses
-from report.figures import quality_curves, validation_curves
+from report.figures import Figure, validation_curves
 from report.recompute import Losses
 from report.results import RunResult, differing_options, group_runs, setting
 from report.statistics import Estimate, estimate
@@ -323,8 +323,22 @@ def test_tables_leave_out_empty_columns_and_keep_raw_numbers() -> None:
 
 def test_figures_of_nothing_are_not_drawn(tmp_path: Path) -> None:
     groups = group_runs([run(1, 0, [9.0, 8.0]), run(1, 1, [9.0, 8.0, 7.0])])
-    assert quality_curves(groups, tmp_path / "quality") == []
-    assert all(path.exists() for path in validation_curves(groups, tmp_path / "curve"))
+    assert not stability.quality_curves(groups).shows_something()
+    assert validation_curves(groups).shows_something()
+
+
+def test_a_figure_is_drawn_from_what_is_kept_and_small(tmp_path: Path) -> None:
+    """The same bytes from the figure and from its JSON; text stays text."""
+    losses_by_seed = ([9.0, 8.0, 7.0], [9.0, 8.1, 7.2])
+    groups = group_runs([run(1, seed, values) for seed, values in enumerate(losses_by_seed)])
+    figure = validation_curves(groups)
+    assert figure.panels[0].lines[0].y == pytest.approx([9.0, 8.05, 7.1])
+    assert figure.panels[0].lines[0].half == pytest.approx([0.0, 12.7062 * 0.05, 12.7062 * 0.1])
+    first = figure.draw(tmp_path / "a").read_bytes()
+    again = Figure.from_json(json.loads(json.dumps(figure.json())))
+    assert again.draw(tmp_path / "b").read_bytes() == first
+    assert b">basis R=1 (2 seeds)</text>" in first
+    assert len(first) < 20_000
 
 
 def test_slope_is_the_exponent() -> None:
@@ -351,7 +365,7 @@ def test_complexity_report_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(complexity, "milliseconds", lambda point: 1.0 * point.B)
     table, paths = complexity.report(tmp_path, command="the command")
     assert all(path.stat().st_size > 0 for path in paths)
-    assert {path.suffix for path in paths} == {".md", ".csv", ".json", ".png", ".svg"}
+    assert {path.suffix for path in paths} == {".md", ".csv", ".json", ".svg"}
     rows = {(row["quantity"], row["method"]): row for row in table.rows}
     assert rows["step time (ms)", "exact"]["B"] == pytest.approx(1.0)
     assert rows["kept by dense layers (bytes)", "basis"]["R"] == pytest.approx(1.0, abs=0.01)

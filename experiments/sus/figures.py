@@ -1,84 +1,24 @@
-"""Figures of what scripts measure of the methods themselves, apart from runs, as PNG and SVG."""
+"""Figures of SUS attention: the variance that it adds, and the time that it takes; as SVG."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from report.figures import SUFFIXES, canvas
+from report.figures import canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class Distortion(Protocol):
-    """A point of scripts/rate_distortion.py; distortion and bound relative to the variance."""
-
-    @property
-    def layer(self) -> str: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def bits(self) -> float: ...
-    @property
-    def distortion(self) -> float: ...
-    @property
-    def bound(self) -> float: ...
-
-
-def rate_distortion(points: Sequence[Distortion], stem: Path) -> list[Path]:
-    """Distortion against bits, a panel per kind of layer (medians over blocks), a line per method,
-    the bound in black.
-    """
-    kinds: dict[str, list[Distortion]] = {}
-    for point in points:
-        kinds.setdefault(".".join(point.layer.split(".")[-2:]), []).append(point)
-    methods = list(dict.fromkeys(point.method for point in points))
-    with canvas(stem, max(len(kinds), 1), len(methods)) as (figure, panels):
-        for axes, (kind, here) in zip(panels, kinds.items(), strict=True):
-            limit = _medians((p.bits, p.bound) for p in here)
-            axes.plot(
-                *zip(*limit, strict=True), color="black", linewidth=1.2, label="Gaussian bound"
-            )
-            for number, method in enumerate(methods):
-                line = _medians((p.bits, p.distortion) for p in here if p.method == method)
-                if line:
-                    axes.plot(
-                        *zip(*line, strict=True),
-                        color=f"C{number}",
-                        marker="o",
-                        markersize=3,
-                        linewidth=1.2,
-                        label=method,
-                    )
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_title(kind, fontsize="medium")
-            axes.set_xlabel("bits kept of a number of X")
-            axes.grid(alpha=0.3)
-        panels[0].set_ylabel("squared error / variance of X")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
-
-
-def _medians(pairs: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Median of y at each x (to three digits), in order of x."""
-    by_x: dict[float, list[float]] = {}
-    for x, y in pairs:
-        by_x.setdefault(float(f"{x:.3g}"), []).append(y)
-    return [(x, statistics.median(ys)) for x, ys in sorted(by_x.items())]
-
-
-def sus_variance(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
+def draw_variance(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Rows of scripts/sus_variance.py: rho against the length, a colour per c, and against c, a
     colour per length.
 
     Solid: independent masks, dashed: systematic ones. Bars: 95% intervals.
     """
-    with canvas(stem, 2, 2) as (_, (by_length, by_c)):
+    with canvas(path, 2, 2) as (_, (by_length, by_c)):
         _rho(by_length, rows, "n", "c")
         _rho(by_c, rows, "c", "n")
         by_length.set_xlabel("n (tokens)")
@@ -88,7 +28,6 @@ def sus_variance(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
             axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
             handles, labels = axes.get_legend_handles_labels()
             axes.legend(handles, labels, fontsize="x-small", frameon=False, ncols=2)
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
 
 
 def _rho(axes: Axes, rows: Sequence[dict[str, Any]], along: str, by: str) -> None:
@@ -130,7 +69,7 @@ def _rho(axes: Axes, rows: Sequence[dict[str, Any]], along: str, by: str) -> Non
     axes.grid(alpha=0.3)
 
 
-def sus_times(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
+def draw_times(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Rows of scripts/bench_sus.py: time of forward and backward, and of backward alone, against
     the length; bars: quartiles.
     """
@@ -139,7 +78,7 @@ def sus_times(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
         "sus dense": ("tab:orange", "-"),
         "sus sparse": ("tab:blue", "-"),
     }
-    with canvas(stem, 2, 1) as (figure, panels):
+    with canvas(path, 2, 1) as (figure, panels):
         for axes, what in zip(panels, ("whole", "backward"), strict=True):
             for name, (colour, style) in styles.items():
                 line = [row for row in rows if row["attention"] == name]
@@ -179,4 +118,3 @@ def sus_times(rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
         panels[1].set_ylabel("backward (ms)")
         handles, labels = panels[1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return [stem.with_suffix(f".{suffix}") for suffix in SUFFIXES]
