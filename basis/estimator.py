@@ -4,29 +4,35 @@ A dense layer has three products, Y = X W^T, dX = dY W and dW = dY^T X. All meth
 first two exact. They differ in *what is kept of X* for the third, and in *how dW is formed from
 it*. So a method is an estimator with
 
-    compress(x, key)          -> the tensors to keep instead of x         (runs in forward)
+    compress(x, key, state)   -> the tensors to keep instead of x         (runs in forward)
     weight_grad(kept, grad_y) -> an estimate of grad_y^T x                (runs in backward)
 
 Estimators are frozen dataclasses: their fields are the method's options, checked when the object is
 made, and they print, compare and hash as values. They hold no tensors. What they draw at random is
-a function of the key alone (noise.py).
+a function of the key alone (ops/noise.py).
 
-Some methods learn between steps: where X lies, how its variance is spread. What they have learned
-is the layer's, not the estimator's: buffers of the SketchedLinear, saved and moved with it. Such a
-method has four more functions,
+That is all that a method must have. What else it may have:
 
-    initial_state(width, device)        -> named tensors that live between steps
-    learns_at(step)                     -> whether a step's first forward learns
-    learn(state, x, key)                -> the state after a look at x, tensors of the same shapes   (in forward, first of all)
-    compress_with(x, key, state)        -> the tensors to keep, as compress
+A method may learn between steps where X lies or how its variance is spread. What it has learned is
+the layer's, not the estimator's: it is the `state`, which lives in buffers of the SketchedLinear,
+is saved and moved with it, and is counted in bytes of its own. Such a method says
 
-so that its own bytes can be counted, and a resumed run goes on from where it was.
+    initial_state(width, device)      -> named tensors that live between steps; none, for most methods
+    learns_at(step)                   -> whether the first forward of a step learns
+    learn(state, x, key)              -> the state after a look at x, tensors of the same shapes   (in forward, before compress)
+
+so that a resumed run goes on from where it was.
 
 Where dY is too large to be held whole, as at a language model's head, dW has to be formed from some
 rows of it at a time. Nearly every method can be written as X ~ L Z with a left factor L (B, k) that
 is known row by row, so that dW ~ (L^T dY)^T Z:
 
-    factors(kept, rows)       -> L, Z and a scale, or None if the method has no such form: dY is then held whole
+    factors(kept, rows)               -> L, Z and a scale, or None if the method has no such form: dY is then held whole
+
+Where methods are compared at equal bytes, one option of each is turned until its bytes fit. That is
+its `knob`, and
+
+    knob_values(rows, width)          -> the values that it can have, from few bytes to many
 """
 
 from __future__ import annotations
@@ -92,8 +98,13 @@ class Estimator(abc.ABC):
         check_types(self)
 
     @abc.abstractmethod
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        """What to keep of `x` (B, N) for backward. `key` is an int64 tensor, see noise.py."""
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+        """What to keep of `x` (B, N) for backward.
+
+        key: an int64 tensor from which all noise is drawn, see ops/noise.py. state: what the layer
+        has learned, the tensors of `initial_state`; empty for a method that doesn't learn. To keep
+        tensors of `state` costs no bytes.
+        """
 
     @abc.abstractmethod
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
@@ -124,28 +135,3 @@ class Estimator(abc.ABC):
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
         """The state after a look at `x` (B, N): new tensors of the same names, shapes and dtypes."""
         return state
-
-    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
-        """`compress` with what the layer has learned. Tensors of `state` among those kept cost
-        nothing more.
-        """
-        return self.compress(x, key)
-
-
-class LearningEstimator(Estimator):
-    """Base of methods that learn. Without a layer, `compress` learns from the very X that it
-    compresses.
-    """
-
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        state = self.learn(self.initial_state(x.shape[-1], x.device), x, key)
-        return self.compress_with(x, key, state)
-
-    @abc.abstractmethod
-    def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]: ...
-
-    @abc.abstractmethod
-    def learn(self, state: State, x: Tensor, key: Tensor) -> State: ...
-
-    @abc.abstractmethod
-    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]: ...

@@ -28,7 +28,7 @@ from basis.first_order import first_order, in_transform, link, refuse_nested_tra
 from basis.keyed import Keyed
 from basis.ops.matrix import cast_for_autocast, has_values
 from basis.ops.noise import draw_key, encode_hashing
-from basis.state import Learning, learned
+from basis.state import Learning, learned_from_scratch, pack_state, unpack_state
 
 WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -44,20 +44,18 @@ class _SketchedLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         key: Tensor,
         estimator: Estimator,
-        names: tuple[str, ...],
-        *state: Tensor,
+        *state: Any,  # as pack_state gives it
     ) -> Tensor:
         return F.linear(input, weight, bias)  # (..., N) (M, N) -> (..., M)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, key, estimator, names, *state = inputs
+        input, weight, _, key, estimator, *state = inputs
         refuse_nested_transforms()
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
-            kept = estimator.compress_with(
-                input.reshape(-1, input.shape[-1]), key, dict(zip(names, state, strict=True))
-            )
+            rows = input.reshape(-1, input.shape[-1])
+            kept = estimator.compress(rows, key, unpack_state(*state))
         ctx.inputs = len(inputs)
         ctx.estimator = estimator
         ctx.transformed = in_transform()
@@ -115,10 +113,8 @@ def sketched_linear(
     input = cast_for_autocast(input)
     if state is None:
         rows = input.detach().reshape(-1, input.shape[-1])
-        state = learned(estimator, estimator.initial_state(rows.shape[-1], rows.device), rows, key)
-    return _SketchedLinearFunction.apply(
-        input, weight, bias, key, estimator, tuple(state), *state.values()
-    )
+        state = learned_from_scratch(estimator, rows, key)
+    return _SketchedLinearFunction.apply(input, weight, bias, key, estimator, *pack_state(state))
 
 
 def basis_linear(

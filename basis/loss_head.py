@@ -51,6 +51,7 @@ from basis.ops.matrix import (
     reduce_columns,
     tall_product,
 )
+from basis.state import pack_state, unpack_state
 
 BLOCK_BYTES = 64 * 2**20
 """Most bytes of logits (in float32) that exist at once. Larger blocks gain nothing on a CPU; a row
@@ -89,7 +90,7 @@ class _WeightGradient:
         self, estimator: Estimator, x: Tensor, key: Tensor, weight: Tensor, state: State
     ) -> None:
         self.estimator, self.weight = estimator, weight
-        self.kept = estimator.compress_with(x, key, state)
+        self.kept = estimator.compress(x, key, state)
         self.factors = estimator.factors(self.kept, x.shape[0])
         self.projected: Tensor | None = None  # (L^T dY)^T, (V, k)
         self.squares: list[Tensor] = []  # |dY|^2 by block
@@ -177,14 +178,14 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         estimator: Estimator,
         needs_weight_grad: bool,
         looks: tuple[Look, ...],
-        names: tuple[str, ...],
-        *state: Tensor,
+        *state: Any,  # as pack_state gives it
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = x.shape[0]
         w = weight.to(x.dtype)
-        learned = dict(zip(names, state, strict=True))
         gradient = (
-            _WeightGradient(estimator, x, key, weight, learned) if needs_weight_grad else None
+            _WeightGradient(estimator, x, key, weight, unpack_state(*state))
+            if needs_weight_grad
+            else None
         )
         losses, grad_x = [], torch.empty_like(x)
         for block in _blocks(rows, weight.shape[0]):
@@ -287,8 +288,7 @@ def linear_cross_entropy(
         estimator,
         wanted,
         tuple(look for look, _ in watched),
-        tuple(state),
-        *state.values(),
+        *pack_state(state),
     )
     for _, on_gradient in watched:
         loss.register_hook(on_gradient)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 import warnings
 from typing import Any
+
+from torch import Tensor
+
+from basis.estimator import Estimator, State
 
 MOVED = {
     "AdaptiveRank": "basis.diagnostics.adaptive_rank.AdaptiveRank",
     "ESTIMATORS": "basis.estimators.ESTIMATORS",
     "Estimator": "basis.estimator.Estimator",
-    "LearningEstimator": "basis.estimator.LearningEstimator",
+    "LearningEstimator": "basis.estimator.Estimator",
     "Monitor": "basis.diagnostics.monitor.Monitor",
     "Quality": "basis.diagnostics.quality.Quality",
     "SketchedLinear": "basis.linear.SketchedLinear",
@@ -26,6 +31,16 @@ MOVED = {
 """Old name in `basis` -> new place."""
 
 
+class LearningEstimator(Estimator):
+    """The older base of methods that learn, whose `compress_with` is `compress` now."""
+
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+        return self.compress_with(x, key, state)
+
+    @abc.abstractmethod
+    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]: ...
+
+
 def __getattr__(name: str) -> Any:
     """`basis.<name>` for a name that has moved; AttributeError for one that never was there."""
     if name not in MOVED:
@@ -34,4 +49,6 @@ def __getattr__(name: str) -> Any:
     warnings.warn(
         f"basis.{name} has moved: from {module} import {new}", DeprecationWarning, stacklevel=2
     )
+    if name == "LearningEstimator":
+        return LearningEstimator
     return getattr(importlib.import_module(module), new)

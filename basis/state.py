@@ -26,13 +26,33 @@ from basis.ops.matrix import cast_for_autocast, has_values
 
 @torch.no_grad()
 def learned(estimator: Estimator, state: State, rows: Tensor, key: Tensor) -> State:
-    """The state after a look at `rows` (B, N); in full precision also under autocast, and without
-    graph.
+    """The state after `estimator` has learned from `rows` (B, N); in full precision also under
+    autocast, and without graph.
     """
     if not state:
         return state
     with torch.autocast(rows.device.type, enabled=False):
         return estimator.learn(state, rows, key)
+
+
+def learned_from_scratch(estimator: Estimator, rows: Tensor, key: Tensor) -> State:
+    """The state after `rows` (B, N), if they are all that `estimator` has ever seen."""
+    return learned(estimator, estimator.initial_state(rows.shape[1], rows.device), rows, key)
+
+
+Names = tuple[str, ...]
+
+
+def pack_state(state: State) -> tuple[Names, *tuple[Tensor, ...]]:
+    """The names of a state and its tensors, as arguments of an autograd Function, which takes
+    tensors one by one.
+    """
+    return tuple(state), *state.values()
+
+
+def unpack_state(names: Names, *tensors: Tensor) -> State:
+    """The state of which `pack_state` made these."""
+    return dict(zip(names, tensors, strict=True))
 
 
 class Learning(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from basis.estimator import Estimator
 from basis.ops.noise import fold
+from basis.state import learned_from_scratch
 
 ROWS, IN, OUT = 24, 5, 4
 
@@ -32,7 +33,8 @@ def key(*parts: int | str) -> Tensor:
 
 
 def estimate(estimator: Estimator, x: Tensor, dy: Tensor, key: Tensor) -> Tensor:
-    return estimator.weight_grad(estimator.compress(x, key), dy)
+    state = learned_from_scratch(estimator, x, key)
+    return estimator.weight_grad(estimator.compress(x, key, state), dy)
 
 
 def draws(estimator: Estimator, x: Tensor, dy: Tensor, count: int) -> Tensor:

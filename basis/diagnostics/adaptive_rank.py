@@ -35,6 +35,7 @@ from basis.diagnostics.budget import with_knob
 from basis.linear import SketchedLinear
 from basis.ops.matrix import has_values
 from basis.ops.noise import fold
+from basis.state import learned_from_scratch
 
 
 @dataclass
@@ -123,7 +124,9 @@ def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: 
         key = torch.full((), fold("reconstruction", seed), dtype=torch.int64, device=x.device)
         identity = torch.eye(x.shape[0], device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            estimate = layer.estimator.weight_grad(layer.estimator.compress(x, key), identity)
+            state = learned_from_scratch(layer.estimator, x, key)
+            kept = layer.estimator.compress(x, key, state)
+            estimate = layer.estimator.weight_grad(kept, identity)
         squares.append(torch.stack([(estimate - x).square().sum(), x.square().sum()]))
 
     handles = [layer.register_forward_pre_hook(look) for _, layer in sketched_layers(model)]

@@ -39,7 +39,7 @@ def kept_bytes(
     with FakeTensorMode():
         x = torch.empty(rows, width, dtype=dtype, device="cpu")
         state = estimator.initial_state(width, x.device)
-        kept = estimator.compress_with(x, torch.zeros((), dtype=torch.int64, device="cpu"), state)
+        kept = estimator.compress(x, torch.zeros((), dtype=torch.int64, device="cpu"), state)
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
         return sum(size for storage, size in storages.items() if storage not in own)

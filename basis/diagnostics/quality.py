@@ -42,6 +42,7 @@ from basis.checks import whole_number
 from basis.convert import sketched_layers
 from basis.estimator import Estimator, State
 from basis.ops.noise import fold
+from basis.state import pack_state, unpack_state
 
 TOTAL = "all"
 """The name under which `gradient_quality` reports all sketched layers as one long vector."""
@@ -147,15 +148,12 @@ class _Recorder(Estimator):
         self.learned = self.estimator.learn(state, x, key)
         return state
 
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        return self.compress_with(x, key, {})
-
-    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         state = (
             state if self.learned is None else self.learned
         )  # not let go: a recomputed forward doesn't learn
-        self.state_names = tuple(state)
-        return x, key, *state.values()
+        self.state_names, *tensors = pack_state(state)
+        return x, key, *tensors
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         if self.quality is not None:
@@ -164,11 +162,11 @@ class _Recorder(Estimator):
                 "supported"
             )
         x, key, *learned = kept
-        state = dict(zip(self.state_names, learned, strict=True))
+        state = unpack_state(self.state_names, *learned)
 
         def estimate(with_key: Tensor) -> Tensor:
             return self.estimator.weight_grad(
-                self.estimator.compress_with(x, with_key, state), grad_y
+                self.estimator.compress(x, with_key, state), grad_y
             ).float()
 
         with torch.autocast(

@@ -55,7 +55,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basis.estimator import Estimator, Factors
+from basis.estimator import Estimator, Factors, State
 from basis.ops.matrix import frobenius_norm, sign_matrix, signed_bin_sums
 from basis.ops.noise import draw_hashing
 
@@ -93,7 +93,7 @@ class BalancedSketch(Estimator):
         if not self.eps > 0.0:
             raise ValueError(f"eps={self.eps}: must be positive")
 
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         if not self.center:
             return self.sketch(x, key), key
         mean = x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)

@@ -27,7 +27,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basis.estimator import Estimator, Factors
+from basis.estimator import Estimator, Factors, State
 from basis.ops.matrix import sign_matrix, signed_bin_sums
 from basis.ops.noise import draw_hashing
 
@@ -49,7 +49,7 @@ class CountSketch(Estimator):
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
 
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         return self.sketch(x, key), key
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:

@@ -51,13 +51,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from basis.estimator import Factors, LearningEstimator, State
+from basis.estimator import Estimator, Factors, State
 from basis.ops import three_sketch
 from basis.ops.three_sketch import Sketches, Tests
 
 
 @dataclass(frozen=True)
-class EMASketch(LearningEstimator):
+class EMASketch(Estimator):
     """Average over steps of the three-sketch of X, of rank r.
 
     rank: r, at least 1. rows: B, the most rows that an input has. beta: of the average, in [0, 1);
@@ -121,7 +121,7 @@ class EMASketch(LearningEstimator):
         }
         return averages | {"steps": state["steps"] + 1}
 
-    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         return *state.values(), x.new_empty(0)  # the last one for its dtype
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from basis.estimator import Estimator, Factors
+from basis.estimator import Estimator, Factors, State
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Exact(Estimator):
 
     uses_noise: ClassVar[bool] = False
 
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         return (x,)
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:

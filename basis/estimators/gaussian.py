@@ -34,7 +34,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basis.estimator import Estimator, Factors
+from basis.estimator import Estimator, Factors, State
 from basis.ops.matrix import row_blocks
 from basis.ops.noise import normal_rows, sign_rows
 
@@ -60,7 +60,7 @@ class Gaussian(Estimator):
         if self.distribution not in ("gaussian", "rademacher"):
             raise ValueError(f"distribution={self.distribution!r}: must be gaussian or rademacher")
 
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         if self.rank >= x.shape[0]:
             return x, key
         return (self._project(x, key) / self.rank).to(x.dtype), key

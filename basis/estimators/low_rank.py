@@ -46,7 +46,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basis.estimator import Estimator, Factors
+from basis.estimator import Estimator, Factors, State
 from basis.ops import three_sketch
 
 
@@ -76,7 +76,7 @@ class LowRank(Estimator):
     def knob_values(self, rows: int, width: int) -> Sequence[int]:
         return range(1, min(rows, width) + 1)
 
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         with torch.autocast(x.device.type, enabled=False):
             left, right = self._factorise(x.to(torch.promote_types(x.dtype, torch.float32)), key)
         return left.to(x.dtype), right.to(x.dtype)

@@ -50,7 +50,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basis.estimator import Estimator, Factors
+from basis.estimator import Estimator, Factors, State
 from basis.ops.bits import pack, to_bytes, unit, unpack
 from basis.ops.matrix import row_blocks
 from basis.ops.noise import Dither
@@ -104,7 +104,7 @@ class Quantized(Estimator):
     def knob_values(self, rows: int, width: int) -> Sequence[float]:
         return [sixteenths / 16 for sixteenths in range(16, 129)]
 
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         noise = Dither(key, *x.shape)
         parts = [
             self._round(x[part.rows], noise[part.rows], part.bits)

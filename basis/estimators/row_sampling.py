@@ -47,7 +47,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basis.estimator import Estimator, Factors
+from basis.estimator import Estimator, Factors, State
 from basis.ops.matrix import row_norms
 from basis.ops.noise import random_bits, uniform
 
@@ -89,7 +89,7 @@ class RowSampling(Estimator):
         if self.draws not in ("independent", "systematic"):
             raise ValueError(f"draws={self.draws!r}: must be independent or systematic")
 
-    def compress(self, x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         index, weight = self.sample(x, key)
         return x[index], index.to(torch.int32), weight.to(torch.float32)
 

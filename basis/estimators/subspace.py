@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from basis.estimator import Factors, LearningEstimator, State
+from basis.estimator import Estimator, Factors, State
 from basis.ops import principal_directions
 
 
 @dataclass(frozen=True)
-class Subspace(LearningEstimator):
+class Subspace(Estimator):
     """Coordinates of X in a subspace that is followed between steps.
 
     rank: K, directions; at least 1, those beyond N are not there. every: steps between looks, at
@@ -76,7 +76,7 @@ class Subspace(LearningEstimator):
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
         return principal_directions.follow(state, x)
 
-    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         directions = state["directions"][:, : self.directions_used(state["variances"])]
         mean = x.mean(0)
         return (x - mean) @ directions.to(x.dtype), mean, directions

@@ -51,7 +51,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from basis.estimator import Factors, LearningEstimator, State
+from basis.estimator import Estimator, Factors, State
 from basis.ops import gaussian_code, principal_directions
 
 DIRECTIONS_PER_BIT = 0.45
@@ -61,7 +61,7 @@ any bits (results/arena).
 
 
 @dataclass(frozen=True)
-class Transform(LearningEstimator):
+class Transform(Estimator):
     """X in a few bits a number, in the directions that matter.
 
     bits: per number of X, all directions together; positive, at most 8. directions: K as a share of
@@ -139,7 +139,7 @@ class Transform(LearningEstimator):
         followed = principal_directions.follow(state, x, self.groups(x.shape[-1]))
         return followed | {"planes": self._allocate(followed["variances"], x.shape[-1])}
 
-    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         directions, planes, groups = state["directions"], state["planes"], self.groups(x.shape[1])
         mean = x.mean(0, dtype=torch.float32)
         along = self._frames(directions, x.shape[1])

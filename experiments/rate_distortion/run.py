@@ -115,7 +115,7 @@ def reconstruction(
     """X^ (B, N): what the method uses in X's place, L Z + 1 mean^T (scales that depend on dY
     aside).
     """
-    kept = estimator.compress_with(x, key, state)
+    kept = estimator.compress(x, key, state)
     factors = estimator.factors(kept, len(x))
     if factors is None:
         return estimator.weight_grad(kept, torch.eye(len(x)))

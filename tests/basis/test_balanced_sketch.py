@@ -28,7 +28,7 @@ def draws(estimator: BalancedSketch, count: int, rows: int = ROWS) -> torch.Tens
     x, dy = data(rows)
     return torch.stack(
         [
-            estimator.weight_grad(estimator.compress(x, k), dy)
+            estimator.weight_grad(estimator.compress(x, k, {}), dy)
             for k in (torch.tensor(fold("draw", i)) for i in range(count))
         ]
     )
@@ -79,7 +79,7 @@ def test_invariant_scalars_are_biased() -> None:
     estimator = BalancedSketch(1)
     estimates = [
         estimator.weight_grad(
-            estimator.compress(x, encode_hashing(torch.zeros(2), torch.tensor([1, sign]))), dy
+            estimator.compress(x, encode_hashing(torch.zeros(2), torch.tensor([1, sign])), {}), dy
         ).item()
         for sign in (1, -1)
     ]
@@ -112,7 +112,7 @@ def test_matches_the_float64_reference(rows: int, rank: int, invariant_scalars: 
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         x_, dy_ = x.to(dtype), dy.to(dtype)
         assert (
-            relative_error(estimator.weight_grad(estimator.compress(x_, key), dy_), expected)
+            relative_error(estimator.weight_grad(estimator.compress(x_, key, {}), dy_), expected)
             < tolerance
         )
 
@@ -121,7 +121,7 @@ def test_matches_the_float64_reference(rows: int, rank: int, invariant_scalars: 
 def test_rank_of_all_rows_is_exact_up_to_shrinkage(rank: int) -> None:
     x, dy = data()
     estimator = BalancedSketch(rank, shrinkage=0.01)
-    estimate = estimator.weight_grad(estimator.compress(x, torch.tensor(5)), dy)
+    estimate = estimator.weight_grad(estimator.compress(x, torch.tensor(5), {}), dy)
     torch.testing.assert_close(estimate, 0.99**2 * dy.t() @ x, rtol=1e-7, atol=1e-7)
 
 
@@ -132,7 +132,7 @@ def test_zeros_give_zero_not_nan(zero: str) -> None:
     dy = dy * 0 if zero in ("dy", "both") else dy
     estimator = BalancedSketch(3)
     assert torch.equal(
-        estimator.weight_grad(estimator.compress(x, torch.tensor(1)), dy),
+        estimator.weight_grad(estimator.compress(x, torch.tensor(1), {}), dy),
         torch.zeros(OUT, IN).double(),
     )
 

@@ -35,7 +35,7 @@ def after(estimator: EMASketch, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 def estimate(estimator: EMASketch, inputs: list[Tensor], grad_y: Tensor) -> Tensor:
     state = after(estimator, inputs)
-    return estimator.weight_grad(estimator.compress_with(inputs[-1], KEY, state), grad_y)
+    return estimator.weight_grad(estimator.compress(inputs[-1], KEY, state), grad_y)
 
 
 def by_formula(x: Tensor, rank: int, tests: three_sketch.Tests) -> Tensor:

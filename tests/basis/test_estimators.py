@@ -75,7 +75,7 @@ def test_kept_bytes_are_the_docstrings(itemsize: int) -> None:
     }
     for estimator, size in expected.items():
         assert kept_bytes(estimator, rows, width, dtype) == size, estimator
-        kept = estimator.compress(torch.randn(rows, width, dtype=dtype), key(1))
+        kept = estimator.compress(torch.randn(rows, width, dtype=dtype), key(1), {})
         assert sum(t.untyped_storage().nbytes() for t in kept) == size, estimator
 
 

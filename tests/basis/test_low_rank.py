@@ -79,6 +79,6 @@ def test_near_the_best_approximation_where_there_is_a_good_one() -> None:
     for core, factor in (("exact", 1.3), ("sketched", 2.5)):
         errors = []
         for i in range(20):
-            left, right = LowRank(5, core=core).compress(x, key(i))
+            left, right = LowRank(5, core=core).compress(x, key(i), {})
             errors.append(float((left @ right - x).norm()))
         assert best * 0.999 < sum(errors) / 20 < factor * best

@@ -30,7 +30,7 @@ def test_packed_codes_come_back(bits: int, count: int) -> None:
 
 def ranges(estimator: Quantized, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """lo and step of each number, as kept."""
-    _, kept, *_ = estimator.compress(x, key(0))
+    _, kept, *_ = estimator.compress(x, key(0), {})
     low, step = (
         kept.double()
         .repeat_interleave(min(estimator.group, x.shape[1]), 1)[:, : x.shape[1]]
@@ -58,7 +58,7 @@ def test_subtractive_dither_about_halves_the_variance(name: str) -> None:
     for dither in ("subtractive", "none"):
         estimator = Quantized(4, dither=dither)
         errors[dither] = float(
-            (estimator.factors(estimator.compress(x, key(1)), 256).left - x).square().mean()
+            (estimator.factors(estimator.compress(x, key(1), {}), 256).left - x).square().mean()
         )
     assert errors["subtractive"] / errors["none"] == pytest.approx(
         {"LayerNorm": 0.505, "GELU": 0.56}[name], abs=0.02
@@ -83,14 +83,16 @@ def test_errors_stay_within_half_a_step_at_the_ends_of_the_range_too(
     assert (step[:, :32:8] >= exact_step).all()
     assert (low <= x).all()
     for i in range(30):
-        error = estimator.factors(estimator.compress(x, key(i)), 64).left.double() - x
+        error = estimator.factors(estimator.compress(x, key(i), {}), 64).left.double() - x
         assert (error.abs() <= 0.5001 * step + 1e-6 * x.abs()).all()
 
 
 def test_numbers_that_are_all_alike_come_back() -> None:
     x = torch.full((8, 16), 3.3).double()
-    assert relative(Quantized(8).factors(Quantized(8).compress(x, key(1)), 8).left, x) < 1e-4
-    assert torch.equal(Quantized(1).factors(Quantized(1).compress(0 * x, key(1)), 8).left, 0 * x)
+    assert relative(Quantized(8).factors(Quantized(8).compress(x, key(1), {}), 8).left, x) < 1e-4
+    assert torch.equal(
+        Quantized(1).factors(Quantized(1).compress(0 * x, key(1), {}), 8).left, 0 * x
+    )
 
 
 @pytest.mark.parametrize("bits", [3, 4, 2.5, 7.75])
@@ -113,10 +115,12 @@ def test_a_share_of_the_rows_has_a_bit_more() -> None:
     bytes are the mean.
     """
     x, _ = data(64, 33)
-    halves = {bits: Quantized(bits, group=8).compress(x, key(1)) for bits in (2, 2.5, 3)}
+    halves = {bits: Quantized(bits, group=8).compress(x, key(1), {}) for bits in (2, 2.5, 3)}
     left = {bits: Quantized(bits, group=8).factors(kept, 64).left for bits, kept in halves.items()}
     assert torch.equal(left[2.5][:32], left[3][:32])
     assert torch.equal(left[2.5][32:], left[2][32:])
     size = {bits: kept[0].nbytes for bits, kept in halves.items()}
     assert size[2.5] == (size[2] + size[3]) / 2
-    assert len(Quantized(1.5).compress(x[:3], key(1))[0]) == 1, "too few rows for a finer part of 8"
+    assert len(Quantized(1.5).compress(x[:3], key(1), {})[0]) == 1, (
+        "too few rows for a finer part of 8"
+    )

@@ -56,7 +56,7 @@ def test_as_many_bins_as_rows_hash_only_if_a_key_says_how(rank: int) -> None:
     codes = encode_hashing(*draw_hashing(key(5), ROWS, ROWS, "uniform"))
     given = estimate(BalancedSketch(rank, hashing="uniform", invariant_scalars=False), x, dy, codes)
     assert torch.equal(estimate(CountSketch(rank), x, dy, codes), given)
-    factors = CountSketch(rank).factors(CountSketch(rank).compress(x, codes), ROWS)
+    factors = CountSketch(rank).factors(CountSketch(rank).compress(x, codes, {}), ROWS)
     torch.testing.assert_close((factors.left.t() @ dy).t() @ factors.right, given)
     assert float((given - dy.t() @ x).norm() / (dy.t() @ x).norm()) > 0.1
 
@@ -80,7 +80,7 @@ def test_as_many_rows_as_x_has_are_exact(kind: Callable[[int], Estimator], rank:
             got = estimate(estimator, low_x, low_dy, key(seed))
             assert got.dtype == dtype
             assert relative(got, exact) < tolerance
-            factors = estimator.factors(estimator.compress(low_x, key(seed)), ROWS)
+            factors = estimator.factors(estimator.compress(low_x, key(seed), {}), ROWS)
             assert relative(factors.left.t() @ low_dy, exact.t()) < tolerance
             assert factors.right is None
     assert relative(estimate(kind(ROWS - 1), x, dy, key(0)), dy.t() @ x) > 0.1

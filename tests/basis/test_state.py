@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 import basis
 from basis.convert import not_learning
-from basis.estimator import Estimator, LearningEstimator, State
+from basis.estimator import Estimator, State
 from basis.linear import SketchedLinear, sketched_linear
 from models import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
-class RunningMean(LearningEstimator):
+class RunningMean(Estimator):
     """X as the mean row that was learned, in every row: a poor method with an answer that is known."""
 
     every: int = 1
@@ -33,7 +33,7 @@ class RunningMean(LearningEstimator):
         looks = state["looks"] + 1
         return {"mean": state["mean"] + (x.float().mean(0) - state["mean"]) / looks, "looks": looks}
 
-    def compress_with(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+    def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         return (state["mean"],)
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:

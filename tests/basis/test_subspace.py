@@ -35,7 +35,7 @@ def learned(estimator: Subspace, x: torch.Tensor, looks: int = 10) -> dict[str, 
 def test_exact_where_x_lies_in_the_subspace_and_its_mean() -> None:
     x, grad_y = data()
     estimator = Subspace(3)
-    estimate = estimator.weight_grad(estimator.compress_with(x, KEY, learned(estimator, x)), grad_y)
+    estimate = estimator.weight_grad(estimator.compress(x, KEY, learned(estimator, x)), grad_y)
     torch.testing.assert_close(estimate, grad_y.t() @ x, rtol=1e-4, atol=1e-4)
 
 
@@ -43,7 +43,7 @@ def test_full_rank_is_exact_before_anything_is_learned() -> None:
     x, grad_y = data(beside=0.5)
     estimator = Subspace(12)
     estimate = estimator.weight_grad(
-        estimator.compress_with(x, KEY, estimator.initial_state(12, x.device)), grad_y
+        estimator.compress(x, KEY, estimator.initial_state(12, x.device)), grad_y
     )
     torch.testing.assert_close(estimate, grad_y.t() @ x, rtol=1e-4, atol=1e-4)
 
@@ -58,7 +58,7 @@ def test_the_rest_is_projected_away() -> None:
     top = vectors[:, -3:]
     estimator = Subspace(3)
     estimate = estimator.weight_grad(
-        estimator.compress_with(x, KEY, learned(estimator, x, looks=60)), grad_y
+        estimator.compress(x, KEY, learned(estimator, x, looks=60)), grad_y
     )
     expected = grad_y.t() @ (mean + (x - mean) @ top @ top.t())
     torch.testing.assert_close(estimate, expected, rtol=1e-3, atol=1e-3)
@@ -68,7 +68,7 @@ def test_the_rest_is_projected_away() -> None:
 def test_factors_are_the_same_estimate() -> None:
     x, grad_y = data(beside=0.3)
     estimator = Subspace(4)
-    kept = estimator.compress_with(x, KEY, learned(estimator, x))
+    kept = estimator.compress(x, KEY, learned(estimator, x))
     factors = estimator.factors(kept, len(x))
     torch.testing.assert_close(
         (factors.left.t() @ grad_y).t() @ factors.right, estimator.weight_grad(kept, grad_y)
@@ -85,7 +85,7 @@ def test_bytes_kept_and_state(dtype: torch.dtype) -> None:
 def test_energy_makes_the_rank_adaptive() -> None:
     x, _ = data(inner=3, beside=0.01)
     estimator = Subspace(10, energy=0.99)
-    coordinates, _, _ = estimator.compress_with(x, KEY, learned(estimator, x, looks=40))
+    coordinates, _, _ = estimator.compress(x, KEY, learned(estimator, x, looks=40))
     assert coordinates.shape == (64, 3)
 
 

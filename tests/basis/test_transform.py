@@ -52,7 +52,7 @@ def test_mean_error_and_bias_are_those_of_the_directions() -> None:
     exact = grad_y.t() @ x
     draws = torch.stack(
         [
-            estimator.weight_grad(estimator.compress_with(x, key(seed), state), grad_y)
+            estimator.weight_grad(estimator.compress(x, key(seed), state), grad_y)
             for seed in range(400)
         ]
     )
@@ -85,7 +85,7 @@ def test_without_bias_in_standard_errors() -> None:
     assert set(gaussian_code.bits_by_row(state["planes"], 16).tolist()) == {1, 2, 3, 4, 5}
     keys = (torch.tensor(fold("draw", i)) for i in range(2000))
     draws = torch.stack(
-        [estimator.weight_grad(estimator.compress_with(x, k, state), grad_y) for k in keys]
+        [estimator.weight_grad(estimator.compress(x, k, state), grad_y) for k in keys]
     ).double()
     exact = grad_y.double().t() @ x.double()
     largest, typical = bias_in_deviations(draws, exact)
@@ -102,7 +102,7 @@ def test_distortion_against_the_rate_distortion_bound() -> None:
     for bits, most in ((0.5, 2.0), (1.0, 2.0), (1.5, 2.0), (2.0, 2.3), (4.0, 3.6)):
         estimator = Transform(bits, directions=1.0, left_out=1.0)
         state = learned(estimator, x)
-        kept = estimator.compress_with(x, key(1), state)
+        kept = estimator.compress(x, key(1), state)
         z = ((x - x.mean(0)) @ state["directions"]).t()
         distortion = (estimator.coordinates(kept, len(x)) - z).square().sum() / len(x)
         bound = rate_distortion_bound(z.square().mean(1), bits * 32)
@@ -128,7 +128,7 @@ def test_bound_is_water_filling() -> None:
 def test_factors_are_the_same_estimate(group: int) -> None:
     x, grad_y = data()
     estimator = Transform(1.5, group=group)
-    kept = estimator.compress_with(x, key(3), learned(estimator, x))
+    kept = estimator.compress(x, key(3), learned(estimator, x))
     factors = estimator.factors(kept, len(x))
     by_factors = (factors.left.t() @ grad_y).t() @ factors.right
     torch.testing.assert_close(
@@ -145,7 +145,7 @@ def test_groups_of_features_are_coded_with_directions_of_their_own() -> None:
     state = learned(fine, x)
     assert state["directions"].shape == (16, 8)
     exact = grad_y.t() @ x
-    estimate = fine.weight_grad(fine.compress_with(x, key(1), state), grad_y)
+    estimate = fine.weight_grad(fine.compress(x, key(1), state), grad_y)
     assert float((estimate - exact).norm() / exact.norm()) < 0.02
     # The error of few bits: that of the variances within the groups, which are less concentrated.
     errors = {}
@@ -154,7 +154,7 @@ def test_groups_of_features_are_coded_with_directions_of_their_own() -> None:
         state = learned(estimator, x)
         bits = gaussian_code.bits_by_row(state["planes"], 16)
         table = torch.tensor([1.0, *(d / (1 - d) for d in gaussian_code.DISTORTIONS[1:])])
-        factors = estimator.factors(estimator.compress_with(x, key(1), state), len(x))
+        factors = estimator.factors(estimator.compress(x, key(1), state), len(x))
         errors[group] = float((factors.left @ factors.right - x).square().sum() / len(x))
         assert errors[group] == pytest.approx(
             float((state["variances"] * table[bits]).sum()), rel=0.15
@@ -171,7 +171,7 @@ def test_rotating_the_gradient_is_rotating_the_kept_back() -> None:
     """
     x, grad_y = data()
     estimator = Transform(1.5)
-    kept = estimator.compress_with(x, key(3), learned(estimator, x))
+    kept = estimator.compress(x, key(3), learned(estimator, x))
     few = grad_y[:, :2]
     assert few.shape[1] < kept[4].shape[1] <= grad_y.shape[1] + x.shape[1]
     many = torch.cat((few, torch.zeros(len(x), x.shape[1])), 1)
@@ -194,7 +194,7 @@ def test_low_precision_gradients_meet_the_same_rotation() -> None:
     """
     x, grad_y = data(rows=4096)
     estimator = Transform(6.0, directions=1.0)
-    kept = estimator.compress_with(x, key(3), learned(estimator, x))
+    kept = estimator.compress(x, key(3), learned(estimator, x))
     with torch.autocast("cpu", torch.bfloat16):
         low = estimator.weight_grad(kept, grad_y.bfloat16())
     assert float((low.float() - grad_y.t() @ x).norm() / (grad_y.t() @ x).norm()) < 0.02
@@ -206,7 +206,7 @@ def test_scale_keeps_the_energy_under_autocast_too() -> None:
     estimator = Transform(4.0, directions=1.0)
     state = learned(estimator, x)
     with torch.autocast("cpu", torch.bfloat16):
-        kept = estimator.compress_with(x, key(3), state)
+        kept = estimator.compress(x, key(3), state)
         found = estimator.coordinates(kept, len(x))
     along = state["directions"].t()
     z = (along.bfloat16() @ x.t().bfloat16()).float() - (along @ x.mean(0))[
@@ -230,7 +230,7 @@ def test_compiled_fake_in_inference_and_under_a_transform(group: int, backend: s
     def gradient(
         x: torch.Tensor, grad_y: torch.Tensor, key: torch.Tensor, state: dict
     ) -> torch.Tensor:
-        return estimator.weight_grad(estimator.compress_with(x, key, state), grad_y)
+        return estimator.weight_grad(estimator.compress(x, key, state), grad_y)
 
     torch.manual_seed(0)
     layer = SketchedLinear.from_linear(nn.Linear(16, 6), estimator).eval()

@@ -70,7 +70,7 @@ def test_reconstruction_is_what_weight_grad_uses() -> None:
     (x,) = batches(1)
     estimator, key = estimator_of("row_sampling"), torch.tensor(3)
     grad_y = torch.randn(ROWS, 5)
-    expected = estimator.weight_grad(estimator.compress(x, key), grad_y)
+    expected = estimator.weight_grad(estimator.compress(x, key, {}), grad_y)
     torch.testing.assert_close(
         grad_y.t() @ reconstruction(estimator, x, key, {}), expected, rtol=1e-4, atol=1e-3
     )
