@@ -88,8 +88,8 @@ def test_the_example_estimator_works_as_written(data: Path, tmp_path: Path) -> N
     (copy / "basis/estimators/first_rows.py").write_text(code_block("python", "class FirstRows"))
     (copy / "conf/method/first_rows.yaml").write_text(code_block("yaml", "name: first_rows"))
     lines = {part.strip("`") for part in re.findall(r"`[^`]*first_rows[^`]*,`", README)}
-    assert lines == {'"first_rows": FirstRows,', 'basis.ESTIMATORS["first_rows"](6),'}
-    registry, tests = copy / "basis/estimators/__init__.py", copy / "tests/test_estimators.py"
+    assert lines == {'"first_rows": FirstRows,', 'basis.estimators.ESTIMATORS["first_rows"](6),'}
+    registry, tests = copy / "basis/estimators/__init__.py", copy / "tests/basis/test_estimators.py"
     text = after(
         registry.read_text(),
         "from basis.estimators.exact import Exact\n",
@@ -97,7 +97,11 @@ def test_the_example_estimator_works_as_written(data: Path, tmp_path: Path) -> N
     )
     registry.write_text(after(text, '    "exact": Exact,\n', '    "first_rows": FirstRows,\n'))
     tests.write_text(
-        after(tests.read_text(), "METHODS = [\n", '    basis.ESTIMATORS["first_rows"](6),\n')
+        after(
+            tests.read_text(),
+            "METHODS = [\n",
+            '    basis.estimators.ESTIMATORS["first_rows"](6),\n',
+        )
     )
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -109,7 +113,7 @@ def test_the_example_estimator_works_as_written(data: Path, tmp_path: Path) -> N
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/test_estimators.py",
+        "tests/basis/test_estimators.py",
         "-k",
         "FirstRows or first_rows",
     )
