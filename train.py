@@ -39,7 +39,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from harness import command_line, memory, rundir
 from harness.checkpoint import CheckpointError
 from harness.config import load
-from harness.method import make_estimator
 from harness.metrics import read_metrics
 from harness.optim import learning_rate, momentum_norm
 from harness.provenance import provenance
@@ -209,8 +208,8 @@ def describe(run: Run, table: dict[str, int]) -> None:
     )
     if run.zeroth_order is not None:
         sketch = "no backward"
-    telling = config.adaptive_rank.telling() | config.attention.telling()
-    sketch += "".join(f", {name}={value}" for name, value in telling.items())
+    found = config.adaptive_rank.label_options() | config.attention.label_options()
+    sketch += "".join(f", {name}={value}" for name, value in found.items())
     log.info(
         "%s on %s, %s%s; %s parameters, %s; %d tokens a step",
         config.method.name,
@@ -223,11 +222,11 @@ def describe(run: Run, table: dict[str, int]) -> None:
     )
     if run.knobs:
         lines = [f"  {name:<24}{value:>10g}" for name, value in run.knobs.items()]
-        knob = make_estimator(config.method).knob
+        knob = config.method.estimator.knob
         log.info(
             "method.budget=%s, divided by the error of dW, gives the layers that keep an input "
             "these values of %s:\n%s",
-            config.method.budget,
+            config.method.budget.text if config.method.budget else None,
             knob,
             "\n".join(lines),
         )
@@ -238,11 +237,7 @@ def describe(run: Run, table: dict[str, int]) -> None:
             math.sqrt(run.model.parameter_count()),
             config.optim.lr,
         )
-    if (
-        run.sketched
-        and config.micro_batches > 1
-        and make_estimator(config.method).state_replaces_input
-    ):
+    if run.sketched and config.micro_batches > 1 and config.method.estimator.state_replaces_input:
         log.warning(
             "%s pairs each of the %d micro-batches with a sketch of the first: their dW is little "
             "but the mean's; prefer one micro-batch a step",
@@ -277,7 +272,7 @@ def inputs_line(run: Run, table: dict[str, int]) -> str:
         table.get("mem/saved_bytes/sketches", 0),
         f", and {memory.format_bytes(state)} of state between steps",
     )
-    if make_estimator(run.config.method).state_replaces_input:
+    if run.config.method.estimator.state_replaces_input:
         kept, beside = kept + state, ", as state between steps"
     of = f"{memory.format_bytes(kept)} of {memory.format_bytes(inputs)} of inputs, {kept / inputs:.4f}"
     return f"sketched layers keep {of}{beside if state else ''}\n"

@@ -107,8 +107,7 @@ def bare_loop(overrides: list[str], steps: int) -> list[float]:
     import torch
 
     import basis
-    from data.prepare import prepare
-    from harness.build import build_model, fill_vocabulary
+    from harness.build import build_model, training_text
     from harness.config import configuration
     from harness.optim import make_optimizer
 
@@ -124,8 +123,8 @@ def bare_loop(overrides: list[str], steps: int) -> list[float]:
             "bench_loop: the bare loop knows one micro-batch, float32, eager, constant rate, no "
             "clipping, on the CPU"
         )
-    tokens = prepare(config.data).train
-    config.model = fill_vocabulary(config.model, tokens)
+    config, prepared, _ = training_text(config, progress=True)
+    tokens = prepared.train
     model, _ = build_model(config)
     optimizer = make_optimizer(model, config.optim)
     length, width = config.model.block_size + 1, config.micro_batch_size

@@ -28,7 +28,7 @@ gives all of them from two long ones.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -47,7 +47,6 @@ from basis.linear import SketchedLinear
 from harness import activations, memory
 from harness.build import apply_method
 from harness.config import Config
-from harness.method import ZEROTH_ORDER
 from harness.optim import make_optimizer
 from models import GPT
 
@@ -180,9 +179,9 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
         raise ValueError(
             "compile=true: what a compiled step keeps is known only by compiling it; plan without"
         )
-    if config.method.name == ZEROTH_ORDER:
+    if config.method.zeroth_order is not None:
         raise ValueError(
-            f"method.name={ZEROTH_ORDER}: it has no backward, and keeps nothing for one"
+            f"method.name={config.method.name}: it has no backward, and keeps nothing for one"
         )
     low = config.precision == "bfloat16"
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -247,7 +246,8 @@ def peaks(config: Config, option: str, limit: int) -> Callable[[int], int]:
     are walked through, and all others lie on the lines (within 0.5%). Smaller sizes, and models
     that do not have the same operators at both, are planned one by one.
     """
-    rows_per_block = max(loss_head.BLOCK_BYTES // (4 * (config.model.vocab_size or 1)), 1)
+    assert config.model.vocab_size is not None, "plan a resolved configuration"
+    rows_per_block = max(loss_head.BLOCK_BYTES // (4 * config.model.vocab_size), 1)
     rows_per_unit = config.micro_batch_size if option == "block_size" else config.model.block_size
     first = -(-MANY_BLOCKS * rows_per_block // rows_per_unit)
 
@@ -299,12 +299,15 @@ def with_size(
     """`config` for another context, micro-batch or depth; where a step has several micro-batches,
     it keeps two.
     """
-    changed = copy.deepcopy(config)
-    several = config.micro_batches > 1
-    changed.model.block_size = block_size or changed.model.block_size
-    changed.model.n_layer = n_layer or changed.model.n_layer
-    changed.micro_batch_size = micro_batch_size or changed.micro_batch_size
-    changed.tokens_per_step = (
-        2 * changed.micro_batch_size * changed.model.block_size if several else None
+    model = dataclasses.replace(
+        config.model,
+        block_size=block_size or config.model.block_size,
+        n_layer=n_layer or config.model.n_layer,
     )
-    return changed
+    windows = micro_batch_size or config.micro_batch_size
+    return dataclasses.replace(
+        config,
+        model=model,
+        micro_batch_size=windows,
+        tokens_per_step=2 * windows * model.block_size if config.micro_batches > 1 else None,
+    )

@@ -54,15 +54,13 @@ def configurations(
         words = [f"method={name}", *scope, *(f"method.{option}" for option in options)]
         for kind in kinds:
             config = configuration([*words, f"activations={kind}", *overrides])
-            if config.model.vocab_size is None:
-                if config.data.tokenizer != "gpt2":
-                    raise ValueError(
-                        f"model.vocab_size=null: with data.tokenizer={config.data.tokenizer} it "
-                        "depends on the text, and the largest part of what is kept on it; give a "
-                        "number, such as 65 for Tiny Shakespeare"
-                    )
-                config.model.vocab_size = GPT2Tokenizer.vocab_size
-            found[method, kind] = config
+            if config.model.vocab_size is None and config.data.tokenizer != "gpt2":
+                raise ValueError(
+                    f"model.vocab_size=null: with data.tokenizer={config.data.tokenizer} it "
+                    "depends on the text, and the largest part of what is kept on it; give a "
+                    "number, such as 65 for Tiny Shakespeare"
+                )
+            found[method, kind] = config.resolved(GPT2Tokenizer.vocab_size)
     return found
 
 

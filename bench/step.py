@@ -88,8 +88,7 @@ class Step:
         while self.count >= _LATE.start and self.looks(self.count) != self.looking:
             self.count += 1
         basis.set_noise_key(self.model, seed=0, step=self.count)
-        with self.runtime.autocast():
-            return (run or self.compiled)(self.inputs, self.targets)
+        return self.runtime.forward(run or self.compiled, self.inputs, self.targets)
 
     def __call__(self) -> None:
         self.forward().backward()

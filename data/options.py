@@ -17,7 +17,7 @@ SOURCES = ("shakespeare", "tinyshakespeare", "hub", "text")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataOptions:
     """The group `data`. Raises ValueError on a value that no preparation could use.
 

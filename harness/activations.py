@@ -36,7 +36,7 @@ from models.gpt import CausalAttention
 NAMES = ("plain", "lean", "checkpoint", "budget")
 
 
-@dataclass
+@dataclass(frozen=True)
 class ActivationsOptions:
     """norm, attention, gelu_bits are of lean, selective of checkpoint, budget (a share, 0 to 1) of budget."""
 

@@ -30,7 +30,7 @@ OF_SUS = ("c", "mode")
 """Options of sus alone."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionOptions:
     """c (entries of a row, at most and on average; None: 25) and mode (None: sparse; dense for the
     reference) are of sus.
@@ -54,21 +54,24 @@ class AttentionOptions:
                         f"attention.{option} null"
                     )
             return
-        self.c = 25.0 if self.c is None else self.c
-        self.mode = "sparse" if self.mode is None else self.mode
+        c = 25.0 if self.c is None else self.c
+        mode = "sparse" if self.mode is None else self.mode
         try:
-            check_options(self.c, self.mode)
+            check_options(c, mode)
         except ValueError as error:
             raise ValueError(f"attention.{error}") from None
+        # null stands for these values, and a run is compared by what it computed with.
+        object.__setattr__(self, "c", c)
+        object.__setattr__(self, "mode", mode)
 
-    def telling(self) -> dict[str, object]:
+    def label_options(self) -> dict[str, object]:
         """What a run's labels say of it: nothing of exact attention, "sus c=25" as two settings,
         the mode if it isn't sparse.
         """
         if self.name == "exact":
             return {}
-        telling: dict[str, object] = {"attention": self.name, "c": self.c}
-        return telling if self.mode == "sparse" else telling | {"mode": self.mode}
+        found: dict[str, object] = {"attention": self.name, "c": self.c}
+        return found if self.mode == "sparse" else found | {"mode": self.mode}
 
 
 def apply(model: GPT, options: AttentionOptions) -> None:

@@ -12,21 +12,30 @@ The options of a method stand in method.py.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import (
+    MISSING,
+    asdict,
+    dataclass,
+    field,
+    fields,
+    is_dataclass,
+    make_dataclass,
+    replace,
+)
+from typing import Any, get_type_hints
 
+from omegaconf import MISSING as OMEGACONF_MISSING
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
-from harness.attention import AttentionOptions
+from harness.attention import OF_SUS, AttentionOptions
 from harness.device import DEVICES, PRECISIONS
-from harness.method import ZEROTH_ORDER, MethodOptions, make_method, method_schema
+from harness.method import Method, make_method, method_schema
 from harness.optim import OptimOptions
 from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
@@ -44,7 +53,7 @@ def _product(*factors: object) -> int | float:
 OmegaConf.register_new_resolver("product", _product, replace=True)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvalOptions:
     """Every `every` steps the loss of the first batches * batch_size windows of the validation
     file; 0: only at the end.
@@ -59,7 +68,7 @@ class EvalOptions:
         _at_least(1, "eval", batches=self.batches, batch_size=self.batch_size)
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointOptions:
     """Every `every` steps (0: only at the end); the last `keep` and, if `best`, the one of lowest
     validation loss stay.
@@ -74,7 +83,7 @@ class CheckpointOptions:
         _at_least(1, "checkpoint", keep=self.keep)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LogOptions:
     """A row of metrics every `every` steps; `progress`: a bar on a terminal."""
 
@@ -85,7 +94,7 @@ class LogOptions:
         _at_least(1, "log", every=self.every)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DiagnosticsOptions:
     """Every `every` steps (0: never) exact dW beside the estimate, per sketched layer, and over
     `masks` further noises; with attention=sus also the entries of a row that it keeps.
@@ -106,7 +115,7 @@ class DiagnosticsOptions:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """One run. Raises ValueError naming the dotted option; see the groups' own classes for theirs."""
 
@@ -120,7 +129,7 @@ class Config:
     tokens_per_step: int | None = None
     experiment_name: str = "default"
     model: GPTConfig = field(default_factory=GPTConfig)
-    method: MethodOptions = field(default_factory=MethodOptions)
+    method: Method = field(default_factory=Method)
     adaptive_rank: AdaptiveRankOptions = field(default_factory=AdaptiveRankOptions)
     activations: ActivationsOptions = field(default_factory=ActivationsOptions)
     attention: AttentionOptions = field(default_factory=AttentionOptions)
@@ -137,9 +146,8 @@ class Config:
         _at_least(0, "", seed=self.seed)
         if self.seed >= 1 << 63:
             raise ValueError(f"seed={self.seed}: must be less than 2^63")
-        self.method.check()
-        self.adaptive_rank.check_method(self.method.name, self.method.budget)
-        if self.method.name == ZEROTH_ORDER:
+        self.adaptive_rank.check_method(self.method)
+        if self.method.zeroth_order is not None:
             self._check_without_backward()
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
@@ -194,9 +202,51 @@ class Config:
         """Tokens per optimiser step."""
         return self.tokens_per_step or self.micro_batch_size * self.model.block_size
 
+    def resolved(self, vocab_size: int) -> Config:
+        """This configuration with the data's vocabulary, where model.vocab_size leaves it open."""
+        if self.model.vocab_size is not None:
+            return self
+        return replace(self, model=replace(self.model, vocab_size=vocab_size))
+
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain dicts, lists and scalars."""
-        return dataclasses.asdict(self)
+        """Nested plain dicts, lists and scalars: the form of config.yaml."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            name: value.to_dict()
+            if isinstance(value, Method)
+            else asdict(value)
+            if is_dataclass(value) and not isinstance(value, type)
+            else value
+            for name, value in values.items()
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by dotted name: the one view that runs are compared and labelled by."""
+        return flat_options(self.to_dict())
+
+
+def flat_options(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's options by dotted name, from the nested form of config.yaml.
+
+    An option that the version which wrote it did not have is at its default. Exact attention has
+    none of the options of attention=sus: older versions wrote their defaults there, or values that
+    were given and not used.
+    """
+    options = _flattened(Config().to_dict()) | _flattened(nested)
+    if options["attention.name"] == "exact":
+        for option in OF_SUS:
+            del options[f"attention.{option}"]
+    return options
+
+
+def _flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _at_least(least: int, group: str, **values: int) -> None:
@@ -208,22 +258,38 @@ def _at_least(least: int, group: str, **values: int) -> None:
 
 
 def load(values: DictConfig) -> Config:
-    """Typed, checked configuration from composed values. Raises ValueError in the words of the
-    user's options.
+    """The typed, checked configuration of composed values; the method is made here, once.
+
+    Raises ValueError that names the user's dotted option.
     """
-    for group in dataclasses.fields(Config):
-        if group.default is dataclasses.MISSING and values.get(group.name, group) is None:
+    for group in fields(Config):
+        if group.default is MISSING and values.get(group.name, group) is None:
             raise ValueError(f"{group.name}=null: is a group of options, which can't be left out")
     try:
-        name = OmegaConf.select(values, "method.name")
-        schema = OmegaConf.structured(Config)
-        schema.method = OmegaConf.structured(method_schema(str(name)))
-        config = OmegaConf.to_object(OmegaConf.merge(schema, values))
+        schema = _schema(str(OmegaConf.select(values, "method.name")))
+        options = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         raise ValueError(conf.explain(error, ())) from error
-    assert isinstance(config, Config)
-    make_method(config.method)  # its options are checked by making it once
-    return config
+    made = {f.name: getattr(options, f.name) for f in fields(Config)}
+    return Config(**made | {"method": make_method(made["method"])})
+
+
+def _schema(method: str) -> DictConfig:
+    """The types of all options for OmegaConf: those of `Config`, with the options of `method`."""
+    hints = get_type_hints(Config) | {"method": method_schema(method)}
+    typed: list[Any] = [
+        (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))
+        for f in fields(Config)
+        if f.name != "method"
+    ]
+    typed.append(("method", hints["method"], field(default=OMEGACONF_MISSING)))
+    schema = OmegaConf.structured(make_dataclass("Options", typed))
+    schema.method = OmegaConf.structured(method_schema(method))
+    # OmegaConf takes frozen dataclasses for values that must not be set; here they are the types.
+    for name in schema:
+        if OmegaConf.is_config(group := schema._get_node(name)):
+            OmegaConf.set_readonly(group, None)
+    return schema
 
 
 def configuration(overrides: Sequence[str]) -> Config:

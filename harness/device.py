@@ -19,10 +19,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
@@ -40,8 +42,13 @@ class Runtime:
         """What was decided, in words that a summary can hold and a resumed run can compare."""
         return {"device": self.device.type, "precision": self.precision, "compile": self.compile}
 
+    def forward(self, model: Callable[..., Tensor], *batch: Tensor) -> Tensor:
+        """`model(*batch)`, computed on the run's device and in its precision."""
+        with self.autocast():
+            return model(*(tensor.to(self.device) for tensor in batch))
+
     def autocast(self) -> AbstractContextManager[object]:
-        """Around every forward."""
+        """The context in which forward runs: autocast to bfloat16 if that is the precision."""
         return (
             torch.autocast(self.device.type, torch.bfloat16)
             if self.precision == "bfloat16"
@@ -88,7 +95,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep large blocks that a training step frees, for the next step to use again.
 
     By default blocks of more than a few MB go back to the system when freed, and each page of the
-    next one has to be mapped and zeroed anew: a sixth of the paper model's step. The cost is that
+    next one has to be mapped and zeroed again: a sixth of the paper model's step. The cost is that
     up to half a gigabyte stays with the process. Elsewhere than on Linux with glibc nothing is
     done.
     """
@@ -99,6 +106,6 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         # Older versions take no more than 32 MiB. Trimming is left alone if neither is taken, or it
         # would be for nothing. Larger ones, such as the logits of an evaluation, are seldom enough
-        # to be mapped anew each time.
+        # to be mapped again each time.
         if mallopt(m_mmap_threshold, 64 << 20) or mallopt(m_mmap_threshold, 32 << 20):
             mallopt(m_trim_threshold, 512 << 20)

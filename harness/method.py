@@ -1,9 +1,12 @@
-"""The method of a run: which estimator of dW with which options, in which layers, at which share of
-the bytes.
+"""The method of a run: the estimator of dW with its options, the layers it is put into, and the
+share of the bytes it may keep.
 
-The options of a method are the fields of its estimator's dataclass (basis/estimators/), plus the
-scope: which layers. So a new estimator needs no line here. Zeroth order is no estimator of a
-layer's dW, it replaces backward (zeroth_order.py).
+conf/method/<name>.yaml and the command line say the options. `method_schema` gives their types: the
+fields of the estimator's own dataclass (basis/estimators/), and the scope and budget that all
+methods share. So a new estimator needs no line here. `make_method` turns the options into a
+`Method`, once, when the configuration is loaded; everything after that uses the estimator it holds.
+
+Zeroth order is not an estimator of a layer's dW: it replaces backward (zeroth_order.py).
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, cast, get_type_hints
 
 from basis.diagnostics.budget import parse_share
+from basis import Exact
 from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from harness.zeroth_order import ZerothOrder
@@ -21,19 +25,76 @@ from harness.zeroth_order import ZerothOrder
 ZEROTH_ORDER = "zeroth_order"
 WHOLE_MODEL = ("exact", ZEROTH_ORDER)
 """Methods that have no choice of layers and no budget."""
-ALLOCATIONS = ("uniform", "variance")
 
 
-@dataclass
-class MethodOptions:
-    """How dW is formed (`name`, one of ESTIMATORS or zeroth_order) and in which dense layers
-    (shell patterns of names).
+@dataclass(frozen=True)
+class Budget:
+    """The share of the bytes of its inputs that a method may keep, and how layers divide it.
 
-    budget: a share such as 1/24: each layer's knob (rank, rows, bits) is set so that it keeps this
-    share of the bytes of its input; the option of that name is then not looked at. null: as the
-    options say. allocation: how a budget is divided: uniform, the same share for every layer, or
-    variance, as many bytes in all, by the error of dW in the first batches.
+    text: the share as the user gave it, such as "1/24", so that messages repeat it. allocation:
+    uniform, the same share for every layer; variance, as many bytes in all, divided by the error of
+    dW in the first batches. Raises ValueError naming the option.
     """
+
+    ALLOCATIONS: ClassVar[tuple[str, ...]] = ("uniform", "variance")
+
+    text: str
+    allocation: str = "uniform"
+
+    def __post_init__(self) -> None:
+        try:
+            parse_share(self.text)
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from None
+
+    @property
+    def share(self) -> float:
+        """The share as a number in (0, 1]."""
+        return parse_share(self.text)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How dW is formed, and in which dense layers.
+
+    estimator: of each sketched layer; with a budget its knob (rank, rows, bits) is set layer by
+    layer, and the value here is not used. zeroth_order: replaces backward, if the method is that;
+    `estimator` is then Exact, as the layers stay plain. include, exclude: shell patterns of the
+    names of layers.
+    """
+
+    name: str = "exact"
+    estimator: Estimator = field(default_factory=Exact)
+    zeroth_order: ZerothOrder | None = None
+    budget: Budget | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def varies_by_layer(self) -> bool:
+        """Whether the budget is divided by measured errors, so that each layer has its own knob."""
+        return self.budget is not None and self.budget.allocation == "variance"
+
+    def own_options(self) -> dict[str, Any]:
+        """The options that only this method has: the fields of its estimator."""
+        made = cast(Any, self.estimator if self.zeroth_order is None else self.zeroth_order)
+        return {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that make this method, as conf/method/<name>.yaml has them."""
+        shared = {
+            "name": self.name,
+            "budget": None if self.budget is None else self.budget.text,
+            "allocation": "uniform" if self.budget is None else self.budget.allocation,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+        }
+        return shared | self.own_options()
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The options that all methods share; `method_schema` adds a method's own."""
 
     name: str = "exact"
     budget: str | None = None
@@ -41,27 +102,24 @@ class MethodOptions:
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
 
-    def check(self) -> None:
-        """Raise ValueError for options that contradict each other; the estimator's own are checked
-        by making it.
-        """
+    def __post_init__(self) -> None:
+        """Raise ValueError for options that contradict each other."""
         if self.name in WHOLE_MODEL and (self.include or self.exclude):
             kind = "exact backpropagation" if self.name == "exact" else self.name
             raise ValueError(
                 f"method.include, method.exclude: {kind} concerns all layers; leave them empty"
             )
-        if self.budget is not None:
-            if self.name in WHOLE_MODEL:
-                keeps = (
-                    "exact backpropagation keeps everything"
-                    if self.name == "exact"
-                    else "it keeps nothing"
-                )
-                raise ValueError(f"method.budget={self.budget}: {keeps}; leave it null")
-            share_of(self)
-        if self.allocation not in ALLOCATIONS:
+        if self.name in WHOLE_MODEL and self.budget is not None:
+            keeps = (
+                "exact backpropagation keeps everything"
+                if self.name == "exact"
+                else "it keeps nothing"
+            )
+            raise ValueError(f"method.budget={self.budget}: {keeps}; leave it null")
+        if self.allocation not in Budget.ALLOCATIONS:
             raise ValueError(
-                f"method.allocation={self.allocation!r}: must be one of {', '.join(ALLOCATIONS)}"
+                f"method.allocation={self.allocation!r}: must be one of "
+                f"{', '.join(Budget.ALLOCATIONS)}"
             )
         if self.allocation != "uniform" and self.budget is None:
             raise ValueError(
@@ -72,8 +130,7 @@ class MethodOptions:
 
 @functools.cache
 def method_schema(name: str) -> type[MethodOptions]:
-    """MethodOptions with the fields of the estimator `name`: the typed form of
-    conf/method/<name>.yaml.
+    """The dataclass of all options of the method `name`: the types of conf/method/<name>.yaml.
 
     Raises ValueError for a name that is not registered.
     """
@@ -92,7 +149,7 @@ def method_schema(name: str) -> type[MethodOptions]:
         for f in dataclasses.fields(kind)
     ]
     return dataclasses.make_dataclass(
-        f"{name}_options", options, bases=(MethodOptions,), kw_only=True
+        f"{name}_options", options, bases=(MethodOptions,), kw_only=True, frozen=True
     )
 
 
@@ -101,29 +158,22 @@ def _kind(name: str) -> Any:
     return ZerothOrder if name == ZEROTH_ORDER else ESTIMATORS[name]
 
 
-def make_method(method: MethodOptions) -> Estimator | ZerothOrder:
-    """What `method` describes. Raises ValueError naming the dotted option (`method.rank=0: ...`)."""
-    kind = _kind(method.name)
+def make_method(options: MethodOptions) -> Method:
+    """The method of `options`, an instance of its `method_schema`.
+
+    Raises ValueError naming the dotted option (`method.rank=0: ...`).
+    """
+    kind = _kind(options.name)
     try:
-        made: Estimator | ZerothOrder = kind(
-            **{f.name: getattr(method, f.name) for f in dataclasses.fields(kind)}
-        )
+        made = kind(**{f.name: getattr(options, f.name) for f in dataclasses.fields(kind)})
     except ValueError as error:
         raise ValueError(f"method.{error}") from None
-    return made
-
-
-def make_estimator(method: MethodOptions) -> Estimator:
-    """`make_method` of a method that estimates dW layer by layer."""
-    estimator = make_method(method)
-    assert isinstance(estimator, Estimator), method.name
-    return estimator
-
-
-def share_of(method: MethodOptions) -> float:
-    """`method.budget` as a number. Raises ValueError naming the option."""
-    assert method.budget is not None
-    try:
-        return parse_share(method.budget)
-    except ValueError as error:
-        raise ValueError(f"method.{error}") from None
+    budget = None if options.budget is None else Budget(options.budget, options.allocation)
+    return Method(
+        name=options.name,
+        estimator=made if isinstance(made, Estimator) else Exact(),
+        zeroth_order=made if isinstance(made, ZerothOrder) else None,
+        budget=budget,
+        include=tuple(options.include),
+        exclude=tuple(options.exclude),
+    )

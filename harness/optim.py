@@ -17,7 +17,7 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimOptions:
     """`optim`: rate, its course over the steps, clipping, and each optimiser's own numbers.
 

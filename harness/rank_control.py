@@ -37,17 +37,18 @@ from torch import nn
 
 from basis import sketched_layers
 from basis.diagnostics.adaptive_rank import AdaptiveRank, reconstruction_error, set_rank
-from basis.diagnostics.budget import fit_budget
+from basis.diagnostics.budget import BudgetError, fit_budget
 from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from basis.ops.noise import fold
 from data import Sampler
 from harness.device import Runtime
+from harness.method import Method
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdaptiveRankOptions:
     """Every `every` steps (0: never) the rank rises by `up` if the error is above `high`, and falls
     by `down` once it was below `low` at `patience` checks in a row; within minimum and maximum,
@@ -88,30 +89,27 @@ class AdaptiveRankOptions:
         }
         return AdaptiveRank(rank, maximum=maximum, **shared)
 
-    def check_method(self, name: str, budget: str | None) -> None:
-        """Raise ValueError, naming the option, if the method `name` has no rank that can follow an
-        error.
-        """
+    def check_method(self, method: Method) -> None:
+        """Raise ValueError, naming the option, if `method` has no rank that can follow an error."""
         if not self.every:
             return
         allowed = [name for name, kind in ESTIMATORS.items() if kind.error_tells_rank]
-        if name not in allowed:
-            known = ESTIMATORS.get(name)
+        if method.name not in allowed:
             why = "has no rank"
-            if known is not None and known.knob == "rank":
+            if method.estimator.knob == "rank":
                 why = "errs by its rank alone, whatever it sketches, so there is nothing to follow"
             raise ValueError(
-                f"adaptive_rank.every={self.every}: method={name} {why}; it can be used with "
-                f"{', '.join(allowed)}"
+                f"adaptive_rank.every={self.every}: method={method.name} {why}; it can be used "
+                f"with {', '.join(allowed)}"
             )
-        if budget is not None:
+        if method.budget is not None:
             raise ValueError(
-                f"adaptive_rank.every={self.every}: method.budget={budget} sets the rank already; "
-                "leave one of the two out (adaptive_rank.maximum limits what an adaptive rank "
-                "keeps)"
+                f"adaptive_rank.every={self.every}: method.budget={method.budget.text} sets the "
+                "rank already; leave one of the two out (adaptive_rank.maximum limits what an "
+                "adaptive rank keeps)"
             )
 
-    def telling(self) -> dict[str, object]:
+    def label_options(self) -> dict[str, object]:
         """What a run's labels say of it."""
         return {"adaptive": f"{self.low:g}..{self.high:g}"} if self.every else {}
 
@@ -133,7 +131,7 @@ def start(
     if maximum is None:
         try:
             maximum = min(_rank(fit_budget(estimator, 1.0, rows, width, dtype)) for width in widths)
-        except ValueError:  # not even rank 1 does
+        except BudgetError:  # not even rank 1 does
             raise ValueError(
                 f"adaptive_rank.maximum=null: with {rows} rows every rank keeps more than exact "
                 "does; give a number"
@@ -185,11 +183,10 @@ class RankControl:
 
         Without dropout and without learning; PyTorch's random state stays as it was.
         """
-        inputs = self.unseen.batch(step)[0].to(runtime.device)
+        inputs, _ = self.unseen.batch(step)
 
         def forward() -> None:
-            with runtime.autocast():
-                model(inputs)
+            runtime.forward(model, inputs)
 
         training, before = model.training, self.controller.rank
         model.eval()

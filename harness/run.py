@@ -87,12 +87,7 @@ class Run:
         basis.set_noise_key(
             self.model, seed=self.config.seed, step=step, micro_batch=micro_batch, since=since
         )
-        inputs, targets = self.sampler.batch(step, micro_batch)
-        device = self.runtime.device
-        with self.runtime.autocast():
-            return self.forward(
-                inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            )
+        return self.runtime.forward(self.forward, *self.sampler.batch(step, micro_batch))
 
     def zeroth_order_gradient(self, micro_batch: int, micro_batches: int) -> Tensor:
         """Add a micro-batch's part to the gradients, without backward; the mean of the two losses
@@ -350,13 +345,8 @@ def validation_loss(
     `forward` replaces calling `model` (a compiled form of it). The model's training mode is
     restored.
     """
-    run = model if forward is None else forward
     training = model.training
     model.eval()
-    losses = []
-    for inputs, targets in batches:
-        with runtime.autocast():
-            loss = run(inputs.to(runtime.device), targets.to(runtime.device))
-        losses.append(loss.double())
+    losses = [runtime.forward(forward or model, *batch).double() for batch in batches]
     model.train(training)
     return torch.stack(losses).mean().item()

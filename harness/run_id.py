@@ -12,6 +12,9 @@ spread. So the group is the experiment and the job type what is compared in it, 
 are named "basis R=32 seed=0", with tags "basis" and "R=32" to filter by.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import json
 import os
 import re
@@ -20,9 +23,12 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.files import write_atomic
+
+if TYPE_CHECKING:
+    from harness.config import Config
 
 RUN_FILE = "run.json"
 TAG_LIMIT = 64  # characters, the limit of wandb
@@ -66,6 +72,33 @@ def run_labels(
         job_type=job_type or " ".join([method, *pairs])[:TAG_LIMIT],
         tags=list(dict.fromkeys([*fitting, *tags])),
     )
+
+
+def label_options(config: Config) -> dict[str, object]:
+    """The few options that tell runs of one method apart in a sweep, for `run_labels`.
+
+    These are the options of the method that have no default (R first among them), those at another
+    value than their default, the budget in place of the knob that it sets, and what adaptive rank
+    and attention add. Numbers with a default (shrinkage, eps) are left out, and so are options that
+    follow from others (rows).
+    """
+    method = config.method
+    made = cast(Any, method.estimator if method.zeroth_order is None else method.zeroth_order)
+    knob = method.estimator.knob
+    found: dict[str, object] = {}
+    for option in dataclasses.fields(made):
+        value = getattr(made, option.name)
+        if "follows" in option.metadata:
+            continue
+        if method.budget is not None and option.name == knob:
+            found["budget"] = method.budget.text
+        elif option.default is dataclasses.MISSING or (
+            value != option.default and not isinstance(value, float)
+        ):
+            found["R" if option.name == "rank" else option.name] = value
+    if method.varies_by_layer:
+        found["allocation"] = "variance"
+    return found | config.adaptive_rank.label_options() | config.attention.label_options()
 
 
 def new_run_id() -> str:

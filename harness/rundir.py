@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from harness.attention import OF_SUS
-from harness.config import Config
+from harness.config import Config, flat_options
 from harness.files import write_atomic
 
 CONFIG_FILE = "config.yaml"
@@ -54,45 +54,32 @@ def run_name(overrides: str) -> str:
     return f"{name[:_NAME_LIMIT].lstrip('.')}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def changed_options(old: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The dotted names in which two flat views differ, in order.
 
-
-def known_options(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's options by dotted name. What an older version had no option for is at its default.
-
-    Exact attention has none of sus's options: older versions wrote their defaults there, or what
-    was given and not looked at.
+    A vocabulary that one of them leaves open (None) is no difference: until the text is read it is
+    not known, and older versions wrote it down like that.
     """
-    options = flatten(Config().to_dict()) | flatten(config)
-    if options["attention.name"] == "exact":
-        for option in OF_SUS:
-            del options[f"attention.{option}"]
-    return options
+    different = [name for name in sorted(old.keys() | now.keys()) if old.get(name) != now.get(name)]
+    vocabulary = "model.vocab_size"
+    if old.get(vocabulary) is None or now.get(vocabulary) is None:
+        return [name for name in different if name != vocabulary]
+    return different
 
 
-def changed_options(old: dict[str, Any], config: Config) -> list[str]:
-    """ "option: old -> new" for each option in which a run can't be continued."""
-    before, now = known_options(old), flatten(config.to_dict())
-    changes = []
-    for option in sorted(before.keys() | now.keys()):
-        if option.startswith(FREE_OPTIONS) or before.get(option) == now.get(option):
-            continue
-        if (
+def refused_changes(old: Mapping[str, Any], config: Config) -> list[str]:
+    """ "option: old -> new" for each change with which a run of the flat view `old` can't go on."""
+    now = config.flat()
+    return [
+        f"{option}: {old.get(option)} -> {now.get(option)}"
+        for option in changed_options(old, now)
+        if not option.startswith(FREE_OPTIONS)
+        and not (
             option == "steps"
             and config.optim.schedule == "constant"
-            and before["steps"] < config.steps
-        ):
-            continue
-        changes.append(f"{option}: {before.get(option)} -> {now.get(option)}")
-    return changes
+            and old["steps"] < config.steps
+        )
+    ]
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:
@@ -102,22 +89,29 @@ def check_same_run(run_dir: Path, config: Config) -> None:
     if not (run_dir / CONFIG_FILE).exists():
         if (run_dir / METRICS_FILE).exists() or any((run_dir / CHECKPOINT_FOLDER).glob("*")):
             raise ValueError(
-                f"{run_dir} holds a run without {CONFIG_FILE}, so what it is a run of can't be "
-                "told; give another hydra.run.dir to start anew, or delete the folder"
+                f"{run_dir} holds a run without {CONFIG_FILE}, so its options "
+                "are not known; give another hydra.run.dir to start again, or delete the folder"
             )
         return
-    changes = changed_options(read_config(run_dir), config)
-    if changes:
+    check_same_options(run_dir, flat_options(read_config(run_dir)), config)
+
+
+def check_same_options(run_dir: Path, old: Mapping[str, Any], config: Config) -> None:
+    """Raise ValueError naming every option in which `config` can't continue a run of the flat view
+    `old`.
+    """
+    if changes := refused_changes(old, config):
         raise ValueError(
             f"{run_dir} holds a run of another configuration:\n  "
             + "\n  ".join(changes)
-            + "\nGive the same options to continue it, another hydra.run.dir to start anew, or delete the folder."
+            + "\nGive the same options to continue it, another hydra.run.dir to start again, or "
+            "delete the folder."
         )
 
 
-def write_config(run_dir: Path, config: dict[str, Any]) -> None:
-    """Leave the resolved configuration, as nested dicts, in the run directory."""
-    write_atomic(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config)))
+def write_config(run_dir: Path, config: Config) -> None:
+    """Leave the resolved configuration in the run directory."""
+    write_atomic(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

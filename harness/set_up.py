@@ -7,7 +7,6 @@ run directory. It continues from the newest sound checkpoint if there is one.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
@@ -23,71 +22,20 @@ from basis.diagnostics.monitor import Monitor
 from data import Sampler, validation_windows
 from data.tokens import TokenFile
 from harness import activations, rundir
-from harness.build import (
-    apply_knobs,
-    build_model,
-    check_method,
-    measure_knobs,
-    rank_controller,
-    training_text,
-)
+from harness.build import build_model, check_method, rank_controller, training_text
 from harness.checkpoint import Checkpoints
-from harness.config import Config
-from harness.device import Runtime, resolve
-from harness.method import make_method
+from harness.config import Config, flat_options
+from harness.device import resolve
+from harness.layer_budgets import apply_knobs, measure_knobs
 from harness.metrics import MetricsLog
 from harness.optim import make_optimizer
 from harness.rank_control import RankControl
 from harness.run import Run
-from harness.run_id import run_id, run_labels
+from harness.run_id import label_options, run_id, run_labels
 from harness.tracker import make_tracker, require_wandb
-from harness.zeroth_order import ZerothOrder
 from models import GPT
 
 log = logging.getLogger(__name__)
-
-
-def telling_settings(config: Config) -> dict[str, object]:
-    """What tells runs of one method apart in a sweep: the estimator's options that have no default,
-    R first among them, the budget that takes the place of its knob, and attention.
-
-    Switches and choices that are not at their default are told too; numbers with a default
-    (shrinkage, eps) are not, nor what follows from other options (rows).
-    """
-    estimator: Any = make_method(config.method)
-    telling: dict[str, object] = {}
-    for option in dataclasses.fields(estimator):
-        if "follows" in option.metadata:
-            continue
-        value = getattr(config.method, option.name)
-        if config.method.budget is not None and option.name == estimator.knob:
-            telling["budget"] = config.method.budget
-            continue
-        if option.default is dataclasses.MISSING or (
-            value != option.default and not isinstance(value, float)
-        ):
-            telling["R" if option.name == "rank" else option.name] = value
-    if config.method.allocation != "uniform":
-        telling["allocation"] = config.method.allocation
-    return telling | config.adaptive_rank.telling() | config.attention.telling()
-
-
-def _measured_knobs(
-    model: GPT, config: Config, sampler: Sampler, runtime: Runtime
-) -> dict[str, Any]:
-    """method.allocation=variance in a new run: see `measure_knobs`. PyTorch's random state stays as
-    it was.
-    """
-
-    def loss(step: int) -> Tensor:
-        basis.set_noise_key(model, seed=config.seed, step=step, micro_batch=0)
-        inputs, targets = sampler.batch(step, 0)
-        with runtime.autocast():
-            result: Tensor = model(inputs.to(runtime.device), targets.to(runtime.device))
-        return result
-
-    with torch.random.fork_rng():
-        return measure_knobs(model, config, loss)
 
 
 def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl | None:
@@ -124,9 +72,9 @@ def set_up(config: Config, folder: Path) -> Run:
     require_wandb(config.tracker.mode)
     check_method(config)
     rundir.check_same_run(folder, config)
-    given = config.to_dict()
 
-    prepared, sampler = training_text(config, progress=config.log.progress)
+    config, prepared, sampler = training_text(config, progress=config.log.progress)
+    rundir.check_same_run(folder, config)  # now that the vocabulary is known
     validation = validation_windows(
         prepared.val,
         block_size=config.model.block_size,
@@ -145,6 +93,8 @@ def set_up(config: Config, folder: Path) -> Run:
             f"{folder} was started with; bring the same text back, give another hydra.run.dir, or "
             "delete the folder"
         )
+    if loaded:  # it knows the vocabulary, which config.yaml of an older version may not
+        rundir.check_same_options(folder, flat_options(loaded.state["config"]), config)
     if loaded and loaded.state["runtime"] != runtime.describe():
         before, now = loaded.state["runtime"], runtime.describe()
         changes = "; ".join(
@@ -158,10 +108,8 @@ def set_up(config: Config, folder: Path) -> Run:
         )
 
     knobs: dict[str, Any] = {}
-    if config.method.allocation == "variance":
-        knobs = (
-            loaded.state["knobs"] if loaded else _measured_knobs(model, config, sampler, runtime)
-        )
+    if config.method.varies_by_layer:
+        knobs = loaded.state["knobs"] if loaded else measure_knobs(model, config, sampler, runtime)
         apply_knobs(model, config, knobs)
     rank = _rank_control(model, config, prepared.val)
     if rank is not None and loaded:
@@ -176,13 +124,13 @@ def set_up(config: Config, folder: Path) -> Run:
         lock.acquire(timeout=0)  # the system lets go of it when the process ends, however it ends
     except Timeout:
         raise ValueError(f"{folder}: another process is working on this run") from None
-    rundir.write_config(folder, given)
+    rundir.write_config(folder, config)
     identity = run_id(folder)
     metrics = MetricsLog(folder / rundir.METRICS_FILE)
     metrics.truncate_after(loaded.step if loaded else -1)
     labels = run_labels(
         method=config.method.name,
-        settings=telling_settings(config),
+        settings=label_options(config),
         seed=config.seed,
         experiment=config.experiment_name,
     )
@@ -210,7 +158,6 @@ def set_up(config: Config, folder: Path) -> Run:
     forward: Callable[[Tensor, Tensor], Tensor] = (
         activations.compiled(model, config.activations) if runtime.compile else model
     )
-    method = make_method(config.method)
     run = Run(
         config=config,
         folder=folder,
@@ -227,7 +174,7 @@ def set_up(config: Config, folder: Path) -> Run:
         tracker=tracker,
         lock=lock,
         id=identity,
-        zeroth_order=method if isinstance(method, ZerothOrder) else None,
+        zeroth_order=config.method.zeroth_order,
         knobs=knobs,
         rank=rank,
         monitor=Monitor(model) if config.diagnostics.monitor else None,

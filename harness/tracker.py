@@ -52,7 +52,7 @@ _SUMMARIES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrackerOptions:
     """The `tracker` group of the configuration; `group` and `name` replace the run's own choice,
     `tags` are added.

@@ -31,7 +31,7 @@ from basis import linear_cross_entropy
 from basis.embedding import tied_embedding
 
 
-@dataclass
+@dataclass(frozen=True)
 class GPTConfig:
     """Sizes and variants. Raises ValueError naming the option (`model.n_head=3: ...`) if they can't be."""
 

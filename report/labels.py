@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from basis.estimators import ESTIMATORS
-from harness.rundir import known_options
+from harness.config import flat_options
 
 LONGEST = 72
 """Characters that a label may take in a table."""
@@ -198,6 +198,6 @@ def _usual(group: Options, name: str, groups: Sequence[Options]) -> str:
 
 def _default(method: str, name: str) -> str:
     if not name.startswith("method."):
-        return str(known_options({}).get(name))
+        return str(flat_options({}).get(name))
     own = dataclasses.fields(ESTIMATORS[method]) if method in ESTIMATORS else ()  # type: ignore[arg-type]
     return str({f"method.{field.name}": field.default for field in own}.get(name))

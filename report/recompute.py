@@ -24,9 +24,10 @@ from data import validation_windows
 from data.options import DataOptions
 from data.prepare import Prepared, prepare
 from harness.checkpoint import CheckpointError, Checkpoints
+from harness.config import flat_options
 from harness.device import resolve
 from harness.run import validation_loss
-from harness.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, known_options
+from harness.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, changed_options
 from harness.trained import plain_weights
 from models import GPT, GPTConfig
 from report.published import Published
@@ -126,13 +127,9 @@ def _recompute(run: RunResult, published: Published | None) -> Losses:
         )
     config = loaded.state["config"]
     trained, said = (
-        loss_options(o) | {"seed": o["seed"]} for o in (known_options(config), run.options)
+        loss_options(o) | {"seed": o["seed"]} for o in (flat_options(config), run.options)
     )
-    if said["model.vocab_size"] is None:  # the tokenizer's: known only once the text was read
-        said["model.vocab_size"] = trained["model.vocab_size"]
-    if differing := [
-        name for name in sorted(trained.keys() | said.keys()) if trained.get(name) != said.get(name)
-    ]:
+    if differing := changed_options(said, trained):
         raise ValueError(
             f"{run.folder / CONFIG_FILE}: not what its checkpoint was trained with "
             f"({', '.join(differing)} differ)"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.config import flat_options
 from harness.metrics import read_metrics
 from harness.rundir import (
     CHECKPOINT_FOLDER,
@@ -20,7 +21,6 @@ from harness.rundir import (
     FREE_OPTIONS,
     METRICS_FILE,
     SUMMARY_FILE,
-    known_options,
     read_config,
     read_summary,
 )
@@ -157,7 +157,7 @@ def _read(folder: Path) -> RunResult:
     ]
     if missing:
         raise ValueError(f"{folder / CONFIG_FILE}: damaged, without {', '.join(missing)}")
-    options, rows = known_options(config), read_metrics(folder / METRICS_FILE)
+    options, rows = flat_options(config), read_metrics(folder / METRICS_FILE)
     for name, kind in {"seed": int, "steps": int, "method.name": str}.items():
         if not isinstance(options.get(name), kind):
             raise ValueError(f"{folder / CONFIG_FILE}: damaged, {name} is {options.get(name)!r}")

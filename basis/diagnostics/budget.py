@@ -32,6 +32,18 @@ LEAST_SPENT = 0.9
 """Of a budget, where a method's largest setting falls short of it."""
 
 
+class BudgetError(ValueError):
+    """No setting of a method keeps the share of bytes that it was asked for.
+
+    budget: the share, as text. reason: what the method can keep instead.
+    """
+
+    def __init__(self, budget: str, reason: str, option: str = "budget") -> None:
+        super().__init__(f"{option}={budget}: {reason}")
+        self.budget = budget
+        self.reason = reason
+
+
 def kept_bytes(
     estimator: Estimator, rows: int, width: int, dtype: torch.dtype = torch.float32
 ) -> int:
@@ -62,15 +74,15 @@ def fit_budget(
     """`estimator` with its knob at the largest value that keeps at most `share` of X (rows, width)
     in `dtype`.
 
-    Raises ValueError, beginning with `budget=`, for a method without a knob, a share outside (0,
-    1], and where even the smallest value keeps more.
+    Raises BudgetError for a method without a knob, and where even the smallest value keeps more;
+    ValueError, beginning with `budget=`, for a share outside (0, 1].
     """
     if not 0.0 < share <= 1.0:
         raise ValueError(f"budget={share:g}: must be in (0, 1]")
     name = type(estimator).__name__
     if estimator.knob is None:
-        raise ValueError(
-            f"budget={share:g}: {name} has no option that decides how many bytes it keeps"
+        raise BudgetError(
+            f"{share:g}", f"{name} has no option that decides how many bytes it keeps"
         )
     whole = rows * width * dtype.itemsize
     budget = share * whole
@@ -81,9 +93,10 @@ def fit_budget(
 
     least = size(values[0])
     if least > budget:
-        raise ValueError(
-            f"budget={share:g}: {name} keeps at least 1/{whole / least:.3g} of an input of {rows} x "
-            f"{width} ({estimator.knob}={values[0]})"
+        raise BudgetError(
+            f"{share:g}",
+            f"{name} keeps at least 1/{whole / least:.3g} of an input of {rows} x {width} "
+            f"({estimator.knob}={values[0]})",
         )
     return with_knob(estimator, _last(values, lambda value: size(value) <= budget))
 
@@ -115,7 +128,7 @@ def within_budget(
     """For `convert`: each layer with the setting of `estimator` that keeps `share` of its input of
     `rows` rows in `dtype`.
 
-    What it returns raises ValueError as `fit_budget`, and where the largest setting keeps much less: no
+    What it returns raises BudgetError as `fit_budget`, and where the largest setting keeps much less: no
     comparison at equal bytes.
     """
     made: dict[int, Estimator] = {}  # by width
@@ -133,16 +146,17 @@ def within_budget(
 def _check_spent(
     fitted: Estimator, share: float, rows: int, width: int, dtype: torch.dtype
 ) -> None:
-    """Raise ValueError if `fitted` has the largest setting there is, and keeps much less than
+    """Raise BudgetError if `fitted` has the largest setting there is, and keeps much less than
     `share`.
     """
     assert fitted.knob is not None
     value, whole = getattr(fitted, fitted.knob), rows * width * dtype.itemsize
     kept = _bytes(fitted, rows, width, dtype)
     if value == fitted.knob_values(rows, width)[-1] and kept < LEAST_SPENT * share * whole:
-        raise ValueError(
-            f"budget={share:g}: {type(fitted).__name__} with its other options keeps at most "
-            f"1/{whole / kept:.3g} of an input of {rows} x {width} ({fitted.knob}={value:g})"
+        raise BudgetError(
+            f"{share:g}",
+            f"{type(fitted).__name__} with its other options keeps at most 1/{whole / kept:.3g} of "
+            f"an input of {rows} x {width} ({fitted.knob}={value:g})",
         )
 
 

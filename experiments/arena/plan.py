@@ -28,7 +28,6 @@ beside how many runs shared the machine.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import conf
-from basis.diagnostics.budget import parse_share
+from basis.diagnostics.budget import BudgetError, parse_share
 from basis.estimators import ESTIMATORS
 from bench.memory_plan import plan
 from harness import rundir
@@ -191,9 +190,7 @@ def _contender(
     grid = tuple(rates) if rates and config.method.name != "zeroth_order" else own
     try:
         check_method(config)
-    except ValueError as error:
-        if not str(error).startswith("method.budget="):
-            raise
+    except BudgetError as error:
         return Contender(method, budget, words, grid, refused=str(error))
     return Contender(method, budget, words, grid, config)
 
@@ -277,11 +274,8 @@ def _zeroth_order(exact: Config) -> tuple[str, ...] | str:
 
 def _dense_share(exact: Config) -> float:
     """The inputs of dense layers, as a share of all that a step of `exact` keeps for backward."""
-    config = copy.deepcopy(exact)
-    config.model.vocab_size = (
-        config.model.vocab_size or 256
-    )  # only the head knows of it, which keeps next to nothing
-    kept = plan(config).kept
+    # The vocabulary matters to the head alone, which keeps next to nothing: any will do.
+    kept = plan(exact.resolved(256)).kept
     return kept["linear inputs"] / sum(kept.values())
 
 
@@ -298,7 +292,7 @@ def cell(
     the experiment's.
     """
     assert contender.config is not None
-    config = copy.deepcopy(contender.config)
+    config = contender.config
     slug = "".join(
         c if c.isalnum() or c in ".-" else "_"
         for c in contender.name.replace(", ", "_").replace("/", "-")
@@ -311,10 +305,15 @@ def cell(
         f"experiment_name={experiment}",
         "log.progress=false",
     ]
-    config.optim.lr, config.seed, config.experiment_name = rate, seed, experiment
+    config = dataclasses.replace(
+        config,
+        seed=seed,
+        experiment_name=experiment,
+        optim=dataclasses.replace(config.optim, lr=rate),
+    )
     if tuning:
         words += ["eval.every=0", "diagnostics.every=0"]
-        config.eval.every = 0
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=0))
     words.append(f"hydra.run.dir={folder}")
     return Cell(
         contender, rate, seed, tuning, folder, (*overrides, *contender.overrides, *words), config

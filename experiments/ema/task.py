@@ -38,6 +38,7 @@ from torch import Tensor, nn
 import basis
 from basis.diagnostics.adaptive_rank import AdaptiveRank, reconstruction_error, set_rank
 from basis.diagnostics.budget import (
+    BudgetError,
     fit_budget,
     kept_bytes,
     knob_value,
@@ -215,8 +216,8 @@ def train(task: Task, contender: Contender, options: Options, seed: int) -> Outc
     outcome.bytes_exact = sum(4 * task.rows * layer.in_features for layer in chosen_layers(task))
     try:
         controller = put_in(task, contender, parse_share(options.share))
-    except ValueError as error:  # which speaks of a budget
-        raise ValueError(f"--share {options.share}: {str(error).partition(': ')[2]}") from None
+    except BudgetError as error:
+        raise ValueError(f"--share {options.share}: {error.reason}") from None
     optimizer = make_optimizer(task.model, options)
 
     def note_bytes() -> None:

@@ -129,7 +129,7 @@ def measure(
     """
     runtime = resolve(config.device, config.precision, compile=False)
     check_method(config)
-    _, sampler = training_text(config, progress=progress)
+    config, _, sampler = training_text(config, progress=progress)
     with torch.random.fork_rng():
         model, _ = build_model(config)
         model.to(runtime.device)
@@ -142,12 +142,9 @@ def measure(
         ):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optim, step, config.steps)
-            inputs, targets = (t.to(runtime.device) for t in sampler.batch(step, 0))
 
-            def loss(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                with runtime.autocast():
-                    result: Tensor = model(inputs, targets)
-                return result
+            def loss(step: int = step) -> Tensor:
+                return runtime.forward(model, *sampler.batch(step, 0))
 
             look = step % every == 0 or step == config.steps - 1
             truth = true_values(model, loss) if look else {}

@@ -28,7 +28,6 @@ from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from basis.linear import SketchedLinear
 from harness.config import load
-from harness.method import make_estimator
 
 METHODS = [
     BalancedSketch(6, center=True),
@@ -187,7 +186,7 @@ def test_configuration_and_class_agree(name: str) -> None:
         assert {field.name for field in fields(kind)} <= set(
             values.method
         )  # or an option is hidden from the command line
-        assert type(make_estimator(method)) is kind
+        assert type(method.estimator) is kind
         with pytest.raises(ValueError, match=rf"method\.{kind.knob}=0(\.0)?: must be"):
             load(compose("config", overrides=[f"method={name}", f"method.{kind.knob}=0"]))
 

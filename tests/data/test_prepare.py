@@ -100,9 +100,13 @@ def test_tinyshakespeare_has_nanogpts_counts(
         )
     share_tokenizer(tmp_path)
     options = load_options(
-        ["data=tinyshakespeare", f"data.path={path}", f"data.tokenizer={tokenizer}"]
+        [
+            "data=tinyshakespeare",
+            f"data.path={path}",
+            f"data.tokenizer={tokenizer}",
+            f"data.cache_dir={tmp_path}",
+        ]
     )
-    options.cache_dir = str(tmp_path)
     prepared = prepare(options, progress=False)
     assert (prepared.train.count, prepared.val.count, prepared.train.vocab_size) == (
         train,

@@ -90,7 +90,7 @@ def test_the_logged_entries_are_those_of_the_probabilities_and_training_stays(
     logged = {name: value for name, value in seen[9].items() if name.startswith("sus/")}
     assert list(logged) == [f"sus/{layer}/{name}" for layer in (*LAYERS, "all") for name in NAMES]
     config = configuration([*overrides(data), *options])
-    _, sampler = training_text(config, progress=False)
+    config, _, sampler = training_text(config, progress=False)
     state = Checkpoints.load(
         tmp_path / "with" / "checkpoints" / "step_00000008"
     ).state  # the look was before the ninth step

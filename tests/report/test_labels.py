@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from harness.config import configuration
-from harness.rundir import flatten, known_options
 from report import losses
 from report.labels import LONGEST, labels
 from report.recompute import Losses
@@ -17,7 +16,7 @@ from report.results import RunResult, group_runs
 
 def options(*words: str, text: str = "text") -> dict[str, Any]:
     """What `python train.py <words>` runs with, as far as it changes a loss."""
-    known = known_options(configuration(list(words)).to_dict())
+    known = configuration(list(words)).flat()
     free = (
         "tracker.",
         "checkpoint.",
@@ -142,7 +141,7 @@ def test_of_equally_frequent_values_the_default_is_the_usual_one() -> None:
 
 def run(*words: str) -> RunResult:
     summary = {"status": "finished", "run_id": " ".join(words), "step": 1, "data": "text"}
-    config = flatten(configuration(list(words)).to_dict())
+    config = configuration(list(words)).flat()
     return RunResult(Path("nowhere"), config, summary, [{"step": 1, "val/loss": 5.0}])
 
 

@@ -1,0 +1,76 @@
+"""method.allocation=variance: a budget of bytes divided among the layers by the error of their dW.
+
+The layers of the untrained model start with equal shares. A few batches are run, the error of each
+layer's dW is measured against the exact one, and `split_by_error` (basis/diagnostics/budget.py)
+gives more bytes to the layers where they lower the summed error most. The result is one value of
+the method's knob (rank, rows, bits) per layer. It is measured once, before the first step; a
+checkpoint holds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import basis
+from basis.diagnostics.budget import split_by_error, with_knob
+from basis.estimator import Estimator
+from basis.linear import SketchedLinear
+from data import Sampler
+from harness.build import layer_inputs
+from harness.config import Config
+from harness.device import Runtime
+from models import GPT
+
+LEARNING_BATCHES = 10
+"""Batches that methods which learn see before the error is measured."""
+MEASURED_BATCHES = 4
+"""Batches that the error is averaged over."""
+
+
+def measure_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runtime) -> dict[str, Any]:
+    """The knob of each sketched layer of the untrained `model`; PyTorch's random state is kept.
+
+    A fused head keeps no input and has no part in it. Methods that learn have then learned from
+    these batches, which `apply_knobs` undoes.
+    """
+
+    def loss(step: int) -> Tensor:
+        basis.set_noise_key(model, seed=config.seed, step=step, micro_batch=0)
+        return runtime.forward(model, *sampler.batch(step, 0))
+
+    with torch.random.fork_rng():
+        return _split(model, config, loss)
+
+
+def _split(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[str, Any]:
+    for step in range(LEARNING_BATCHES):
+        loss(step)
+    squares: dict[str, list[float]] = {}
+    for step in range(MEASURED_BATCHES):
+        for name, quality in basis.gradient_quality(model, functools.partial(loss, step)).items():
+            squares.setdefault(name, []).append(quality.relative_error**2)
+    errors = {
+        name: (layer.in_features, statistics.fmean(squares[name]))
+        for name, layer in basis.sketched_layers(model)
+        if layer is not model.head
+    }
+    method = config.method
+    assert method.budget is not None
+    share = method.budget.share
+    return split_by_error(method.estimator, errors, share=share, **layer_inputs(config))
+
+
+def apply_knobs(model: GPT, config: Config, knobs: Mapping[str, Any]) -> None:
+    """Set the knob of each layer in `knobs`; all sketched layers forget what they have learned."""
+
+    def choose(name: str, layer: nn.Linear) -> Estimator:
+        assert isinstance(layer, SketchedLinear)  # `apply_method` was there before
+        return with_knob(layer.estimator, knobs[name]) if name in knobs else layer.estimator
+
+    basis.convert(model, choose, include=config.method.include, exclude=config.method.exclude)
