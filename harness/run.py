@@ -345,8 +345,9 @@ def validation_loss(
     `forward` replaces calling `model` (a compiled form of it). The model's training mode is
     restored.
     """
+    computed = model if forward is None else forward
     training = model.training
     model.eval()
-    losses = [runtime.forward(forward or model, *batch).double() for batch in batches]
+    losses = [runtime.forward(computed, *batch).double() for batch in batches]
     model.train(training)
     return torch.stack(losses).mean().item()
