@@ -16,8 +16,8 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast, get_type_hints
 
-from basis.diagnostics.budget import parse_share
 from basis import Exact
+from basis.diagnostics.budget import parse_share
 from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from harness.zeroth_order import ZerothOrder

@@ -17,7 +17,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-import basis
 from basis.diagnostics.monitor import Monitor
 from data import Sampler, validation_windows
 from data.tokens import TokenFile
