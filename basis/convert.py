@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import nn
 
 from basis.checks import whole_number
+from basis.diagnostics.budget import BudgetError
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn
 from basis.keyed import Keyed
@@ -179,6 +180,8 @@ def convert(
         if id(found[name]) not in made:
             try:
                 made[id(found[name])] = exchange.stand_in(names[name], found[name])
+            except BudgetError:
+                raise  # the share is what can't be kept, whatever the layer
             except ValueError as error:
                 raise ValueError(f"include={names[name]!r}: {error}") from None
     for name in chosen:

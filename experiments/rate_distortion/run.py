@@ -46,7 +46,6 @@ from experiments.rate_distortion import figures
 from harness.checkpoint import CheckpointError
 from harness.config import configuration
 from harness.memory import format_bytes
-from harness.method import make_estimator
 from harness.trained import load_trained
 from models import GPT
 from report.tables import Column, Table
@@ -177,9 +176,8 @@ def estimator_of(method: str) -> Estimator:
     name, *options = method.split()
     if name not in ESTIMATORS:
         raise ValueError(f"method={name}: must be one of {', '.join(ESTIMATORS)}")
-    return make_estimator(
-        configuration([f"method={name}", *(f"method.{option}" for option in options)]).method
-    )
+    words = [f"method={name}", *(f"method.{option}" for option in options)]
+    return configuration(words).method.estimator
 
 
 def tables(points: Sequence[Point], note: str) -> tuple[Table, Table]:
