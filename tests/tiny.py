@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
 import os
 import random
 import subprocess
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -61,13 +65,37 @@ def overrides(folder: Path) -> list[str]:
     return [*data, *MODEL, *QUICK, "tracker.mode=disabled"]
 
 
+@functools.cache
+def _composed(words: tuple[str, ...], name: str = "config") -> DictConfig:
+    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
+        return compose(name, overrides=list(words))
+
+
+def values_of(folder: Path, *more: str) -> DictConfig:
+    """The configuration of a tiny run, whose like was perhaps composed before (0.2 s): the folders
+    of the text are put in afterwards.
+    """
+    words = overrides(folder)
+    paths = [word for word in words if str(folder) in word]
+    values = copy.deepcopy(_composed((*(word for word in words if word not in paths), *more)))
+    given = {word.partition("=")[0] for word in more}
+    for name, _, value in (word.partition("=") for word in paths):
+        if name not in given:
+            OmegaConf.update(values, name, value)
+    return values
+
+
 def train_here(folder: Path, run_dir: Path, *more: str) -> None:
     """The work of train.py in this process."""
     import train
 
-    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
-        values = compose("config", overrides=[*overrides(folder), *more])
-    train.execute(values, run_dir)
+    train.execute(values_of(folder, *more), run_dir)
+
+
+def evaluate_here(*words: str) -> None:
+    """The work of eval.py in this process."""
+    evaluate = importlib.import_module("eval").evaluate
+    evaluate(copy.deepcopy(_composed(words, "eval")))
 
 
 def command(folder: Path, *more: str, script: str = "train.py") -> list[str]:

@@ -26,10 +26,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import torch
 
@@ -51,13 +51,42 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TUNING_SEED = 1000
 
 
+class Process(Protocol):
+    """What the pool asks of a run that is under way, as subprocess.Popen answers it."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+Start = Callable[[Sequence[str], Mapping[str, str], IO[bytes]], Process]
+"""Starts train.py with overrides, an environment, and a file for what it prints."""
+
+
+def start_process(
+    overrides: Sequence[str], environment: Mapping[str, str], output: IO[bytes]
+) -> Process:
+    """Start a fresh process. It gets a session of its own, so that Ctrl-C reaches it once, through
+    the pool.
+    """
+    command = [sys.executable, str(REPOSITORY / "train.py"), *overrides]
+    return subprocess.Popen(
+        command, stdout=output, stderr=output, env=environment, start_new_session=True
+    )
+
+
 @dataclass
 class Job:
     """A run that is under way in a slot."""
 
     cell: Cell
     slot: int
-    process: subprocess.Popen[bytes]
+    process: Process
     output: IO[bytes]
     log: Path
     started: float
@@ -66,8 +95,11 @@ class Job:
 class Pool:
     """Runs cells as processes, so many at a time; remembers which failed."""
 
-    def __init__(self, jobs: int, threads: int, logs: Path, stop: StopRequest) -> None:
+    def __init__(
+        self, jobs: int, threads: int, logs: Path, stop: StopRequest, start: Start = start_process
+    ) -> None:
         self.jobs, self.threads, self.logs, self.stop = jobs, threads, logs, stop
+        self.start = start
         self.failed: list[Cell] = []
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.devices = (
@@ -103,7 +135,8 @@ class Pool:
                     f"[{total - len(waiting) - len(running)}/{total}] {self._ended(job)}",
                     flush=True,
                 )
-            time.sleep(0.2)
+            if running:
+                time.sleep(0.2)
 
     def _start(self, cell: Cell, slot: int) -> Job:
         environment = {
@@ -116,11 +149,7 @@ class Pool:
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{cell.folder.parent.name}_{cell.folder.name}.txt"
         output = log.open("wb")
-        command = [sys.executable, str(REPOSITORY / "train.py"), *cell.overrides]
-        # A session of its own: Ctrl-C reaches a run once, through us.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
+        process = self.start(cell.overrides, environment, output)
         return Job(cell, slot, process, output, log, time.perf_counter())
 
     def _ended(self, job: Job) -> str:
@@ -264,7 +293,7 @@ def race(plan: Plan, pool: Pool, tuning: Sequence[Cell], extend: int) -> int:
     return 1 if pool.failed else 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, start: Start = start_process) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -352,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
         else 1
     )
     with StopRequest() as stop:
-        pool = Pool(options.jobs, threads, out / "logs", stop)
+        pool = Pool(options.jobs, threads, out / "logs", stop, start)
         facts = {"jobs": options.jobs, "threads": threads, "devices": len(pool.devices)}
         write_ledger(out, everyone, **facts, tuning_seed=options.tuning_seed, seeds=options.seeds)
         return race(plan, pool, tuning, options.extend)

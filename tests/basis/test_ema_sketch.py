@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import command, run_command
+from tiny import train_here
 from torch import Tensor, nn
 
 import basis
@@ -245,7 +245,7 @@ def test_wrong_options_are_named(wrong: dict[str, float]) -> None:
 
 
 def test_a_run_says_what_its_state_is_of_the_inputs_and_warns_of_micro_batches(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """16 rows, layers of 16 and 64 features: k = 3, s = 7, so (16 + N) 3 + 49 numbers and a counter
     each.
@@ -259,12 +259,10 @@ def test_a_run_says_what_its_state_is_of_the_inputs_and_warns_of_micro_batches(
     ]
     said = []
     for tokens in (16, 32):
-        folder = f"hydra.run.dir={tmp_path / str(tokens)}"
-        said.append(
-            run_command(
-                command(data, *options, f"tokens_per_step={tokens}", folder), tmp_path
-            ).stdout
-        )
+        caplog.clear()
+        with caplog.at_level("INFO", logger="train"):
+            train_here(data, tmp_path / str(tokens), *options, f"tokens_per_step={tokens}")
+        said.append(caplog.text)
     share = (4 * sum((16 + width) * 3 + 49 for width in (16, 64)) + 2 * 8) / (4 * 16 * (16 + 64))
     for text in said:
         assert f"of inputs, {share:.4f}, as state between steps" in text

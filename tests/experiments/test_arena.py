@@ -5,13 +5,11 @@ command: test_arena_plan.py.
 import csv
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import REPOSITORY, run_command, train_here
+from tiny import evaluate_here, train_here
 
 from experiments.arena import plan, standings, step_times
 from experiments.arena import tables as arena
@@ -143,7 +141,9 @@ def test_report_by_a_second_route(runs: Path, tmp_path: Path) -> None:
     assert not any("settings" in complaint for complaint in report.complaints)
 
 
-def test_a_ranking_that_can_not_be_made_is_said(runs: Path, data: Path, tmp_path: Path) -> None:
+def test_a_ranking_that_can_not_be_made_is_said(
+    runs: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     budgets = sorted(runs.glob("basis*"))
     reports = [
         write.gather(budgets, studies()),
@@ -164,14 +164,8 @@ def test_a_ranking_that_can_not_be_made_is_said(runs: Path, data: Path, tmp_path
         )
         assert ("arena" in [table.name for table in report.tables]) == (said is None)
     assert not any("ank" in sentence for sentence in write.gather([runs], studies()).sentences)
-    script = [
-        sys.executable,
-        str(REPOSITORY / "eval.py"),
-        f"runs=[{','.join(map(str, budgets))}]",
-        f"out={tmp_path / 'out'}",
-    ]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert "No ranking of methods at their bytes" in done.stdout
+    evaluate_here(f"runs=[{','.join(map(str, budgets))}]", f"out={tmp_path / 'out'}")
+    assert "No ranking of methods at their bytes" in capsys.readouterr().out
     assert "No ranking of methods at their bytes" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -272,15 +266,7 @@ def test_step_times_of_runs_alone_of_a_benchmark_and_of_busy_machines(
     )
     steps = found[0].options["steps"]
     assert {s.label: s.seconds for s in timed}["basis 1/4"] == pytest.approx(0.015 * steps)
-    command = [
-        sys.executable,
-        str(REPOSITORY / "eval.py"),
-        f"runs={runs}",
-        f"times={file}",
-        f"out={tmp_path / 'out'}",
-    ]
-    done = run_command(command, tmp_path)
-    assert done.returncode == 0, done.stdout
+    evaluate_here(f"runs={runs}", f"times={file}", f"out={tmp_path / 'out'}")
     with (tmp_path / "out" / "arena.csv").open() as opened:
         ratios = {row["method"]: row["step_ratio"] for row in csv.DictReader(opened)}
     assert ratios == {"exact": "1.0", "basis 1/4": "1.5", "basis 1/16": "", "exact, 1 windows": ""}

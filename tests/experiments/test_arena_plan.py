@@ -3,15 +3,21 @@ extends.
 """
 
 import math
-import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import pytest
+from hydra.errors import CompactHydraException
 from tiny import REPOSITORY, overrides, run_command, train_here
 
+import train
+from conf import compose
 from experiments.arena import plan
+from experiments.arena import run as arena
 from experiments.sections import studies
 from harness.rundir import CONFIG_FILE
 from report import write
@@ -19,6 +25,7 @@ from report.results import find_runs
 
 BLOCKS = "method.include=[blocks.*]"
 QUICK = ["micro_batch_size=4", "diagnostics.every=10"]
+SHORT = ["steps=6", "optim.warmup_steps=0", "micro_batch_size=2"]
 
 
 def test_plan_of_the_small_model() -> None:
@@ -72,7 +79,7 @@ def test_methods_take_options_and_a_wrong_one_is_named() -> None:
     for word, said in {
         "activations=lean": r"activations\.name=lean: all are compared with plain",
         "tokens_per_step=1536": r"tokens_per_step=1536: all are compared with the batch in one piece",
-        "stepz=10": r"Could not override 'stepz'",
+        "stepz=10": "stepz: there is no such option",
     }.items():
         with pytest.raises(ValueError, match=said):
             plan.contenders(["experiment=arena", word], ["basis"], ["1/8"])
@@ -112,33 +119,69 @@ def test_a_best_rate_at_the_edge_asks_for_one_beyond(
     assert plan.next_rate(cells) == beyond
 
 
-def launch(data: Path, cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, "-m", "scripts.arena"]
-    words = [
-        "experiment=arena",
-        *overrides(data),
-        "steps=6",
-        "optim.warmup_steps=0",
-        "micro_batch_size=2",
-    ]
-    options = [
-        "--methods",
-        "basis",
-        "--budgets",
-        "1/4",
-        "1/64",
-        "--out",
-        str(cwd / "out"),
-        "--seeds",
-        "0",
-        "--no-baselines",
-    ]
-    return run_command([*script, *options, *more, "--", *words], cwd, PYTHONPATH=str(REPOSITORY))
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    """A small arena: BASIS at two budgets, one of them out of reach, next to exact."""
+    options = ["--methods", "basis", "--budgets", "1/4", "1/64", "--seeds", "0", "--no-baselines"]
+    words = ["experiment=arena", *overrides(data), *SHORT]
+    return [*options, "--out", str(out), *more, "--", *words]
 
 
-def test_one_command_lists_runs_skips_and_reports(data: Path, tmp_path: Path) -> None:
+class TrainedHere:
+    """In place of a process: a run of train.py that was taken in this one."""
+
+    def __init__(self, words: Sequence[str], environment: object, output: IO[bytes]) -> None:
+        (folder,) = (word for word in words if word.startswith("hydra.run.dir="))
+        values = compose([word for word in words if word != folder])
+        self.returncode = 0
+        try:
+            train.execute(values, Path(folder.partition("=")[2]))
+        except CompactHydraException as error:
+            output.write(str(error).encode())
+            self.returncode = 1
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@dataclass
+class Answer:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Launch = Callable[..., Answer]
+
+
+@pytest.fixture
+def launch(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Launch:
+    """The command, whose runs are trained in this process; --out is `tmp_path`/out."""
+
+    def answer(*more: str) -> Answer:
+        try:
+            code = arena.main(arguments(data, tmp_path / "out", *more), start=TrainedHere)
+        except SystemExit as ended:  # of argparse
+            code = ended.code
+        return Answer(code, *capsys.readouterr())
+
+    return answer
+
+
+@pytest.mark.slow
+def test_each_run_is_a_process(data: Path, tmp_path: Path) -> None:
+    rate = ["--rates", "0.001"]
+    command = [sys.executable, "-m", "scripts.arena", *arguments(data, tmp_path / "out", *rate)]
+    done = run_command([*command], tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stdout
+    found, _ = find_runs([tmp_path / "out"])
+    assert len(found) == 2
+    assert len(list((tmp_path / "out" / "logs").iterdir())) == 2
+    assert all("val/loss" in log.read_text() for log in (tmp_path / "out" / "logs").iterdir())
+
+
+def test_one_command_lists_runs_skips_and_reports(launch: Launch, tmp_path: Path) -> None:
     rates = ["--rates", "0.001", "1e18", "--extend", "0"]
-    dry = launch(data, tmp_path, *rates, "--dry-run")
+    dry = launch(*rates, "--dry-run")
     assert dry.returncode == 0, dry.stdout
     assert "basis 1/4: best rate of 0.001 (new), 1e+18 (new); seeds 0" in dry.stdout
     assert (
@@ -147,30 +190,32 @@ def test_one_command_lists_runs_skips_and_reports(data: Path, tmp_path: Path) ->
     assert "6 runs (4 to tune), 36 steps" in dry.stdout
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
-    done = launch(data, tmp_path, *rates, "--jobs", "2")
+    done = launch(*rates, "--jobs", "2")
     assert done.returncode == 0, done.stdout
     found, _ = find_runs([tmp_path / "out"])
     assert sorted(run.tuning for run in found) == [False] * 2 + [True] * 4
     assert {run.options["optim.lr"] for run in found if not run.tuning} == {0.001}
     assert math.isfinite(found[0].last("val/loss"))
-    again = launch(data, tmp_path, *rates)
+    again = launch(*rates)
     assert again.returncode == 0, again.stdout
     assert "4 runs, 4 of them ended before" in again.stdout
     assert "2 runs, 2 of them ended before" in again.stdout
     (ledger,) = plan.read_ledger(tmp_path / "out")["refused"]
     assert (ledger["method"], ledger["budget"]) == ("basis", "1/64")
-    stale = launch(data, tmp_path, *rates, "--jobs", "1", "optim.beta1=0.5")
+    stale = launch(*rates, "--jobs", "1", "optim.beta1=0.5")
     assert stale.returncode == 1
-    assert "arena: " in stale.stdout
-    assert "optim.beta1" in stale.stdout
-    assert "Traceback" not in stale.stdout
-    clash = launch(data, tmp_path, *rates, "--tuning-seed", "0")
+    assert "arena: " in stale.stderr
+    assert "optim.beta1" in stale.stderr
+    assert "Traceback" not in stale.stderr
+    clash = launch(*rates, "--tuning-seed", "0")
     assert clash.returncode == 2
-    assert "is one of --seeds" in clash.stdout
+    assert "is one of --seeds" in clash.stderr
 
 
-def test_the_grid_is_extended_while_the_best_rate_is_its_last(data: Path, tmp_path: Path) -> None:
-    done = launch(data, tmp_path, "--rates", "0.0001", "0.0002", "--extend", "2")
+def test_the_grid_is_extended_while_the_best_rate_is_its_last(
+    launch: Launch, tmp_path: Path
+) -> None:
+    done = launch("--rates", "0.0001", "0.0002", "--extend", "2")
     assert done.returncode == 0, done.stdout
     found, _ = find_runs([tmp_path / "out"])
     for name in ("exact", "basis"):
@@ -192,11 +237,11 @@ def test_the_grid_is_extended_while_the_best_rate_is_its_last(data: Path, tmp_pa
         ] == [0.0008]
     other = tmp_path / "out" / "seeds" / "exact_lr0.0008_seed0" / CONFIG_FILE
     other.write_text(other.read_text().replace("beta1: 0.9\n", "beta1: 0.5\n"))
-    stale = launch(data, tmp_path, "--rates", "0.0001", "0.0002", "--extend", "2")
+    stale = launch("--rates", "0.0001", "0.0002", "--extend", "2")
     assert stale.returncode == 1
-    assert "arena: " in stale.stdout
-    assert "optim.beta1" in stale.stdout
-    assert "Traceback" not in stale.stdout
+    assert "arena: " in stale.stderr
+    assert "optim.beta1" in stale.stderr
+    assert "Traceback" not in stale.stderr
 
 
 def test_zeroth_order_has_no_part_in_an_arena_of_sus_attention() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import REPOSITORY, run_command, train_here
+from tiny import REPOSITORY, evaluate_here, run_command, train_here
 
 from experiments.paper.published import PUBLISHED
 from experiments.sections import studies
@@ -252,17 +252,27 @@ def test_one_bad_folder_is_named_and_the_rest_reported(runs: Path, tmp_path: Pat
 
 
 def test_command_line(runs: Path, tmp_path: Path) -> None:
-    arguments = [sys.executable, str(REPOSITORY / "eval.py")]
-    done = run_command([*arguments, f"runs={runs}", f"out={tmp_path / 'out'}"], tmp_path)
+    command = [sys.executable, str(REPOSITORY / "eval.py"), f"runs={runs}"]
+    done = run_command([*command, f"out={tmp_path / 'out'}"], tmp_path)
     assert done.returncode == 0, done.stdout
     assert "| basis R=4" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    for wrong, said in (
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
         ("runs=nowhere", "runs=nowhere: no such folder"),
-        (f"runs={tmp_path}", "no finished run"),
+        ("runs=.", "no finished run"),
         ("complexity=true", "out=null"),
         ("out=here", "runs=null"),
-    ):
-        done = run_command([*arguments, wrong], tmp_path)
-        assert done.returncode == 1
-        assert said in done.stdout
+    ],
+)
+def test_mistakes_are_named(
+    wrong: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a message and exit code 1: tests/harness/test_command_line.py."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        evaluate_here(wrong)
+    assert list(tmp_path.iterdir()) == []

@@ -4,8 +4,6 @@ wandb-workspaces builds them.
 
 import itertools
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -111,10 +109,8 @@ def test_report_holds_every_section(dashboard) -> None:
     ]
 
 
-def test_command_line_builds_without_a_network() -> None:
-    pytest.importorskip("wandb_workspaces")
-    command = [sys.executable, "scripts/dashboard.py", "--entity", "me", "--dry-run"]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout.startswith("Workspace(entity='me', project='basis'")
+def test_command_line_builds_without_a_network(
+    dashboard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dashboard.main(["--entity", "me", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("Workspace(entity='me', project='basis'")
