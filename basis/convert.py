@@ -7,6 +7,7 @@ weights and the state_dict all stay as they were. Patterns are shell patterns ov
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,30 +237,43 @@ def sketched_layers(model: nn.Module) -> Iterator[tuple[str, SketchedLinear]]:
 
 
 def set_noise_key(
-    model: nn.Module, *, seed: int, step: int, micro_batch: int = 0, rank: int = 0, since: int = 0
+    model: nn.Module,
+    *,
+    seed: int,
+    step: int,
+    micro_batch: int = 0,
+    process: int = 0,
+    rank: int | None = None,
 ) -> None:
-    """Fix the noise of every sketched and lean layer as a function of seed, step, micro_batch, rank
-    and the layer's name.
+    """Fix the noise of every sketched, lean and SUS module as a function of seed, step, micro_batch,
+    process and the module's name.
 
     Call it before each forward of a training step. Recomputing or resuming with the same numbers
     draws the same noise, and a layer's noise does not depend on which other layers are sketched. It
     also decides which layers learn in that forward: those whose method learns at `step`, in its
-    first micro-batch. since: the step at which the layers knew nothing, from which methods count.
+    first micro-batch. process: the number of this process where several train one model, so that
+    each has noise of its own. rank: the older name of `process`, deprecated.
+
     Raises ValueError, beginning with the name, for what is no whole number from 0 on.
     """
-    given = {"seed": seed, "step": step, "micro_batch": micro_batch, "rank": rank, "since": since}
-    seed, step, micro_batch, rank, since = (
+    if rank is not None:
+        warnings.warn("set_noise_key: rank is now called process", DeprecationWarning, stacklevel=2)
+        process = rank
+    given = {"seed": seed, "step": step, "micro_batch": micro_batch, "process": process}
+    seed, step, micro_batch, process = (
         whole_number(name, value, least=0) for name, value in given.items()
     )
     for name, module in model.named_modules():
         if isinstance(module, SketchedLinear):
             module.learning = (
-                micro_batch == 0 and not module.frozen and module.estimator.learns_at(step - since)
+                micro_batch == 0
+                and not module.frozen
+                and module.estimator.learns_at(step - module.first_step)
             )
         if isinstance(module, Keyed):
             parameter = next(module.parameters(), None)
             module.set_noise_key(
-                fold(seed, step, micro_batch, rank, plain_name(model, name)),
+                fold(seed, step, micro_batch, process, plain_name(model, name)),
                 None if parameter is None else parameter.device,
             )
 

@@ -69,6 +69,8 @@ class Learning(nn.Module):
     """Whether the next training forward learns; None: each one does. Set for a step by
     `basis.set_noise_key`.
     """
+    first_step: int = 0
+    """The step at which the layer knew nothing; the method's `learns_at` counts steps from it."""
     frozen: bool = False
     """Whether `basis.set_noise_key` leaves it at not learning; see convert.py's `not_learning`."""
 

@@ -31,8 +31,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +41,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import basis
-from basis import Exact, loss_head
-from basis.estimator import Estimator
-from basis.linear import SketchedLinear
+from basis import loss_head
 from harness import activations, memory
 from harness.build import apply_method
 from harness.config import Config
@@ -194,7 +192,7 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
                 return model(tokens, tokens)
 
         basis.set_noise_key(model, seed=0, step=0)
-        with nullcontext() if every_block else _few_head_blocks(model):
+        with nullcontext() if every_block else loss_head.skipping_blocks():
             kept = memory.saved_bytes(model, forward) if categories else {}
             ends = [0]
             with memory.LiveBytes(memory.held_tensors(model, optimizer)) as live:
@@ -210,28 +208,6 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
         return _Walk(
             memory.tensor_bytes(model.parameters()), memory.optimizer_bytes(optimizer), passes, kept
         )
-
-
-@contextmanager
-def _few_head_blocks(model: GPT) -> Iterator[None]:
-    """Meanwhile the loss head takes the first two blocks of rows and the last, where none is
-    collected.
-    """
-    estimator = model.head.estimator if isinstance(model.head, SketchedLinear) else Exact()
-    if type(estimator).factors is Estimator.factors:
-        yield
-        return
-    blocks = loss_head._blocks
-
-    def few(rows: int, classes: int) -> list[slice]:
-        found = blocks(rows, classes)
-        return found if len(found) <= 3 else [*found[:2], found[-1]]
-
-    loss_head._blocks = few
-    try:
-        yield
-    finally:
-        loss_head._blocks = blocks
 
 
 MANY_BLOCKS = 32

@@ -194,8 +194,8 @@ class RankControl:
         model.train(training)
         changed = self.controller.observe(error) != before
         if changed:
-            set_rank(model, self.controller.rank)
             self.since = step
+            set_rank(model, self.controller.rank, step)
             log.info(
                 "step %d  rank %d -> %d (error %.3g)", step, before, self.controller.rank, error
             )
@@ -213,4 +213,4 @@ class RankControl:
         """Go on from `state_dict()`; the sketched layers of `model` get their rank."""
         self.controller.load_state_dict(state)
         self.since = state["since"]
-        set_rank(model, self.controller.rank)
+        set_rank(model, self.controller.rank, self.since)

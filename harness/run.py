@@ -83,10 +83,7 @@ class Run:
 
     def micro_batch_loss(self, step: int, micro_batch: int) -> Tensor:
         """Forward of one micro-batch with its own noise; the mean loss over its tokens, with graph."""
-        since = 0 if self.rank is None else self.rank.since
-        basis.set_noise_key(
-            self.model, seed=self.config.seed, step=step, micro_batch=micro_batch, since=since
-        )
+        basis.set_noise_key(self.model, seed=self.config.seed, step=step, micro_batch=micro_batch)
         return self.runtime.forward(self.forward, *self.sampler.batch(step, micro_batch))
 
     def zeroth_order_gradient(self, micro_batch: int, micro_batches: int) -> Tensor:

@@ -95,15 +95,17 @@ class AdaptiveRank:
         self.rank, self.below = state["rank"], state["below"]
 
 
-def set_rank(model: nn.Module, rank: int) -> None:
-    """Give every sketched layer (its method has a knob) that rank, whose state begins anew;
-    parameters stay.
+def set_rank(model: nn.Module, rank: int, step: int = 0) -> None:
+    """Give every sketched layer of `model` that rank. Parameters stay; what the layers have learned
+    is forgotten.
 
-    Noise keys are gone with the old layers: `set_noise_key` comes after it, with `since=step`, so
-    that methods that look at X now and then do it at once.
+    step: the step that comes next. A method that learns at some steps only, the first ones among
+    them, counts from this one. Noise keys are gone with the old layers: call `set_noise_key` next.
     """
     layers = {name: layer.estimator for name, layer in sketched_layers(model)}
     convert(model, lambda name, _: with_knob(layers[name], rank), include=list(layers))
+    for _, layer in sketched_layers(model):
+        layer.first_step = step
 
 
 @torch.no_grad()

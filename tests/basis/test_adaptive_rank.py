@@ -98,3 +98,16 @@ def test_a_new_rank_keeps_parameters_and_forgets_the_average() -> None:
     model(torch.randn(20, 12)).sum().backward()
     optimizer.step()
     assert not torch.equal(weight, before)
+
+
+def test_a_method_counts_its_steps_from_the_new_rank_on() -> None:
+    model = nn.Sequential(nn.Linear(12, 16))
+    basis.convert(model, basis.Subspace(2, every=100))
+
+    def learns(step: int) -> bool | None:
+        basis.set_noise_key(model, seed=0, step=step)
+        return model[0].learning
+
+    assert [learns(step) for step in (9, 10, 55, 100)] == [True, False, False, True]
+    set_rank(model, 3, step=50)
+    assert [learns(step) for step in (50, 59, 60, 100, 150)] == [True, True, False, False, True]

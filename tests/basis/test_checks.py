@@ -62,7 +62,7 @@ def test_whole_numbers_have_a_least_one() -> None:
         whole_number("step", -1, least=0)
 
 
-@pytest.mark.parametrize("name", ["seed", "step", "micro_batch", "rank", "since"])
+@pytest.mark.parametrize("name", ["seed", "step", "micro_batch", "process"])
 @pytest.mark.parametrize("value", [1.5, -1, True])
 def test_noise_is_a_function_of_whole_numbers_only(name: str, value: Any) -> None:
     model = nn.Sequential(nn.Linear(2, 2))

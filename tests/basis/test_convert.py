@@ -178,9 +178,12 @@ def test_keys_depend_on_each_number_and_on_the_name_only() -> None:
     base = keys(everything)
     assert len(set(base.values())) == len(base)
     assert keys(head)["head"] == base["head"]
-    for change in ({"seed": 1}, {"step": 1}, {"micro_batch": 1}, {"rank": 1}):
+    for change in ({"seed": 1}, {"step": 1}, {"micro_batch": 1}, {"process": 1}):
         assert not set(keys(everything, **change).values()) & set(base.values())
     assert keys(everything) == base
+    with pytest.warns(DeprecationWarning, match="rank is now called process"):
+        older = keys(everything, rank=1)
+    assert older == keys(everything, process=1)
     wrapped = nn.parallel.DataParallel(head)  # names inside a wrapper carry "module."
     assert keys(wrapped) == keys(head)
 
