@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.documents import Document, Position, split_by_hash
-from data.files import describe_files, local_files
+from data.files import describe_files, local_files, name_left_out, open_parquet
 from data.options import DataOptions
 
 if TYPE_CHECKING:
@@ -56,8 +56,12 @@ class Hub:
         it.
 
         Raises ConnectionError if the hub can't be reached, ValueError if the text column does not
-        exist.
+        exist or holds no text.
         """
+        if self.path is not None and position is None:
+            name_left_out(self.path, self.files)
+        for file in self.files:
+            open_parquet(file, self.options.text_column).close()
         dataset = self._dataset = self._load()
         if position is not None:
             dataset.load_state_dict(position)
@@ -70,8 +74,14 @@ class Hub:
                         f"data.text_column={column!r}: the columns of {self.name} are "
                         f"{', '.join(row)}"
                     )
-                if row[column]:
-                    yield Document(row[column], split_by_hash(row[column], self.val_fraction))
+                text = row[column]
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(
+                        f"data.text_column={column!r}: in {self.name} it holds "
+                        f"{type(text).__name__}, not text"
+                    )
+                if text:
+                    yield Document(text, split_by_hash(text, self.val_fraction))
         finally:
             # A half-read Parquet stream that is left to the interpreter's end aborts the process
             # (apache/arrow#45214).

@@ -16,6 +16,8 @@ On the command line, ahead of training (train.py does the same on first use):
 
 import hashlib
 import json
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,14 +27,19 @@ from typing import Any
 
 from data.documents import Source
 from data.fetch import locked, write_bytes
+from data.files import Text
 from data.options import DataOptions
 from data.shards import SPLITS, join, remove, tokenize
-from data.sources import make_source
+from data.sources import MissingText, make_source
 from data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer
 from data.tokens import TokenFile
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1  # raise it when the same options would give other tokens
 METADATA = "metadata.json"
+TOKENS = "tokens"  # folder below data.cache_dir
+NAME_BYTES = 120  # of a source's name in the name of its prepared folder
 
 
 @dataclass(frozen=True)
@@ -76,21 +83,47 @@ class Prepared:
         )
 
 
-def prepare(options: DataOptions, *, progress: bool = True) -> Prepared:
+def prepare(options: DataOptions, *, progress: bool = True, known: str | None = None) -> Prepared:
     """Open the prepared folder of these options, making it first if it is not there (see the
     module).
 
-    progress: show a bar on stderr. Raises ValueError for options that can't be served (before
-    anything is written, as far as they can be checked without reading the text) and ConnectionError
-    if something could not be fetched.
+    progress: show a bar on stderr. known: sha256 of the training tokens of a run that continues; if
+    nothing is at `data.path` any more, the folder in the cache that holds them is opened instead.
+    Raises ValueError for options that can't be served (before anything is written, as far as they
+    can be checked without reading the text) and ConnectionError if something could not be fetched.
     """
-    source = make_source(options)
+    try:
+        source = make_source(options)
+    except MissingText:
+        found = None if known is None else find_prepared(options, known)
+        if found is None:
+            raise
+        return found
     folder = prepared_folder(options, source)
     if not (folder / METADATA).exists():
         with locked(folder):
             if not (folder / METADATA).exists():
                 _build(options, source, folder, progress)
     return Prepared.open(folder)
+
+
+def find_prepared(options: DataOptions, train_sha256: str) -> Prepared | None:
+    """The complete folder in the cache of `options` that holds these training tokens, or None.
+
+    It is found by its metadata, so the text itself is not needed: a run can be looked at from
+    another folder, and after its text has moved. Tokenizer, source and share held out must be those
+    of `options`.
+    """
+    for file in sorted((options.cache_path() / TOKENS).glob(f"*/{METADATA}")):
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        if (
+            metadata["train"]["sha256"] == train_sha256
+            and metadata["tokenizer"] == options.tokenizer
+            and metadata["source"] == options.source
+            and metadata["identity"].get("val_fraction") == options.val_fraction
+        ):
+            return Prepared.open(file.parent)
+    return None
 
 
 def prepared_folder(options: DataOptions, source: Source) -> Path:
@@ -103,19 +136,30 @@ def prepared_folder(options: DataOptions, source: Source) -> Path:
         "max_tokens": options.max_tokens,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return options.cache_path() / "tokens" / f"{source.name}-{options.tokenizer}-{digest[:12]}"
+    # A file system counts the bytes of a name, and the folder's lock has a longer one still.
+    readable = os.fsencode(source.name)[:NAME_BYTES].decode("utf-8", "ignore")
+    return options.cache_path() / TOKENS / f"{readable}-{options.tokenizer}-{digest[:12]}"
 
 
 def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -> None:
     for leftover in folder.glob("*.tmp"):  # of a process that was killed; nobody else is here now
         leftover.unlink()
-    tokenizer = _tokenizer(options, source, folder)
-    shards = folder / "shards"
+    tokenizer = _tokenizer(options, source, folder, progress)
+    shards, cut = folder / "shards", folder / "shards_of_cut_rows"
     manifest = tokenize(source, tokenizer, shards, max_tokens=options.max_tokens, progress=progress)
+    if sum(manifest.tokens.values()) == 0:
+        remove(shards)
+        raise ValueError(f"data.path={options.path!r}: holds no text")
+    if isinstance(source, Text) and not all(manifest.tokens.values()):
+        # In a folder of its own: an interrupted preparation must not mix the two rules.
+        log.info("%s: too few rows to hold some out; the last part of each is", source.path)
+        source.cut_rows()
+        manifest = tokenize(
+            source, tokenizer, cut, max_tokens=options.max_tokens, progress=progress
+        )
+        remove(shards)
+        shards = cut
     for split, advice in (("train", "lower it"), ("val", "raise it or data.max_tokens")):
-        if sum(manifest.tokens.values()) == 0:
-            remove(shards)
-            raise ValueError(f"data.path={options.path!r}: holds no text")
         if manifest.tokens[split] == 0:
             remove(shards)
             raise ValueError(
@@ -141,15 +185,24 @@ def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -
     remove(shards)
 
 
-def _tokenizer(options: DataOptions, source: Source, folder: Path) -> Tokenizer:
-    """The tokenizer to encode with; a character vocabulary is collected from the corpus and saved
-    into the folder.
+def _tokenizer(options: DataOptions, source: Source, folder: Path, progress: bool) -> Tokenizer:
+    """The tokenizer to encode with; a character vocabulary is collected from the corpus, with a bar
+    if `progress`, and saved into the folder.
     """
+    from tqdm import tqdm
+
     if options.tokenizer != "char":
         return load_tokenizer(options.tokenizer, options.cache_path())
     characters = {CharTokenizer.separator}
-    for document in source.documents():
-        characters.update(document.text)
+    with tqdm(
+        desc=f"collecting characters of {source.name}",
+        unit="char",
+        unit_scale=True,
+        disable=None if progress else True,  # None: a bar on a terminal only
+    ) as bar:
+        for document in source.documents():
+            characters.update(document.text)
+            bar.update(len(document.text))
     tokenizer = CharTokenizer(characters)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
@@ -181,8 +234,6 @@ def main(overrides: Sequence[str]) -> int:
     """The command line. Prints folder, counts and hashes; 1 after a mistake of the user's or a
     failed download.
     """
-    import logging
-
     if {"-h", "--help"} & set(overrides):
         print(__doc__)
         return 0

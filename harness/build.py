@@ -24,12 +24,14 @@ from harness.method import WHOLE_MODEL
 from models import GPT
 
 
-def training_text(config: Config, *, progress: bool) -> tuple[Config, Prepared, Sampler]:
+def training_text(
+    config: Config, *, progress: bool, known: str | None = None
+) -> tuple[Config, Prepared, Sampler]:
     """The configuration with the vocabulary of its text, the text, and the batches of its training.
 
-    Raises ValueError if the text can't be had, or has ids that the model's vocabulary lacks.
+    known: see `data.prepare.prepare`. Raises ValueError if the text can't be had, or has ids that the model's vocabulary lacks.
     """
-    prepared = prepare(config.data, progress=progress)
+    prepared = prepare(config.data, progress=progress, known=known)
     config = config.resolved(prepared.train.vocab_size)
     assert config.model.vocab_size is not None
     prepared.train.check_vocabulary(config.model.vocab_size)

@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from data.prepare import prepare
 from harness.config import Config, flat_options
 from harness.files import write_atomic
 
@@ -74,6 +75,7 @@ def refused_changes(old: Mapping[str, Any], config: Config) -> list[str]:
         f"{option}: {old.get(option)} -> {now.get(option)}"
         for option in changed_options(old, now)
         if not option.startswith(FREE_OPTIONS)
+        and option != "data.path"  # a text may move: `_check_same_text` compares its tokens
         and not (
             option == "steps"
             and config.optim.schedule == "constant"
@@ -107,6 +109,27 @@ def check_same_options(run_dir: Path, old: Mapping[str, Any], config: Config) ->
             + "\nGive the same options to continue it, another hydra.run.dir to start again, or "
             "delete the folder."
         )
+    if old.get("data.path") != config.data.path:
+        _check_same_text(run_dir, config)
+
+
+def _check_same_text(run_dir: Path, config: Config) -> None:
+    """Raise ValueError if a run that is given another data.path was trained on another text."""
+    known = trained_on(run_dir)
+    if known is None:
+        return  # nothing was trained yet
+    found = prepare(config.data, progress=config.log.progress, known=known).train.sha256
+    if found != known:
+        raise ValueError(
+            f"data.path={config.data.path}: not the text that the run in {run_dir} was started "
+            "with; bring the same text back, give another hydra.run.dir, or delete the folder"
+        )
+
+
+def trained_on(run_dir: Path) -> str | None:
+    """sha256 of the training tokens of the run in `run_dir`, None if it has not begun."""
+    hashes = read_summary(run_dir).get("data", {})
+    return hashes.get("train") if isinstance(hashes, dict) else None
 
 
 def write_config(run_dir: Path, config: Config) -> None:

@@ -72,7 +72,9 @@ def set_up(config: Config, folder: Path) -> Run:
     check_method(config)
     rundir.check_same_run(folder, config)
 
-    config, prepared, sampler = training_text(config, progress=config.log.progress)
+    config, prepared, sampler = training_text(
+        config, progress=config.log.progress, known=rundir.trained_on(folder)
+    )
     rundir.check_same_run(folder, config)  # now that the vocabulary is known
     validation = validation_windows(
         prepared.val,
@@ -80,6 +82,17 @@ def set_up(config: Config, folder: Path) -> Run:
         batch_size=config.eval.batch_size,
         batches=config.eval.batches,
     )
+    asked = config.eval.batches * config.eval.batch_size
+    if validation.windows < asked:
+        log.warning(
+            "eval.batches=%d: %d windows of model.block_size + 1 = %d tokens are asked for, the "
+            "held-out text has %d; evaluations take %d (data.val_fraction holds out more)",
+            config.eval.batches,
+            asked,
+            config.model.block_size + 1,
+            prepared.val.count // (config.model.block_size + 1),
+            validation.windows,
+        )
     model, sketched = build_model(config)
     model.to(runtime.device)
     optimizer = make_optimizer(model, config.optim)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.options import DataOptions
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared, find_prepared, prepare
 from harness.checkpoint import Checkpoints
 from harness.rundir import CHECKPOINT_FOLDER
 from models import GPT, GPTConfig
@@ -55,8 +55,9 @@ def load_trained(run: Path, *, best: bool = False) -> Trained:
     with torch.random.fork_rng():
         model = GPT(GPTConfig(**config["model"]))
     model.load_state_dict(plain_weights(loaded.state["model"]))
-    prepared = prepare(DataOptions(**config["data"]))
-    if prepared.train.sha256 != loaded.state["data"]["train"]:
+    options, tokens = DataOptions(**config["data"]), loaded.state["data"]["train"]
+    prepared = find_prepared(options, tokens) or prepare(options)
+    if prepared.train.sha256 != tokens:
         raise ValueError(
             f"the text behind {run} has changed since; its tokens would be read with another "
             "vocabulary"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import validation_windows
 from data.options import DataOptions
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared, find_prepared, prepare
 from harness.checkpoint import CheckpointError, Checkpoints
 from harness.config import flat_options
 from harness.device import resolve
@@ -134,7 +134,7 @@ def _recompute(run: RunResult, published: Published | None) -> Losses:
             f"{run.folder / CONFIG_FILE}: not what its checkpoint was trained with "
             f"({', '.join(differing)} differ)"
         )
-    prepared = _prepared(json.dumps(config["data"]))
+    prepared = _prepared(json.dumps(config["data"]), loaded.state["data"]["train"])
     model_config = GPTConfig(**config["model"])
     held_out = validation_windows(
         prepared.val,
@@ -179,5 +179,7 @@ def _recompute(run: RunResult, published: Published | None) -> Losses:
 
 
 @functools.lru_cache(maxsize=8)
-def _prepared(options: str) -> Prepared:
-    return prepare(DataOptions(**json.loads(options)), progress=False)
+def _prepared(options: str, train_sha256: str) -> Prepared:
+    """The tokens that a run was trained on: from the cache, even if the text itself is gone."""
+    data = DataOptions(**json.loads(options))
+    return find_prepared(data, train_sha256) or prepare(data, progress=False)

@@ -15,7 +15,14 @@ from prepared_texts import CACHE_DIR, ids, share_tokenizer, story
 
 from data.documents import split_by_hash
 from data.options import REPOSITORY, DataOptions
-from data.prepare import Prepared, load_options, main, prepare, prepared_folder
+from data.prepare import (
+    Prepared,
+    find_prepared,
+    load_options,
+    main,
+    prepare,
+    prepared_folder,
+)
 from data.sources import make_source
 
 # --- Shakespeare
@@ -197,10 +204,47 @@ def test_damage_to_a_complete_folder_is_refused_with_advice(stories: DataOptions
         prepare(stories)
 
 
-def test_no_validation_text_is_refused(stories: DataOptions) -> None:
-    stories.val_fraction = 1e-9
-    with pytest.raises(ValueError, match=r"data\.val_fraction=1e-09: no token for val; raise it"):
+def test_too_few_rows_for_the_hash_hold_out_the_last_part_of_each(stories: DataOptions) -> None:
+    assert stories.path is not None
+    stories.val_fraction = 0.25
+    Path(stories.path).write_text(json.dumps({"text": "0"}) + "\n")
+    with pytest.raises(ValueError, match=r"data\.val_fraction=0\.25: no token for train; lower"):
         prepare(stories, progress=False)
+    Path(stories.path).write_text(json.dumps({"text": "0123456789"}) + "\n")
+    prepared = prepare(stories, progress=False)
+    text = {split: prepared.tokenizer.decode(ids(prepared, split)) for split in ("train", "val")}
+    assert text == {"train": "0123456", "val": "789"}
+    assert prepared.metadata["held_out"] == ["the last 0.25 of each file or row"]
+    assert not [path for path in prepared.folder.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("stem", ["n" * 240, "史記" * 38])
+def test_a_long_file_name_is_cut_in_the_name_of_its_folder(
+    stem: str, stories: DataOptions, tmp_path: Path
+) -> None:
+    assert stories.path is not None
+    long = tmp_path / f"{stem}.jsonl"
+    Path(stories.path).rename(long)
+    stories.path = str(long)
+    prepared = prepare(stories, progress=False)
+    assert len(os.fsencode(prepared.folder.name)) < 200
+    assert prepared.folder.name.startswith("text-" + stem[:30])
+
+
+def test_tokens_are_found_by_their_hash_when_the_text_is_gone(stories: DataOptions) -> None:
+    prepared = prepare(stories, progress=False)
+    sha256 = prepared.train.sha256
+    assert stories.path is not None
+    Path(stories.path).unlink()
+    with pytest.raises(ValueError, match=r"data\.path=.*no such file"):
+        prepare(stories, known="0" * 64)
+    assert prepare(stories, known=sha256) == prepared
+    for option, value in (("val_fraction", 0.1), ("tokenizer", "gpt2"), ("source", "hub")):
+        assert find_prepared(stories, sha256) == prepared
+        before = getattr(stories, option)
+        setattr(stories, option, value)
+        assert find_prepared(stories, sha256) is None
+        setattr(stories, option, before)
 
 
 RACE = """

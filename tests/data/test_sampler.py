@@ -173,13 +173,18 @@ def sha256_of_ids(ids: np.ndarray) -> str:
     return hashlib.sha256(b"".join(int(token).to_bytes(2, "little") for token in ids)).hexdigest()
 
 
-def test_validation_refuses_a_short_file_and_names_what_fits(tokens: TokenFile) -> None:
-    validation_windows(tokens, block_size=T, batch_size=25, batches=5)
-    with pytest.raises(
-        ValueError,
-        match=r"eval\.batches=6: .*need 1,200 tokens.*holds 1,000; at most eval\.batches=5",
-    ):
-        validation_windows(tokens, block_size=T, batch_size=25, batches=6)
+def test_validation_takes_what_a_short_file_holds(tokens: TokenFile) -> None:
+    # 1,000 tokens are 125 windows of T + 1 = 8.
+    for asked, got in (((5, 25), (5, 25)), ((6, 25), (5, 25)), ((9, 100), (1, 100))):
+        windows = validation_windows(tokens, block_size=T, batches=asked[0], batch_size=asked[1])
+        assert (len(windows), len(windows.batches[0][0])) == got
+        assert windows.windows == got[0] * got[1]
+        assert windows.hash == sha256_of_ids(TOKENS[: 8 * windows.windows])
+    (whole,) = validation_windows(tokens, block_size=T, batches=2, batch_size=200)
+    assert whole[0].shape == (125, T)
+
+
+def test_validation_refuses_what_can_not_be(tokens: TokenFile) -> None:
     with pytest.raises(ValueError, match=r"model\.block_size=1000"):
         validation_windows(tokens, block_size=1000, batch_size=1, batches=1)
     with pytest.raises(ValueError, match=r"eval\.batches=0"):

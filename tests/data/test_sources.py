@@ -177,9 +177,12 @@ def test_hash_split_is_the_documented_rule_and_about_its_fraction() -> None:
         (
             "x.jsonl",
             b'{"body": "a"}\n',
-            r"data\.text_column='text': .* line 1 has no string of that name, only body",
+            r"data\.text_column='text': .* line 1 has only body",
         ),
-        ("x.jsonl", b'["a"]\n', r"data\.text_column='text'"),
+        ("x.jsonl", b'["a"]\n', r"data\.text_column='text': .* line 1 is no JSON object"),
+        ("x.jsonl", b'{"text": 3}\n', r"data\.text_column='text': .* it holds a number, not text"),
+        ("x.jsonl", b'{"text": ["a"]}\n', r"line 1 it holds an array, not text"),
+        ("x.jsonl", b'{"a": ' + b"[" * 100_000, r"x\.jsonl line 1 is nested too deep"),
         ("x.txt", b"\xff\xfe", r"data\.path: .*x\.txt is not UTF-8"),
         (
             "x.csv",
@@ -194,6 +197,68 @@ def test_unreadable_text_is_refused_by_name(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         documents(source="text", path=str(tmp_path / name), val_fraction=0.1)
+
+
+def test_parquet_text_may_come_in_every_layout_and_nothing_else(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = ["one", "two", None]
+    columns = {
+        "plain": pyarrow.array(rows),
+        "large": pyarrow.array(rows, pyarrow.large_string()),
+        "view": pyarrow.array(rows, pyarrow.string_view()),
+        "categories": pyarrow.array(rows).dictionary_encode(),
+        "lists": pyarrow.array([[row] for row in rows]),
+        "numbers": pyarrow.array([1, 2, 3]),
+        "bytes": pyarrow.array([b"a", b"b", b"c"]),
+        "structs": pyarrow.array([{"content": row} for row in rows]),
+        "coded numbers": pyarrow.array([1, 2, 1]).dictionary_encode(),
+    }
+    file = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    hub = {"source": "hub", "repo": "a/b", "revision": "0" * 40}
+    for column in columns:
+        options = {"path": str(file), "val_fraction": 0.1, "text_column": column}
+        if column in ("plain", "large", "view", "categories"):
+            found = documents(source="text", **options)
+            assert [document.text for document in found] == ["one", "two"]
+            continue
+        for kind in ({"source": "text"}, hub):
+            with pytest.raises(
+                ValueError, match=rf"text_column='{column}': .* it holds .*not text"
+            ):
+                documents(**kind, **options)
+
+
+def test_a_folder_is_read_through_links_and_what_is_left_out_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    (folder / "sub").mkdir(parents=True)
+    other.mkdir()
+    for file in (folder / "B.TXT", folder / "sub" / "c.txt", other / "d.Jsonl"):
+        file.write_text('{"text": "x"}\n{"text": null}\n')
+    for name in ("rows.jsonl.gz", "rows.json"):
+        (folder / name).write_text("x")
+    (folder / "linked").symlink_to(other)
+    (folder / "again").symlink_to(folder / "sub")  # its text is in the folder already
+    (other / "back").symlink_to(folder)  # a circle
+    found = make_source(DataOptions(source="text", path=str(folder), val_fraction=0.5))
+    names = [Path(name).as_posix() for name, *_ in found.identity()["files"]]
+    assert names == ["B.TXT", "linked/d.Jsonl", "sub/c.txt"]
+    with caplog.at_level("WARNING", logger="data"):
+        first = list(found.documents())
+        assert list(found.documents()) == first
+    assert len(caplog.messages) == 2
+    assert "left out: rows.json, rows.jsonl.gz" in caplog.messages[0]
+    assert "d.Jsonl: 1 of 2 rows hold no text and are left out" in caplog.messages[1]
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nobody-of-this-name/x.txt"])
+def test_paths_that_can_not_be_looked_at_are_refused_by_name(path: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.path='.*': "):
+        documents(source="text", path=path, val_fraction=0.1)
 
 
 def test_missing_paths_and_empty_folders_are_refused(tmp_path: Path) -> None:

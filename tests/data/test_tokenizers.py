@@ -3,6 +3,7 @@ told.
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,24 @@ def test_gpt2_round_trip(gpt2: Tokenizer, text: str) -> None:
     ids = gpt2.encode(text)
     assert ids.dtype == np.uint16
     assert gpt2.decode(ids.tolist()) == text
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\n    ", "\u2028 "])
+@pytest.mark.parametrize("after", ["word", "\x1c", ""])  # \x1c: a blank to Python, not to Unicode
+def test_long_runs_of_blanks_are_encoded_as_by_the_pattern(
+    gpt2: Tokenizer, blank: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "two words" + blank * 80 + after
+    expected = gpt2.encode(text).tolist()
+    monkeypatch.setattr(tokenizers, "MANY_BLANKS", 40)
+    few = tokenizers.LONG_BLANKS.pattern.replace("{100000,}", "{40,}")
+    monkeypatch.setattr(tokenizers, "LONG_BLANKS", re.compile(few))
+    assert gpt2.encode(text).tolist() == expected
+
+
+def test_a_million_blanks_in_a_row_are_encoded(gpt2: Tokenizer) -> None:
+    ids = gpt2.encode("one" + " " * 1_100_000 + "two")
+    assert ids.tolist() == [505, *[220] * 1_099_999, 734]
 
 
 def test_tiktokens_own_cache_stays_untouched(

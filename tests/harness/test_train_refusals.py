@@ -25,7 +25,6 @@ REFUSED = [
     (["model.vocab_size=5"], "model.vocab_size=5"),
     (["tokens_per_step=100"], "tokens_per_step=100"),
     (["micro_batch_size=0"], "micro_batch_size=0"),
-    (["eval.batches=100000"], "eval.batches=100000"),
     (["eval.batches=0"], "eval.batches=0"),
     (["diagnostics.masks=1"], "diagnostics.masks=1"),
     (["diagnostics.monitor=true", "compile=true"], "diagnostics.monitor=true: hooks on layers"),
