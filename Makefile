@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format results clean
 
 demo: .venv/installed
 	$(BIN)/python train.py -m experiment=demo steps=$(DEMO_STEPS) method=exact
@@ -32,6 +32,10 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[harness,dev,dashboard,experiments]"
 	touch $@
+
+# Tables and figures of results/ again, from what is kept there.
+results: .venv/installed
+	$(BIN)/python scripts/results.py
 
 clean:
 	rm -rf .venv .cache runs

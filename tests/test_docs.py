@@ -30,6 +30,7 @@ COMMANDS = [
     for command in dict.fromkeys(
         re.findall(r"`(python [^`]+)`", text) + re.findall(r"^ {4}(python .+)$", text, re.MULTILINE)
     )
+    if "first_rows" not in command  # of the method that the page adds: tried below
 ]
 
 
@@ -80,7 +81,8 @@ def test_make_targets_exist() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page: str) -> None:
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page])
+    text = re.sub(r"`[^`]*`", "", PAGES[page])
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
     missing = [link for link in links if not link.startswith("http")
                and not (ROOT / page).parent.joinpath(link).exists()]  # fmt: skip
     assert not missing
@@ -118,6 +120,7 @@ def test_the_readme_figure_is_drawn_from_the_ranking(tmp_path: Path) -> None:
 )
 def test_the_library_examples_run(page: str, containing: str) -> None:
     import torch
+
     from models import GPT, GPTConfig
 
     model = GPT(GPTConfig(vocab_size=11, block_size=8))
