@@ -129,9 +129,9 @@ def convert(
 
     Raises, before anything is changed: ValueError if a pattern matches no module that can be
     replaced (the message says why those that it does match can't), if nothing is left to replace,
-    if `model` is itself such a module, or if a chosen one can't be replaced (a dense layer whose
-    weight is computed by a hook, as by the older torch.nn.utils.weight_norm; attention with
-    dropout, for SUS); TypeError if `method` is none of the above.
+    if `model` is itself such a module, or if a chosen one can't be replaced (a forward replaced on
+    the object; a dense layer whose weight is computed by a hook, as by the older
+    torch.nn.utils.weight_norm; attention with dropout or hooks, for SUS); TypeError if `method` is none of the above.
     """
     exchange = _exchange(method)
     if exchange.accepts(model):
@@ -194,7 +194,9 @@ def revert(model: nn.Module) -> list[str]:
     """Put the plain modules back that sketched, lean and SUS ones stand for, with the same
     parameters. Returns the names changed, each once.
 
-    Raises ValueError if `model` itself stands for another module: `model.original()` is that one.
+    Raises ValueError, before anything is changed, if `model` itself stands for another module:
+    `model.original()` is that one; and if something was put on a converted layer since that would
+    be lost: a replaced forward, a parametrization, hooks of an attention module.
     """
     return put_back(model, (StandIn,))
 
@@ -209,7 +211,8 @@ def put_back(model: nn.Module, kinds: tuple[type[StandIn], ...]) -> list[str]:
         name: plain_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)
     }
     originals: dict[StandIn, nn.Module] = {}  # a shared module has one original
-    changed = []
+    changes: list[tuple[nn.Module, str, nn.Module]] = []
+    changed: list[str] = []
 
     def visit(parent: nn.Module, prefix: str) -> None:
         for child, module in list(parent._modules.items()):
@@ -218,14 +221,19 @@ def put_back(model: nn.Module, kinds: tuple[type[StandIn], ...]) -> list[str]:
             plain: nn.Module = module
             while isinstance(plain, kinds):  # lean attention around SUS around the exact one
                 if plain not in originals:
-                    originals[plain] = plain.original()
+                    try:
+                        originals[plain] = plain.original()
+                    except ValueError as error:
+                        raise ValueError(f"revert: {names[prefix + child]}: {error}") from None
                 plain = originals[plain]
             if plain is not module:
-                setattr(parent, child, plain)
+                changes.append((parent, child, plain))
                 changed.append(names[prefix + child])
             visit(plain, f"{prefix}{child}.")
 
     visit(model, "")
+    for parent, child, plain in changes:
+        setattr(parent, child, plain)
     return changed
 
 

@@ -42,7 +42,8 @@ class _TiedEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return F.embedding(tokens, weight), weight.detach()
+        rows = F.embedding(tokens, weight)  # a view, see linear.py
+        return torch.ops.aten._unsafe_view(rows, rows.shape), weight.detach()
 
     @staticmethod
     def setup_context(
@@ -66,7 +67,8 @@ class _TiedEmbedding(torch.autograd.Function):
             return torch.ops.aten.embedding_dense_backward(
                 grad_rows, tokens, ctx.classes, -1, False
             ), None
-        add = grad_weight.index_add_ if graph_is_released() else grad_weight.index_add
+        may_write = graph_is_released() and grad_weight.is_contiguous()  # not an expanded number
+        add = grad_weight.index_add_ if may_write else grad_weight.index_add
         return add(0, tokens.flatten(), grad_rows.flatten(0, -2)), None
 
 

@@ -8,17 +8,129 @@ module back that it stands for. `convert` and `revert` know nothing else of eith
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
+from torch.fx import Proxy
+from torch.nn.modules.module import _WrappedHook
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class StandIn(nn.Module):
-    """Mixin of modules that stand in a model for another one."""
+    """Mixin of modules that stand in a model for another one.
+
+    In eval() they work as in training, with the same gradients, as nn.Linear does: to evaluate, use
+    torch.no_grad or inference_mode. What is made for inference alone, by torch.export or
+    torch.jit.trace of a model in eval(), holds the plain operations (`for_inference`). A graph of
+    torch.fx.symbolic_trace calls the stand-in as one module, as it calls nn.Linear (`node`).
+    """
+
+    @property
+    def own_names(self) -> frozenset[str]:
+        """Attributes and buffers of this object that the module it stands for does not have. Those
+        with a default in the class need not be named.
+        """
+        return frozenset()
 
     def original(self) -> nn.Module:
-        """The module that this one stands for, with the same parameters."""
+        """The module that this one stands for, with the same parameters.
+
+        Raises ValueError if something was put on this one that would be lost.
+        """
         raise NotImplementedError
+
+    def for_inference(self) -> bool:
+        """Whether a graph is being made of this module in eval(): it will have no backward."""
+        return not self.training and (torch.compiler.is_exporting() or torch.jit.is_tracing())
+
+    def node(self, *inputs: Proxy) -> Proxy:
+        """The call of this module in a graph of torch.fx.symbolic_trace."""
+        tracer = inputs[0].tracer
+        assert isinstance(tracer, torch.fx.Tracer)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
+
+
+def take_over(layer: Module, old: nn.Module) -> Module:
+    """Give `layer` all that `old` has: parameters, buffers, submodules, hooks, mode and attributes,
+    apart from the names that a stand-in has to itself. Returns `layer`.
+
+    Raises ValueError for what can't be taken over: a forward or a compiled call of the object's
+    own, a parametrization, and names that the stand-in `layer` needs itself.
+    """
+    refuse_replaced_forward(old)
+    if nn.utils.parametrize.is_parametrized(old):
+        raise ValueError(
+            "it has a parametrization; take that away first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    leave: set[str] = set()
+    if isinstance(old, StandIn):
+        leave = {name for name in vars(old) if _has_more(type(old), nn.Module, name)}
+        leave |= old.own_names
+    kept = {name: value for name, value in vars(old).items() if name not in leave}
+    tables = {
+        table: {name: value for name, value in kept.pop(table).items() if name not in leave}
+        for table in ("_parameters", "_buffers", "_modules")
+    }
+    if isinstance(layer, StandIn):
+        given = kept.keys() | {name for entries in tables.values() for name in entries}
+        needed = {name for name in given if _has_more(type(layer), type(old), name)}
+        if taken := sorted(needed | (layer.own_names & given)):
+            raise ValueError(
+                f"it has {', '.join(taken)}, which {type(layer).__name__} needs for itself; rename "
+                "it, or exclude the layer"
+            )
+    layer._parameters.clear()  # those of `layer` are on the meta device
+    for table, entries in tables.items():
+        getattr(layer, table).update(entries)
+    layer._non_persistent_buffers_set |= kept.pop("_non_persistent_buffers_set") - leave
+    for name, value in kept.items():
+        vars(layer)[name] = _rebound(value, layer) if name.endswith("_hooks") else value
+    return layer
+
+
+def _has_more(cls: type, other: type, name: str) -> bool:
+    """Whether `cls` has an attribute `name` that `other` does not have."""
+    return hasattr(cls, name) and not hasattr(other, name)
+
+
+def _rebound(hooks: Any, layer: nn.Module) -> Any:
+    """A table of hooks with `layer` for the module that some of them are given. Where there are
+    none of these it is the same table, so that handles can still remove hooks from it.
+    """
+    if not isinstance(hooks, dict) or not any(
+        isinstance(hook, _WrappedHook) and hook.with_module for hook in hooks.values()
+    ):
+        return hooks
+    rebound = type(hooks)()
+    for key, hook in hooks.items():
+        bound = isinstance(hook, _WrappedHook) and hook.with_module
+        rebound[key] = _WrappedHook(hook.hook, layer) if bound else hook
+    return rebound
+
+
+def refuse_replaced_forward(module: nn.Module) -> None:
+    """Raise ValueError if `module` has a forward of its own, not its class's: another module in its
+    place would not run it.
+    """
+    if "forward" in vars(module):
+        raise ValueError(
+            "its forward was replaced on the object (as by accelerate's hooks); undo that first, "
+            "or exclude it"
+        )
+    if vars(module).get("_compiled_call_impl") is not None:
+        raise ValueError("it was compiled by its compile(); do that afterwards, or exclude it")
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Raise ValueError if `module` has hooks of forward or backward, which would not be called."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, table) for table in tables):
+        raise ValueError(
+            "it has hooks, which would no longer be called; remove them first, or exclude it"
+        )
 
 
 class Exchange(abc.ABC):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as _C
 
 REFUSAL = (
     "second derivatives (create_graph=True, nested transforms of torch.func) are not supported by "
@@ -50,14 +51,28 @@ class _Once(torch.autograd.Function):
 
 def in_transform() -> bool:
     """Whether a transform of torch.func looks on."""
-    return (
-        not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
-    )
+    return not torch.compiler.is_compiling() and _C.maybe_current_level() is not None
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether `x` stands for the inputs of many calls, in torch.func.vmap."""
+    while not torch.compiler.is_compiling() and _C.is_functorch_wrapped_tensor(x):
+        if _C.is_batchedtensor(x):
+            return True
+        x = _C.get_unwrapped(x)
+    return False
+
+
+def without_transform(x: Tensor) -> Tensor:
+    """The values of `x` as a tensor that outlives the transform of torch.func that looks on."""
+    while _C.is_functorch_wrapped_tensor(x):
+        x = _C.get_unwrapped(x)
+    return x
 
 
 def refuse_nested_transforms() -> None:
     """Raise RuntimeError inside nested transforms of torch.func. For `setup_context`."""
-    if in_transform() and (torch._C._functorch.maybe_current_level() or 0) > 1:
+    if in_transform() and (_C.maybe_current_level() or 0) > 1:
         raise RuntimeError(REFUSAL)
 
 

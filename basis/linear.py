@@ -15,15 +15,16 @@ Second derivatives are refused, since X is not kept (first_order.py). So is forw
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from basis.estimator import Estimator, State
 from basis.estimators.balanced_sketch import BalancedSketch
-from basis.exchange import StandIn
+from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.keyed import Keyed
 from basis.ops.matrix import cast_for_autocast, has_values
@@ -31,7 +32,6 @@ from basis.ops.noise import draw_key, encode_hashing
 from basis.state import Learning, learned_from_scratch, pack_state, unpack_state
 
 WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"
-Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class _SketchedLinearFunction(torch.autograd.Function):
@@ -46,7 +46,11 @@ class _SketchedLinearFunction(torch.autograd.Function):
         estimator: Estimator,
         *state: Any,  # as pack_state gives it
     ) -> Tensor:
-        return F.linear(input, weight, bias)  # (..., N) (M, N) -> (..., M)
+        output = F.linear(input, weight, bias)  # (..., N) (M, N) -> (..., M)
+        # Where the rows are flattened, F.linear returns a view, and autograd refuses to write into
+        # a view that a Function returns: the next layer may be ReLU(inplace=True). Same storage, no
+        # kernel.
+        return output if input.ndim == 2 else torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -172,7 +176,13 @@ class SketchedLinear(StandIn, Keyed, Learning, nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
     Same parameters, same forward; the same state_dict, unless the estimator learns: then with what
-    it has learned, in buffers named `estimator_<name>` (learning.py). For `noise_key` see keyed.py.
+    it has learned, in buffers named `estimator_<name>` (state.py). For `noise_key` see keyed.py.
+
+    As with nn.Linear, eval() changes nothing: where gradients are wanted they are the estimates of
+    training, and a method that learns goes on learning. A model may be trained in eval(), to keep
+    dropout off. Under torch.no_grad or inference_mode the layer is F.linear: nothing is kept, drawn
+    or learned. So it is in graphs of torch.export and torch.jit.trace, made in eval().
+
     Raises TypeError if `estimator` is none.
     """
 
@@ -200,10 +210,10 @@ class SketchedLinear(StandIn, Keyed, Learning, nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
         """The same layer, sharing `linear`'s parameters (the very Parameter objects: optimisers and
-        ties stay valid) and hooks.
+        ties stay valid), hooks, buffers, submodules and attributes.
 
         Raises ValueError if the weight is not a parameter of its own but computed by a hook
-        (old-style weight_norm).
+        (old-style weight_norm), and where `take_over` does.
         """
         if linear._parameters.get("weight") is None:
             raise ValueError(
@@ -220,11 +230,15 @@ class SketchedLinear(StandIn, Keyed, Learning, nn.Linear):
         return take_over(new, linear)
 
     def original(self) -> nn.Linear:
-        """The plain layer again, sharing this layer's parameters and hooks."""
+        """The plain layer again, with this layer's parameters, hooks and whatever else it has."""
         return take_over(
             nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"),
             self,
         )
+
+    @property
+    def own_names(self) -> frozenset[str]:
+        return frozenset({"estimator", *(f"estimator_{name}" for name in self._state_names)})
 
     def key_for(self, input: Tensor) -> Tensor:
         """The key of a forward now, on the input's device: `noise_key`, else a fresh one if this
@@ -244,18 +258,13 @@ class SketchedLinear(StandIn, Keyed, Learning, nn.Linear):
         return torch.zeros((), dtype=torch.int64, device=input.device)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return cast(Tensor, self.node(input))
+        if self.for_inference():
+            return F.linear(input, self.weight, self.bias)
         key = self.key_for(input)
         state = self.learn(input, key) if wants_weight_grad(self.weight) else self.state
         return sketched_linear(input, self.weight, self.bias, key, self.estimator, state)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, estimator={self.estimator}"
-
-
-def take_over(layer: Layer, old: nn.Module) -> Layer:
-    """Give `layer` the parameters, hooks and mode of `old`."""
-    layer._parameters.update(old._parameters)
-    for name, value in vars(old).items():
-        if "hooks" in name:
-            setattr(layer, name, value)
-    return layer.train(old.training)

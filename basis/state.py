@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.estimator import Estimator, State
+from basis.first_order import is_batched, without_transform
 from basis.ops.matrix import cast_for_autocast, has_values
 
 
@@ -53,6 +54,11 @@ def pack_state(state: State) -> tuple[Names, *tuple[Tensor, ...]]:
 def unpack_state(names: Names, *tensors: Tensor) -> State:
     """The state of which `pack_state` made these."""
     return dict(zip(names, tensors, strict=True))
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph records what is done to `x`."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Learning(nn.Module):
@@ -89,19 +95,33 @@ class Learning(nn.Module):
         self._state_names = tuple(state)
 
     def learn(self, input: Tensor, key: Tensor) -> State:
-        """The state with which a training forward on `input` compresses, after a look at it if this
-        is a step to learn at.
+        """The state with which a forward on `input` compresses, after a look at it if this is a
+        step to learn at. For forwards that may be differentiated only.
         """
         state = self.state
-        if state and self.training and self.learning is not False and has_values(input):
-            rows = cast_for_autocast(input.detach()).reshape(-1, input.shape[-1])
-            for name, tensor in learned(self.estimator, state, rows, key).items():
-                state[name].copy_(tensor)
-            if self.learning:
-                self.learning = (
-                    False  # once a step: a recomputed forward finds what the first one has learned
-                )
-        return state
+        if not state or self.learning is False or not has_values(input) or is_batched(input):
+            return state
+        rows = cast_for_autocast(input.detach()).reshape(-1, input.shape[-1])
+        self._remember(learned(self.estimator, state, rows, key))
+        if self.learning:
+            # Once a step: a recomputed forward finds what the first one has learned.
+            self.learning = False
+        return self.state
+
+    def _remember(self, state: State) -> None:
+        """Put the tensors of `state` in the place of the present ones. Those stay as they are: an
+        earlier forward may have saved them for its backward.
+        """
+        for name, tensor in state.items():
+            old = self.state[name]
+            if torch.compiler.is_compiling() or _is_captured(old):
+                # A graph is replayed with the memory that it has seen. A compiler keeps what
+                # backward needs apart.
+                old.copy_(tensor)
+            else:
+                # Contiguous as a loaded checkpoint is, so that a resumed run has the same bits.
+                new = tensor.to(old.dtype).contiguous()
+                self._buffers[f"estimator_{name}"] = without_transform(new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.state

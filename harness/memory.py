@@ -129,14 +129,10 @@ def _record(
     """Bytes kept for the backward of `forward()`, by what `category(tensor)` says at the moment of
     saving.
     """
-    known = {_storage_id(t) for t in [*model.parameters(), *model.buffers()]}
     found: dict[int, tuple[str, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if _storage_id(tensor) not in known:
-            found.setdefault(
-                _storage_id(tensor), (category(tensor), tensor.untyped_storage().nbytes())
-            )
+        found.setdefault(_storage_id(tensor), (category(tensor), tensor.untyped_storage().nbytes()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), observe(pack):
@@ -146,9 +142,13 @@ def _record(
     assert (
         loss.requires_grad == torch.is_grad_enabled()
     )  # without grad mode, as zeroth order runs, nothing is kept
+    # Parameters and buffers are there anyway. Asked for after the forward: a layer that learns has
+    # new buffers then, and keeps these.
+    known = {_storage_id(t) for t in [*model.parameters(), *model.buffers()]}
     table: dict[str, int] = {}
-    for name, size in found.values():
-        table[name] = table.get(name, 0) + size
+    for storage, (name, size) in found.items():
+        if storage not in known:
+            table[name] = table.get(name, 0) + size
     return table
 
 

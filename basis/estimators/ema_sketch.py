@@ -32,8 +32,8 @@ What is exact: Y, dX, the bias gradient. What is estimated: dW, with bias, for t
 The state has as many rows as X: `rows` is fixed. A batch of fewer rows counts as filled up with
 rows of zero, under the first rows of the tests; one of more rows is refused. Forwards that don't
 learn (further micro-batches of a step) are paired with the sketches of the first micro-batch's
-rows: nothing but the mean helps them, so give one micro-batch a step. Two forwards that learn
-before the first one's backward are refused by autograd.
+rows: nothing but the mean helps them, so give one micro-batch a step. Where a forward may learn
+each time (no `basis.set_noise_key`), so does each use of a layer within a step.
 
 Kept until backward: nothing beyond the state. State, living between steps too: k (B + N) + s^2
 float32 numbers and a counter; the tests are drawn anew from `seed`. FLOPs: 8 k B N or so to sketch,

@@ -71,7 +71,7 @@ class Lean(Exchange):
         if isinstance(module, nn.GELU):
             assert self.gelu_bits is not None
             return LeanGELU.from_gelu(module, self.gelu_bits)
-        return LeanAttention(module.attend if isinstance(module, LeanAttention) else module)
+        return LeanAttention(module.original() if isinstance(module, LeanAttention) else module)
 
 
 def convert(model: nn.Module, **options: Any) -> list[str]:

@@ -17,9 +17,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from basis.diagnostics.saved import announce
-from basis.exchange import StandIn
+from basis.exchange import StandIn, refuse_hooks, refuse_replaced_forward
 from basis.first_order import refuse_graph_of_backward
 from basis.keyed import Keyed
 from basis.lean.rounding import Rounded, restore, round_to_int8
@@ -35,10 +36,14 @@ class LeanAttention(StandIn, Keyed):
         self.attend = attend
 
     def original(self) -> nn.Module:
+        refuse_hooks(self)
+        refuse_replaced_forward(self)
         return self.attend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if isinstance(q, Proxy):
+            return cast(Tensor, self.node(q, k, v))
+        if self.for_inference() or not torch.is_grad_enabled():
             return cast(Tensor, self.attend(q, k, v))
         key = self.fixed_or_fresh_key(q.device)
         width = q.shape[

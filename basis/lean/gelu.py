@@ -15,15 +15,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from basis.exchange import StandIn
+from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
-from basis.linear import take_over
 from basis.ops.bits import pack, unpack
 
 Levels = tuple[float, ...]
@@ -130,14 +130,20 @@ class LeanGELU(StandIn, nn.GELU):
         self.bits = bits
         self.boundaries, self.levels = steps(bits, approximate)
 
+    @property
+    def own_names(self) -> frozenset[str]:
+        return frozenset({"bits", "boundaries", "levels"})
+
     def forward(self, input: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and input.requires_grad):
+        if isinstance(input, Proxy):
+            return cast(Tensor, self.node(input))
+        if self.for_inference() or not (torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
         return _FewBitGELU.apply(input, self.bits, self.approximate, self.boundaries, self.levels)
 
     @classmethod
     def from_gelu(cls, gelu: nn.GELU, bits: int) -> LeanGELU:
-        """The same GELU with the same hooks."""
+        """The same GELU with the same hooks and attributes."""
         return take_over(cls(gelu.approximate, bits), gelu)
 
     def original(self) -> nn.GELU:

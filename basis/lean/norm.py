@@ -12,16 +12,16 @@ is the residual stream, which nothing else keeps.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from basis.exchange import StandIn
+from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.keyed import Keyed
 from basis.lean.rounding import Rounded, restore, round_to_int8
-from basis.linear import take_over
 
 
 class _LeanLayerNorm(torch.autograd.Function):
@@ -74,7 +74,11 @@ class LeanLayerNorm(StandIn, Keyed, nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)):
+        if isinstance(input, Proxy):
+            return cast(Tensor, self.node(input))
+        if self.for_inference() or not (
+            torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        ):
             return super().forward(input)
         key = self.fixed_or_fresh_key(input.device)
         device = input.device.type

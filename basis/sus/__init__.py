@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from basis.checks import check_types, module_classes
-from basis.exchange import Exchange
+from basis.exchange import Exchange, refuse_hooks, refuse_replaced_forward
 from basis.sus.attention import MODES, SusAttention, check_options, sus_attention
 from basis.sus.statistics import Kept, kept_statistics
 from basis.sus.variance import Variance, mask_variance
@@ -79,7 +79,10 @@ class SUS(Exchange):
 
     def stand_in(self, name: str, module: nn.Module) -> SusAttention:
         if isinstance(module, SusAttention):
-            module = module.attend
+            module = module.original()
+        # In training the module itself is not called.
+        refuse_hooks(module)
+        refuse_replaced_forward(module)
         if getattr(module, "dropout", 0.0):
             raise ValueError(
                 f"dropout={module.dropout}: must be 0 in {name}, SUS knows no dropout of attention"

@@ -18,8 +18,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from basis.exchange import StandIn
+from basis.exchange import StandIn, refuse_hooks, refuse_replaced_forward
 from basis.first_order import first_order, in_transform, refuse_nested_transforms
 from basis.keyed import Keyed
 from basis.ops.matrix import cast_for_autocast
@@ -110,6 +111,8 @@ class SusAttention(StandIn, Keyed):
         _leave_out_of_graphs()
 
     def original(self) -> nn.Module:
+        refuse_hooks(self)
+        refuse_replaced_forward(self)
         return self.attend
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,6 +120,10 @@ class SusAttention(StandIn, Keyed):
         _leave_out_of_graphs()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if isinstance(q, Proxy):
+            return cast(Tensor, self.node(q, k, v))
+        if self.for_inference():
+            return cast(Tensor, self.attend(q, k, v))
         return _outside_graph(self, q, k, v)
 
     def attend_with_key(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

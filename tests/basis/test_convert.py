@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import basis
 from basis import BalancedSketch
@@ -208,6 +209,138 @@ def test_hooks_survive_and_a_computed_weight_is_refused_with_nothing_changed() -
     with pytest.raises(ValueError, match=r"include='1': .*computed by a hook"):
         basis.convert(model, SKETCH)
     assert type(model[0]) is nn.Linear
+
+
+def test_whatever_hangs_on_a_layer_goes_with_it_and_comes_back() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    plain = model[0]
+    plain.scale = 3
+    plain.register_buffer("mask", torch.ones(4))
+    plain.register_buffer("scratch", torch.zeros(2), persistent=False)
+    plain.add_module("act", nn.ReLU())
+    plain.act.eval()
+    keys, before = list(model.state_dict()), set(vars(plain))
+    basis.convert(model, SKETCH)
+    for _ in range(2):
+        assert (model[0].scale, model[0].mask, model[0].act) == (3, plain.mask, plain.act)
+        assert model[0].training
+        assert not model[0].act.training
+        assert list(model.state_dict()) == keys
+        basis.convert(model, BalancedSketch(2))
+    basis.set_noise_key(model, seed=0, step=0)
+    basis.revert(model)
+    assert list(model.state_dict()) == keys
+    assert set(vars(model[0])) == before  # and nothing of the sketched layer is left on it
+
+
+MAKERS: dict[str, tuple[Callable[[], nn.Module], object]] = {
+    "dense": (lambda: nn.Linear(8, 8), SKETCH),
+    "norm": (lambda: nn.LayerNorm(8), basis.Lean()),
+    "gelu": (nn.GELU, basis.Lean()),
+}
+of_each_kind = pytest.mark.parametrize("kind", MAKERS)
+
+
+@of_each_kind
+def test_a_forward_replaced_on_the_object_is_refused_by_name(kind: str) -> None:
+    make, method = MAKERS[kind]
+    model = nn.Sequential(make(), make())
+
+    def patch(layer: nn.Module) -> None:
+        before = layer.forward
+        layer.forward = lambda x: 2 * before(x)
+
+    patch(model[1])
+    with pytest.raises(ValueError, match="include='1': its forward was replaced"):
+        basis.convert(model, method)
+    assert type(model[0]) is type(make())
+    del model[1].forward
+    basis.convert(model, method)
+    patch(model[1])
+    with pytest.raises(ValueError, match="revert: 1: its forward was replaced"):
+        basis.revert(model)
+    assert type(model[0]) is not type(make())
+    del model[1].forward
+    model[1].compile(backend="eager")
+    with pytest.raises(ValueError, match="revert: 1: it was compiled"):
+        basis.revert(model)
+
+
+@of_each_kind
+def test_every_hook_is_called_after_convert_and_after_revert(kind: str) -> None:
+    make, method = MAKERS[kind]
+    model, seen = nn.Sequential(make()), []
+    handles = [
+        model[0].register_full_backward_hook(lambda *_: seen.append("backward")),
+        model[0].register_full_backward_pre_hook(lambda *_: seen.append("backward pre")),
+        model[0].register_forward_hook(lambda *_, **__: seen.append("forward"), with_kwargs=True),
+        model[0].register_state_dict_pre_hook(lambda *_: seen.append("saved")),
+        model[0]._register_load_state_dict_pre_hook(
+            lambda module, *_: seen.append(type(module)), with_module=True
+        ),
+    ]
+
+    def calls() -> set[object]:
+        seen.clear()
+        model(torch.randn(4, 8, requires_grad=True)).sum().backward()
+        model.load_state_dict(model.state_dict())
+        return set(seen)
+
+    for change in (lambda: basis.convert(model, method), lambda: basis.revert(model)):
+        change()
+        assert calls() == {"backward", "backward pre", "forward", "saved", type(model[0])}
+    for handle in handles:
+        handle.remove()
+    assert calls() <= {type(model[0])}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "put_on",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+    ids=["pruned", "weight norm", "spectral norm"],
+)
+def test_a_weight_computed_since_by_a_hook_stays_so_after_revert(put_on) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(4, 8)
+    basis.convert(model, basis.Exact())
+    put_on(model[0])
+    model.eval()
+    outputs, gradients = [], []
+    for _ in range(2):
+        model.zero_grad()
+        outputs.append(model(x))
+        outputs[-1].square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        basis.revert(model)
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_parametrization_put_on_since_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    basis.convert(model, SKETCH)
+    nn.utils.parametrizations.weight_norm(model[1])
+    with pytest.raises(ValueError, match=r"revert: 1: it has a parametrization.*remove_param"):
+        basis.revert(model)
+    assert type(model[0]) is SketchedLinear
+    with pytest.raises(ValueError, match="its weight is computed by a parametrization"):
+        basis.convert(model, SKETCH, include=["1"])
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert basis.revert(model) == ["0", "1"]
+
+
+@pytest.mark.parametrize("name", ["state", "frozen", "estimator", "original"])
+def test_a_name_that_the_sketched_layer_needs_is_refused(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    setattr(model[0], name, True)
+    with pytest.raises(ValueError, match=f"include='0': it has {name}, which SketchedLinear needs"):
+        basis.convert(model, SKETCH)
 
 
 def test_noise_keys_are_not_saved() -> None:

@@ -82,6 +82,21 @@ def test_layer_and_functional_form_agree_given_the_hashing() -> None:
     torch.testing.assert_close(torch.autograd.grad(sketched(x), sketched.weight, grad)[0], expected)
 
 
+@pytest.mark.parametrize("shape", [(ROWS, IN), (3, 16, IN), (IN,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_may_be_written_to(shape: tuple[int, ...], bias: bool) -> None:
+    sketched = layer(Exact(), bias=bias)
+    gradients = []
+    for one in (sketched, sketched.original()):
+        x = batch(*shape)
+        y = one(x)
+        y += x.detach().sum()
+        F.relu(y, inplace=True).square().sum().backward()
+        gradients.append((x.grad, one.weight.grad.clone()))
+        one.weight.grad = None
+    torch.testing.assert_close(*gradients)
+
+
 def test_input_is_not_kept() -> None:
     sketched = layer()
     kept = kept_for_backward(lambda: sketched(batch()), sketched.parameters())
@@ -205,6 +220,21 @@ def test_evaluation_never_advances_the_noise() -> None:
     sketched.weight.requires_grad_(False)
     sketched(batch())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_eval_trains_as_training_does_and_keeps_as_little() -> None:
+    """A fine-tune without dropout calls eval()."""
+    sketched, x = layer(), batch()
+    sketched.set_noise_key(5)
+    expected = torch.autograd.grad(sketched(x).square().sum(), (x, sketched.weight))
+    sketched.eval()
+    got = torch.autograd.grad(sketched(x).square().sum(), (x, sketched.weight))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    sketched.noise_key = None  # noise of its own for each forward
+    one, two = (torch.autograd.grad(sketched(x).sum(), sketched.weight)[0] for _ in range(2))
+    assert not torch.equal(one, two)
+    kept = kept_for_backward(lambda: sketched(batch()), sketched.parameters())
+    assert sum(t.numel() for t in kept if t.is_floating_point()) == RANK * IN
 
 
 def test_reentrant_checkpoints_draw_new_noise_each_time() -> None:

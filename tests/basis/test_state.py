@@ -65,7 +65,7 @@ def test_what_does_not_train_teaches_nothing() -> None:
     made = layer()
     with torch.no_grad():
         made(batch(0))
-    made.eval()(batch(0))
+        made.eval()(batch(0))
     made.train().weight.requires_grad_(False)
     made(batch(0))
     assert made.state["looks"] == 0
@@ -155,6 +155,41 @@ def test_a_fused_head_learns_too() -> None:
     assert model.head.weight.grad.abs().sum() > 0
 
 
+def test_training_in_eval_is_training() -> None:
+    made, as_trained = layer().eval(), layer()
+    for seed in (0, 1):
+        for one in (made, as_trained):
+            one.weight.grad = None
+            one(batch(seed)).sum().backward()
+    torch.testing.assert_close(made.state, as_trained.state, rtol=0, atol=0)
+    torch.testing.assert_close(made.weight.grad, as_trained.weight.grad, rtol=0, atol=0)
+    assert made.state["looks"] == 2
+
+
+def test_each_of_two_forwards_has_what_the_layer_knew_when_it_ran() -> None:
+    """Both run before the one backward: the second one must not change what the first one kept."""
+    made = layer()
+    (made(batch(0)).sum() + 10 * made(batch(1)).sum()).backward()
+    first = batch(0).mean(0)
+    both = torch.stack([batch(0), batch(1)]).mean((0, 1))
+    torch.testing.assert_close(made.weight.grad, (6 * first + 60 * both).expand(3, 4))
+    assert made.state["looks"] == 2
+
+
+def test_a_functional_gradient_is_that_of_backward_and_teaches_as_much() -> None:
+    made, by_backward = layer(), layer()
+    for seed in (0, 1):
+        inputs = (batch(seed),)
+        gradient = torch.func.grad(
+            lambda p, x=inputs: torch.func.functional_call(made, p, x).sum()
+        )(dict(made.named_parameters()))
+        by_backward.weight.grad = None
+        by_backward(batch(seed)).sum().backward()
+        torch.testing.assert_close(gradient["weight"], by_backward.weight.grad)
+    torch.testing.assert_close(made.state, by_backward.state)
+    assert all(type(tensor) is Tensor for tensor in copy.deepcopy(made).state.values())
+
+
 STATEFUL = [basis.Subspace(3), basis.Transform(3.0), basis.EMASketch(2, rows=6)]
 every_method = pytest.mark.parametrize(
     "estimator", STATEFUL, ids=lambda estimator: type(estimator).__name__
@@ -175,6 +210,29 @@ def train(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@every_method
+def test_a_layer_used_twice_before_backward_and_nothing_held_afterwards(
+    estimator: Estimator,
+) -> None:
+    """As two copies of the layer, of which the second one knows what the first one has learned."""
+    torch.manual_seed(0)
+    shared = SketchedLinear.from_linear(nn.Linear(4, 4, bias=False), estimator)
+    first = copy.deepcopy(shared)
+    shared.set_noise_key(3)
+    first.set_noise_key(3)
+    shared(shared(batch(0)).tanh()).square().sum().backward()
+    hidden = first(batch(0))
+    second = copy.deepcopy(first)
+    second.set_noise_key(3)
+    second(hidden.tanh()).square().sum().backward()
+    torch.testing.assert_close(shared.weight.grad, first.weight.grad + second.weight.grad)
+    torch.testing.assert_close(shared.state, second.state)
+    for name, tensor in shared.state.items():
+        fresh = estimator.initial_state(4, torch.device("cpu"))[name]
+        assert tensor.untyped_storage().nbytes() == fresh.untyped_storage().nbytes()
+        assert tensor.stride() == fresh.stride()  # as a loaded checkpoint has it
 
 
 @every_method
