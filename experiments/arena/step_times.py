@@ -14,7 +14,6 @@ model the table says nothing: give one of the same size.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -148,7 +147,5 @@ def _options(step: str) -> dict[str, Any]:
     made = configuration(
         [f"method={name}", *(f"method.{word}" for word in words), f"activations={activations}"]
     )
-    options = {
-        f"method.{option}": value for option, value in dataclasses.asdict(made.method).items()
-    }
+    options = {f"method.{option}": value for option, value in made.method.to_dict().items()}
     return options | {"activations.name": made.activations.name}

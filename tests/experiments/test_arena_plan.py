@@ -32,7 +32,7 @@ def test_plan_of_the_small_model() -> None:
     lines = {
         c.name: c for c in plan.contenders(["experiment=arena"], ["basis"], ["1/4", "1/8", "1/24"])
     }
-    assert lines["basis 1/24"].config.method.include == ["blocks.*"]
+    assert lines["basis 1/24"].config.method.include == ("blocks.*",)
     assert lines["exact, accumulated 1/24"].refused == lines["exact, small batch 1/24"].refused
     assert lines["exact, small batch 1/24"].refused.startswith(
         "method.budget=1/24: one window of 64 tokens is the smallest, of 12"
@@ -69,7 +69,7 @@ def test_methods_take_options_and_a_wrong_one_is_named() -> None:
     (_, uniform) = plan.contenders(
         ["experiment=arena"], ["basis hashing=uniform"], ["1/8"], [1e-3], baselines=False
     )
-    assert (uniform.name, uniform.config.method.hashing, uniform.rates) == (
+    assert (uniform.name, uniform.config.method.estimator.hashing, uniform.rates) == (
         "basis hashing=uniform 1/8",
         "uniform",
         (1e-3,),

@@ -76,6 +76,7 @@ def test_reconstruction_is_what_weight_grad_uses() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_program_writes_tables_and_a_figure(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
