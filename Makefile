@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | clean.  PYTHON=python3.12 make demo picks the interpreter.
+# make demo | test | test-all | lint | results | clean.  PYTHON=python3.12 make demo picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
@@ -25,6 +25,10 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Tables and figures of results/, rebuilt into runs/results and compared with what is committed.
+results: .venv/installed
+	$(BIN)/python scripts/results.py
 
 # The exact versions of constraints.txt. torch alone first: the plain version takes the build for this machine.
 .venv/installed: pyproject.toml constraints.txt

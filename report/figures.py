@@ -14,13 +14,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.files import write_atomic
 from report.results import Group
 from report.statistics import Estimate, estimate
+from report.tables import without_defaults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ class Figure:
 
     def json(self) -> dict[str, Any]:
         """The figure as report.json keeps it."""
-        rounded: dict[str, Any] = _rounded(asdict(self))
+        rounded: dict[str, Any] = _rounded(self)
         return rounded
 
     @classmethod
@@ -91,7 +92,7 @@ class Figure:
                 **panel
                 | {
                     "lines": [Line(**line) for line in panel["lines"]],
-                    "limits": tuple(panel["limits"]) if panel["limits"] else None,
+                    "limits": tuple(panel["limits"]) if "limits" in panel else None,
                 }
             )
             for panel in values["panels"]
@@ -101,10 +102,10 @@ class Figure:
     def draw(self, folder: Path) -> Path:
         """Write <name>.svg into `folder` and return its path. Equal figures are equal files."""
         shown = Figure.from_json(self.json())  # what is drawn is what is kept
-        entries = sum(line.label is not None for panel in self.panels for line in panel.lines)
-        per_row = len(self.panels) // self.rows
+        entries = sum(line.label is not None for line in self.panels[0].lines)
+        legend_rows = -(-entries // self.legend) if self.legend else 0
         path = folder / f"{self.name}.svg"
-        with canvas(path, per_row, entries, lines=self.rows) as (figure, axes):
+        with canvas(path, len(self.panels) // self.rows, legend_rows, self.rows) as (figure, axes):
             for axis, panel in zip(axes, shown.panels, strict=True):
                 _draw_panel(axis, panel)
             if self.legend:
@@ -116,11 +117,13 @@ class Figure:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to six digits, in nested lists and dicts; NaN and infinity as None, as JSON wants it."""
+    """Dataclasses as dicts of what is not a default, floats to six digits; NaN and infinity become
+    None, as JSON wants it.
+    """
+    if isinstance(value, Figure | Panel | Line):
+        return {name: _rounded(item) for name, item in without_defaults(value).items()}
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 

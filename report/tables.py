@@ -9,7 +9,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Table:
     def json(self) -> dict[str, Any]:
         """Raw values and how they are shown. NaN becomes null, infinity a word, as JSON wants it."""
         rows = [{key: _plain(row.get(key)) for key in self.columns} for row in self.rows]
-        columns = {key: asdict(column) for key, column in self.columns.items()}
+        columns = {key: without_defaults(column) for key, column in self.columns.items()}
         return {"title": self.title, "columns": columns, "rows": rows, "notes": self.notes}
 
     @classmethod
@@ -126,6 +126,12 @@ class Table:
         rows = [{key: _raw(value) for key, value in row.items()} for row in values["rows"]]
         columns = {key: Column(**column) for key, column in values["columns"].items()}
         return cls(name, values["title"], columns, rows, values["notes"])
+
+
+def without_defaults(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, by name: what JSON keeps."""
+    every = {f.name: (getattr(value, f.name), f.default) for f in fields(value)}
+    return {name: now for name, (now, default) in every.items() if now != default}
 
 
 def _plain(value: Any) -> Any:
