@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | results | clean.  PYTHON=python3.12 make demo picks the interpreter.
+# make demo | test | test-all | lint | results | clean.  PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
