@@ -222,7 +222,8 @@ def load_options(overrides: Sequence[str]) -> DataOptions:
     try:
         # Merged one level down, so that an error names data.max_tokens and not max_tokens.
         schema = OmegaConf.create({"data": OmegaConf.structured(DataOptions)})
-        OmegaConf.set_readonly(schema.data, None)  # what OmegaConf makes of a frozen dataclass
+        # OmegaConf takes a frozen dataclass for values that must not be set; here it is the type.
+        OmegaConf.set_readonly(schema.data, None)
         given = {"data": OmegaConf.to_container(values.data, resolve=True)}
         options = OmegaConf.to_object(OmegaConf.merge(schema, given).data)
     except OmegaConfBaseException as error:

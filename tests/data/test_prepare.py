@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,12 +167,12 @@ def test_char_joins_documents_by_newlines_and_decodes_from_the_folder(
 def test_what_decides_the_tokens_decides_the_folder(stories: DataOptions) -> None:
     first = prepare(stories, progress=False)
     modified = first.train.path.stat().st_mtime_ns
-    stories.order = "paper"
+    stories = replace(stories, order="paper")
     assert prepare(stories, progress=False).folder == first.folder
     assert first.train.path.stat().st_mtime_ns == modified  # reused, not made again
-    stories.max_tokens = 10_000
+    stories = replace(stories, max_tokens=10_000)
     assert prepare(stories, progress=False).folder != first.folder
-    stories.max_tokens = None
+    stories = replace(stories, max_tokens=None)
     assert stories.path is not None
     with Path(stories.path).open("a") as file:
         file.write(json.dumps({"text": "one more"}) + "\n")
@@ -206,7 +207,7 @@ def test_damage_to_a_complete_folder_is_refused_with_advice(stories: DataOptions
 
 def test_too_few_rows_for_the_hash_hold_out_the_last_part_of_each(stories: DataOptions) -> None:
     assert stories.path is not None
-    stories.val_fraction = 0.25
+    stories = replace(stories, val_fraction=0.25)
     Path(stories.path).write_text(json.dumps({"text": "0"}) + "\n")
     with pytest.raises(ValueError, match=r"data\.val_fraction=0\.25: no token for train; lower"):
         prepare(stories, progress=False)
@@ -225,7 +226,7 @@ def test_a_long_file_name_is_cut_in_the_name_of_its_folder(
     assert stories.path is not None
     long = tmp_path / f"{stem}.jsonl"
     Path(stories.path).rename(long)
-    stories.path = str(long)
+    stories = replace(stories, path=str(long))
     prepared = prepare(stories, progress=False)
     assert len(os.fsencode(prepared.folder.name)) < 200
     assert prepared.folder.name.startswith("text-" + stem[:30])
@@ -239,12 +240,13 @@ def test_tokens_are_found_by_their_hash_when_the_text_is_gone(stories: DataOptio
     with pytest.raises(ValueError, match=r"data\.path=.*no such file"):
         prepare(stories, known="0" * 64)
     assert prepare(stories, known=sha256) == prepared
-    for option, value in (("val_fraction", 0.1), ("tokenizer", "gpt2"), ("source", "hub")):
+    for option, value in (
+        ("val_fraction", 0.1),
+        ("tokenizer", "gpt2"),
+        ("source", "tinyshakespeare"),
+    ):
         assert find_prepared(stories, sha256) == prepared
-        before = getattr(stories, option)
-        setattr(stories, option, value)
-        assert find_prepared(stories, sha256) is None
-        setattr(stories, option, before)
+        assert find_prepared(replace(stories, **{option: value}), sha256) is None
 
 
 RACE = """

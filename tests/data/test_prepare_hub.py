@@ -79,7 +79,7 @@ def test_hub_tokens_are_those_of_the_formula(
 
 
 def test_more_training_tokens_only_append(hub: DataOptions) -> None:
-    hub.max_tokens = 12_345
+    hub = replace(hub, max_tokens=12_345)
     prepared = prepare(hub, progress=False)
     assert ids(prepared, "train") == expected_ids("train", 0.1)[:12_345]
     validation = ids(prepared, "val")
@@ -193,13 +193,13 @@ def test_killed_and_run_again_the_files_are_the_same(
 
 def test_hub_without_network_or_column_is_told_in_words(hub: DataOptions) -> None:
     """conftest.py sets HF_HUB_OFFLINE, so this does not try."""
-    hub.text_column = "body"
+    hub = replace(hub, text_column="body")
     with pytest.raises(
         ValueError,
         match=r"data\.text_column='body': .* has only the columns text, id",
     ):
         prepare(hub, progress=False)
-    hub.path = None
+    hub = replace(hub, path=None)
     with pytest.raises(
         ConnectionError,
         match=r"data\.repo='HuggingFaceFW/fineweb-edu' at revision 87f0.*data\.path=",
