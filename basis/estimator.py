@@ -29,6 +29,10 @@ is known row by row, so that dW ~ (L^T dY)^T Z:
 
     factors(kept, rows)               -> L, Z and a scale, or None if the method has no such form: dY is then held whole
 
+A method may have an option that depends on how many rows its inputs have:
+
+    for_inputs(rows)                  -> the method for such inputs
+
 Where methods are compared at equal bytes, one option of each is turned until its bytes fit. That is
 its `knob`, and
 
@@ -115,6 +119,14 @@ class Estimator(abc.ABC):
         no such form.
         """
         return None
+
+    def for_inputs(self, rows: int) -> Estimator:
+        """This method for layers whose inputs have `rows` rows; the default is the method itself.
+
+        A method with an option that depends on the number of rows fills it in here, or raises
+        ValueError that begins with the option's name if it was given and does not fit.
+        """
+        return self
 
     def knob_values(self, rows: int, width: int) -> Sequence[Any]:
         """Values of `knob` for X (rows, width), from few kept bytes to many."""

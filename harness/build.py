@@ -8,14 +8,13 @@ memory, so that options which do not fit the model are refused before anything i
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 import basis
 from basis.diagnostics.adaptive_rank import AdaptiveRank
 from basis.diagnostics.budget import BudgetError, within_budget
-from basis.estimator import Estimator
 from data import Sampler
 from data.prepare import Prepared, prepare
 from harness import activations, attention, rank_control
@@ -81,7 +80,6 @@ def apply_method(model: GPT, config: Config) -> list[str]:
     if method.name in WHOLE_MODEL:
         return []  # nn.Linear is exact already, and without backward nothing is kept
     try:
-        _check_followed(method.estimator, config)
         if method.budget is None:
             chosen: Any = method.estimator
         else:
@@ -93,16 +91,6 @@ def apply_method(model: GPT, config: Config) -> list[str]:
         raise BudgetError(method.budget.text, error.reason, option="method.budget") from None
     except ValueError as error:
         raise ValueError(f"method.{error}") from None
-
-
-def _check_followed(estimator: Estimator, config: Config) -> None:
-    """Raise ValueError for an option that must be as large as a batch and isn't."""
-    rows = layer_inputs(config)["rows"]
-    for option in dataclasses.fields(cast(Any, estimator)):
-        source = option.metadata.get("follows")
-        value = getattr(estimator, option.name)
-        if source is not None and value < rows:
-            raise ValueError(f"{option.name}={value}: must be at least {source} = {rows}")
 
 
 def layer_inputs(config: Config) -> dict[str, Any]:

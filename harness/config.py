@@ -12,7 +12,6 @@ The options of a method stand in method.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import (
     MISSING,
@@ -40,17 +39,6 @@ from harness.optim import OptimOptions
 from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
 from models import GPTConfig
-
-
-def _product(*factors: object) -> int | float:
-    numbers = [factor for factor in factors if isinstance(factor, int | float)]
-    if len(numbers) < len(factors):
-        raise ValueError(f"product of {', '.join(map(str, factors))}: takes numbers only")
-    return math.prod(numbers)
-
-
-# For values that follow from others: ${product:${micro_batch_size},${model.block_size}}.
-OmegaConf.register_new_resolver("product", _product, replace=True)
 
 
 @dataclass(frozen=True)
@@ -271,7 +259,8 @@ def load(values: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(conf.explain(error, ())) from error
     made = {f.name: getattr(options, f.name) for f in fields(Config)}
-    return Config(**made | {"method": make_method(made["method"])})
+    rows = max(made["micro_batch_size"] * made["model"].block_size, 1)  # Config refuses fewer
+    return Config(**made | {"method": make_method(made["method"], rows)})
 
 
 def _schema(method: str) -> DictConfig:

@@ -158,14 +158,17 @@ def _kind(name: str) -> Any:
     return ZerothOrder if name == ZEROTH_ORDER else ESTIMATORS[name]
 
 
-def make_method(options: MethodOptions) -> Method:
-    """The method of `options`, an instance of its `method_schema`.
+def make_method(options: MethodOptions, rows: int) -> Method:
+    """The method of `options`, an instance of its `method_schema`, for layers whose inputs have
+    `rows` rows.
 
     Raises ValueError naming the dotted option (`method.rank=0: ...`).
     """
     kind = _kind(options.name)
     try:
         made = kind(**{f.name: getattr(options, f.name) for f in dataclasses.fields(kind)})
+        if isinstance(made, Estimator):
+            made = made.for_inputs(rows)
     except ValueError as error:
         raise ValueError(f"method.{error}") from None
     budget = None if options.budget is None else Budget(options.budget, options.allocation)

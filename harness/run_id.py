@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from basis.estimator import Estimator
 from harness.files import write_atomic
 
 if TYPE_CHECKING:
@@ -79,26 +80,31 @@ def label_options(config: Config) -> dict[str, object]:
 
     These are the options of the method that have no default (R first among them), those at another
     value than their default, the budget in place of the knob that it sets, and what adaptive rank
-    and attention add. Numbers with a default (shrinkage, eps) are left out, and so are options that
-    follow from others (rows).
+    and attention add. Numbers with a default (shrinkage, eps) are left out, and so is an option
+    that the size of a batch decides (rows).
     """
     method = config.method
     made = cast(Any, method.estimator if method.zeroth_order is None else method.zeroth_order)
     knob = method.estimator.knob
     found: dict[str, object] = {}
+    rows = config.micro_batch_size * config.model.block_size
     for option in dataclasses.fields(made):
         value = getattr(made, option.name)
-        if "follows" in option.metadata:
-            continue
         if method.budget is not None and option.name == knob:
             found["budget"] = method.budget.text
         elif option.default is dataclasses.MISSING or (
-            value != option.default and not isinstance(value, float)
+            value != _default(made, option, rows) and not isinstance(value, float)
         ):
             found["R" if option.name == "rank" else option.name] = value
     if method.varies_by_layer:
         found["allocation"] = "variance"
     return found | config.adaptive_rank.label_options() | config.attention.label_options()
+
+
+def _default(made: Any, option: dataclasses.Field[Any], rows: int) -> Any:
+    """The value that `option` has in the method `made` if it isn't given, for inputs of `rows` rows."""
+    plain = dataclasses.replace(made, **{option.name: option.default})
+    return getattr(plain.for_inputs(rows) if isinstance(plain, Estimator) else plain, option.name)
 
 
 def new_run_id() -> str:

@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -60,11 +60,12 @@ from basis.ops.three_sketch import Sketches, Tests
 class EMASketch(Estimator):
     """Average over steps of the three-sketch of X, of rank r.
 
-    rank: r, at least 1. rows: B, the most rows that an input has. beta: of the average, in [0, 1);
-    0 is a sketch of this step's X alone. seed: of the fixed test matrices, in [0, 2^56).
+    rank: r, at least 1. rows: B, the most rows that an input has; None until `for_inputs` sets it.
+    beta: of the average, in [0, 1); 0 is a sketch of this step's X alone. seed: of the fixed test
+    matrices, in [0, 2^56).
 
-    Raises ValueError that begins with the name of the wrong option; in a forward, for an input of
-    more than `rows` rows.
+    Raises ValueError that begins with the name of the wrong option; when a layer is made, for
+    `rows` of None; in a forward, for an input of more than `rows` rows.
     """
 
     uses_noise: ClassVar[bool] = False
@@ -73,7 +74,7 @@ class EMASketch(Estimator):
     state_replaces_input: ClassVar[bool] = True
 
     rank: int
-    rows: int = field(metadata={"follows": "micro_batch_size * model.block_size"})
+    rows: int | None = None
     beta: float = 0.9
     seed: int = 0
 
@@ -81,19 +82,32 @@ class EMASketch(Estimator):
         super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
-        if self.rows < 1:
+        if self.rows is not None and self.rows < 1:
             raise ValueError(f"rows={self.rows}: must be at least 1")
         if not 0.0 <= self.beta < 1.0:
             raise ValueError(f"beta={self.beta}: must be in [0, 1)")
         if not 0 <= self.seed < 1 << 56:
             raise ValueError(f"seed={self.seed}: must be in [0, 2^56)")
 
+    def for_inputs(self, rows: int) -> EMASketch:
+        if self.rows is None:
+            return replace(self, rows=rows)
+        if self.rows < rows:
+            raise ValueError(f"rows={self.rows}: must be at least {rows}, the rows of an input")
+        return self
+
+    def _most_rows(self) -> int:
+        if self.rows is None:
+            raise ValueError("rows=None: ema_sketch needs the most rows that an input has")
+        return self.rows
+
     def knob_values(self, rows: int, width: int) -> Sequence[int]:
         return range(1, three_sketch.largest_rank(rows, width) + 1)
 
     def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]:
-        k, s = three_sketch.sizes(self.rank, self.rows, width)
-        shapes = ((self.rows, k), (width, k), (s, s))
+        rows = self._most_rows()
+        k, s = three_sketch.sizes(self.rank, rows, width)
+        shapes = ((rows, k), (width, k), (s, s))
         averages = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
         return dict(zip(Sketches._fields, averages, strict=True)) | {
             "steps": torch.zeros((), dtype=torch.int64, device=device)
@@ -104,10 +118,10 @@ class EMASketch(Estimator):
         the same.
         """
         seed = torch.full((), self.seed, dtype=torch.int64, device=device)
-        return three_sketch.draw_tests(seed, self.rank, self.rows, width)
+        return three_sketch.draw_tests(seed, self.rank, self._most_rows(), width)
 
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
-        missing = self.rows - x.shape[0]
+        missing = self._most_rows() - x.shape[0]
         if missing < 0:
             raise ValueError(
                 f"ema_sketch: an input of {x.shape[0]} rows, and rows={self.rows}; give as many as "

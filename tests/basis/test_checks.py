@@ -34,6 +34,8 @@ def test_every_option_of_every_estimator_is_held_to_its_type(
     needed = {other.name: 2 for other in fields(kind) if other.default is MISSING}
     values, message = WRONG[field.type.removesuffix(" | None")]
     for value in values:
+        if value is None and field.type.endswith(" | None"):
+            continue
         with pytest.raises(ValueError, match=rf"^{field.name}=.*: {message}"):
             kind(**(needed | {field.name: value}))
 

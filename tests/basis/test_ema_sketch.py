@@ -270,3 +270,12 @@ def test_a_run_says_what_its_state_is_of_the_inputs_and_warns_of_micro_batches(
         False,
         True,
     ]
+
+
+def test_rows_follow_the_inputs_unless_they_are_given() -> None:
+    assert EMASketch(2).for_inputs(ROWS) == EMASketch(2, rows=ROWS)
+    assert EMASketch(2, rows=ROWS + 1).for_inputs(ROWS) == EMASketch(2, rows=ROWS + 1)
+    with pytest.raises(ValueError, match=rf"^rows={ROWS - 1}: must be at least {ROWS}"):
+        EMASketch(2, rows=ROWS - 1).for_inputs(ROWS)
+    with pytest.raises(ValueError, match=r"^rows=None: "):
+        SketchedLinear(IN, OUT, estimator=EMASketch(2))

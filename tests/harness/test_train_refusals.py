@@ -144,7 +144,7 @@ REFUSED = [
     ),
     (
         ["method=ema_sketch", "method.rows=15"],
-        "method.rows=15: must be at least micro_batch_size * model.block_size = 16",
+        "method.rows=15: must be at least 16, the rows of an input",
     ),
 ]
 
