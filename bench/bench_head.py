@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 import basis
 from basis.linear import SketchedLinear
 from bench.bench_layer import DTYPES
+from bench.output import csv_option, show
 from bench.timing import interleaved, machine
 from harness.device import resolve
 from harness.memory import LiveBytes, format_bytes, saved_bytes_total, tensor_bytes
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         "--turns", type=int, default=5, help="timed turns of each alternative (default: 5)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--csv", type=Path, help="also write the table there, and as .md beside it")
+    csv_option(parser)
     options = parser.parse_args(argv)
     if min(options.rows, options.width, options.classes, *options.rank) < 1 or options.turns < 2:
         parser.error("sizes and ranks must be at least 1, --turns at least 2")
@@ -166,8 +166,5 @@ def main(argv: list[str] | None = None) -> int:
             turns=options.turns,
             device=options.device,
         )
-    result = table(lines)
-    print(result.markdown())
-    if options.csv:
-        result.write(options.csv)
+    show(table(lines), options.csv)
     return 0

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import basis
 from basis.linear import SketchedLinear
+from bench.output import csv_option, show
 from bench.timing import interleaved, machine
 from harness.device import resolve
 from harness.memory import format_bytes, saved_bytes_total
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile every alternative")
-    parser.add_argument("--csv", type=Path, help="also write the table there, and as .md beside it")
+    csv_option(parser)
     options = parser.parse_args(argv)
     if min(options.rows, options.width, options.out, *options.rank) < 1 or options.turns < 2:
         parser.error("sizes and ranks must be at least 1, --turns at least 2")
@@ -148,8 +148,5 @@ def main(argv: list[str] | None = None) -> int:
             device=options.device,
             compile=options.compile,
         )
-    result = table(lines)
-    print(result.markdown())
-    if options.csv:
-        result.write(options.csv)
+    show(table(lines), options.csv)
     return 0

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
+from bench.output import csv_option, show
 from bench.plan_memory import configurations
 from bench.step import Step, measure, table
 from harness.build import build_model
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--nanogpt", action="store_true", help="also plain layers, whole logits and F.cross_entropy"
     )
-    parser.add_argument("--csv", type=Path, help="also write the table there, and as .md beside it")
+    csv_option(parser)
     options = parser.parse_intermixed_args(argv)
     if options.turns < 2 or options.rank < 1:
         parser.error("--turns must be at least 2, --rank at least 1")
@@ -95,8 +95,5 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench_step: {error}", file=sys.stderr)
         return 1
-    result = table(rows)
-    print(result.markdown())
-    if options.csv:
-        result.write(options.csv)
+    show(table(rows), options.csv)
     return 0

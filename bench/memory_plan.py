@@ -50,7 +50,7 @@ from models import GPT
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepBytes:
     """Bytes of one step. kept: by category, between forward and backward of a micro-batch. peak: of
     everything at once.
     """
@@ -91,7 +91,7 @@ def make_model(config: Config, device: str = "cpu") -> GPT:
 FEW_BLOCKS = 4
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config) -> StepBytes:
     """The bytes of a step of `config`. Raises ValueError as training would, and for what only
     compilation decides.
     """
@@ -116,9 +116,9 @@ class _Walk:
     def operators(self) -> list[Any]:
         return [operator for series in self.passes for operator, _ in series]
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepBytes:
         peak = max(now for series in self.passes for _, now in series) + self.optimizer
-        return Plan(self.parameters, self.parameters, self.optimizer, peak, self.kept)
+        return StepBytes(self.parameters, self.parameters, self.optimizer, peak, self.kept)
 
     def extended(self, other: _Walk, times: float) -> _Walk:
         """This walk and `times` times what `other`, of one block more or of another size, has more:

@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import memory_plan as planning
+from bench.output import csv_option, show
 from data.tokenizers import GPT2Tokenizer
 from harness.config import Config, configuration
 from harness.memory import CATEGORIES, format_bytes
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         default=[],
         help="GiB that a step may take; several are several answers",
     )
-    parser.add_argument("--csv", type=Path, help="also write the table there, and as .md beside it")
+    csv_option(parser)
     parser.add_argument(
         "--figure",
         type=Path,
@@ -252,10 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"plan_memory: {error}", file=sys.stderr)
         return 1
-    result = table(lines, next(iter(configs.values())), options.memory)
-    print(result.markdown())
-    if options.csv:
-        result.write(options.csv)
+    show(table(lines, next(iter(configs.values())), options.memory), options.csv)
     if options.figure:
         print("Written:", draw(lines, peaks, options.memory, options.figure.with_suffix(".svg")))
     return 0

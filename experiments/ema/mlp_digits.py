@@ -19,7 +19,7 @@ tells them apart. So there are two settings:
 and two optimisers: SGD takes steps as large as the gradient that is left, Adam hides how large it
 is.
 
-Contenders, budget and what is measured: experiments/ema/task.py. Written to --out: mlp.csv, mlp.md,
+Variants, budget and what is measured: experiments/ema/task.py. Written to --out: mlp.csv, mlp.md,
 mlp.svg and mlp_looks.csv, every look at every training.
 """
 
@@ -189,15 +189,15 @@ def main(argv: list[str] | None = None) -> int:
         images = digits() if options.data == "digits" else from_hub(options.data)
         results = []
         cells = list(product(options.settings, options.optimizers))
-        contenders = small.contenders(options.batch, adaptive)
+        variants = small.variants(options.batch, adaptive)
         with tqdm(
-            total=len(cells) * len(contenders) * options.seeds, unit="training", disable=None
+            total=len(cells) * len(variants) * options.seeds, unit="training", disable=None
         ) as progress:
             for setting, name in cells:
                 result = Setting(f"{options.data}, {setting}, {name}")
-                for contender, seed in product(contenders, range(options.seeds)):
+                for variant, seed in product(variants, range(options.seeds)):
                     task = make_task(images, setting, options.hidden, options.batch, seed)
-                    result.outcomes.append(small.train(task, contender, loops[name], seed))
+                    result.outcomes.append(small.train(task, variant, loops[name], seed))
                     progress.update()
                 results.append(result)
     except (ValueError, ConnectionError) as error:

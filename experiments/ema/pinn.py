@@ -35,7 +35,7 @@ average over steps only lags behind. `resampled`: drawn anew in every step, wher
 steps are points that have nothing to do with each other.
 
 The first layer, whose input is coordinates, one or two numbers a row, stays exact; all others are
-sketched. Contenders, budget and what is measured: experiments/ema/task.py. Adam. Written to --out:
+sketched. Variants, budget and what is measured: experiments/ema/task.py. Adam. Written to --out:
 pinn.csv, pinn.md, pinn.svg and pinn_looks.csv, every look at every training.
 """
 
@@ -255,18 +255,16 @@ def main(argv: list[str] | None = None) -> int:
         results = []
         cells = list(product(options.problems, options.points))
         with tqdm(
-            total=len(cells) * len(small.contenders(1, adaptive)) * options.seeds,
+            total=len(cells) * len(small.variants(1, adaptive)) * options.seeds,
             unit="training",
             disable=None,
         ) as progress:
             for name, points in cells:
                 result = Setting(f"{name}, points {points}")
                 rows = make_task(name, points, options.hidden, counts, 0).rows
-                for contender, seed in product(
-                    small.contenders(rows, adaptive), range(options.seeds)
-                ):
+                for variant, seed in product(small.variants(rows, adaptive), range(options.seeds)):
                     task = make_task(name, points, options.hidden, counts, seed)
-                    result.outcomes.append(small.train(task, contender, loop, seed))
+                    result.outcomes.append(small.train(task, variant, loop, seed))
                     progress.update()
                 results.append(result)
     except ValueError as error:

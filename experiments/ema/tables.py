@@ -97,7 +97,7 @@ def looks_csv(settings: Sequence[Setting]) -> str:
             for seen in run.looks:
                 numbers = {key: f"{value:.6g}" for key, value in seen.items()}
                 writer.writerow(
-                    {"setting": setting.name, "method": run.contender, "seed": run.seed} | numbers
+                    {"setting": setting.name, "method": run.variant, "seed": run.seed} | numbers
                 )
     return text.getvalue()
 

@@ -1,24 +1,34 @@
-"""The EMA activation sketch on small problems of its own kind, beside exact backpropagation, BASIS
-and a tracked subspace.
+"""The EMA activation sketch on small problems, next to exact backpropagation, BASIS and a tracked
+subspace.
 
-What scripts/mlp_digits.py and scripts/pinn.py share: who competes, the loop, tables and figure.
-They bring a `Task`: a model, its loss as a function of the step, its score. Tables and figure:
-report/small.py.
+scripts/mlp_digits.py and scripts/pinn.py share what is here: the methods that are compared and the
+loop. Each brings a `Task`: a model, its loss as a function of the step, its score. Tables and
+figure: tables.py.
 
-*Contenders.* exact; ema_sketch with beta 0 (a batch sketch), 0.9 and 0.99; the same at 0.9 with
+*Why a loop of its own.* harness/ trains a GPT on tokens: its configuration names a model of
+models/, its batches are windows of a token file, its checkpoints and metrics are about those. Here
+there are no tokens: a batch is a set of images or of points in space, the loss may be the residual
+of a differential equation, and a training takes seconds and is never resumed. What is left of the
+harness would be the ten lines of `train`. The estimators, budgets, adaptive rank and the quality of
+dW are those of basis/, so what is compared is the same code.
+
+*Variants.* exact; ema_sketch with beta 0 (a batch sketch), 0.9 and 0.99; the same at 0.9 with
 adaptive rank; BASIS; subspace. Except for the adaptive one, each keeps at most the same share of
-every layer's input (basis/diagnostics/budget.py): of the EMA sketch that is its state, which stands
-in for the input; of the others what is kept until backward, and what they have learned (subspace's
-directions) comes on top and is listed beside. The adaptive one starts at rank 2 and follows the
-error of reconstructed inputs that are not trained on (basis/diagnostics/adaptive_rank.py), up to
-the rank at which its state would be as large as exact's inputs.
+every layer's input (basis/diagnostics/budget.py). For the EMA sketch that is its state, which
+stands in for the input. For the others it is what they keep until backward. What they have learned
+(subspace's directions) comes on top and has its own column. The adaptive variant starts at rank 2
+and follows the error of reconstructed inputs that are not trained on
+(basis/diagnostics/adaptive_rank.py), up to the rank at which its state would be as large as exact's
+inputs.
 
 *Fairness.* Equal seeds start from equal weights and see equal batches, and all methods have the
-same rate; so a method that shrinks gradients also takes smaller steps. Score and rank are looked at
-every so many steps, and with them the quality of dW, all sketched layers as one vector
+same rate. So a method that shrinks gradients also takes smaller steps. Every so many steps the
+score, the rank and the quality of dW are measured, all sketched layers as one vector
 (basis/diagnostics/quality.py): its cosine to the exact one, and
 
-    kept of the gradient = <dW^, dW> / |dW|^2         1 for an unbiased estimate on average; 0.1 says that 9 tenths are gone
+    kept of the gradient = <dW^, dW> / |dW|^2
+
+which is 1 on average for an unbiased estimate; 0.1 says that nine tenths are gone.
 
 Bytes are those of the sketched layers alone: pointwise functions keep their own, whatever the
 method.
@@ -67,7 +77,7 @@ class Adaptive:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Variant:
     """A method. estimator: None for exact; its knob is set by the budget, or by `adaptive`."""
 
     label: str
@@ -75,19 +85,19 @@ class Contender:
     adaptive: Adaptive | None = None
 
 
-def contenders(rows: int, adaptive: Adaptive) -> list[Contender]:
+def variants(rows: int, adaptive: Adaptive) -> list[Variant]:
     """All methods, for inputs of `rows` rows; ranks are placeholders until the budget sets them."""
-    found = [Contender("exact")]
+    found = [Variant("exact")]
     found += [
-        Contender(f"ema_sketch beta={beta:g}", basis.EMASketch(1, rows=rows, beta=beta))
+        Variant(f"ema_sketch beta={beta:g}", basis.EMASketch(1, rows=rows, beta=beta))
         for beta in BETAS
     ]
     start = basis.EMASketch(adaptive.start, rows=rows, beta=ADAPTIVE_BETA)
-    found.append(Contender(f"ema_sketch beta={ADAPTIVE_BETA:g}, adaptive rank", start, adaptive))
+    found.append(Variant(f"ema_sketch beta={ADAPTIVE_BETA:g}, adaptive rank", start, adaptive))
     return [
         *found,
-        Contender("basis", basis.BalancedSketch(1)),
-        Contender("subspace", basis.Subspace(1)),
+        Variant("basis", basis.BalancedSketch(1)),
+        Variant("subspace", basis.Subspace(1)),
     ]
 
 
@@ -143,7 +153,7 @@ class Outcome:
     step without a finite loss.
     """
 
-    contender: str
+    variant: str
     seed: int
     looks: list[dict[str, float]] = field(default_factory=list)
     diverged: int | None = None
@@ -176,22 +186,22 @@ def chosen_layers(task: Task) -> list[nn.Linear]:
     return [layer for layer in layers if isinstance(layer, nn.Linear)]
 
 
-def put_in(task: Task, contender: Contender, share: float) -> AdaptiveRank | None:
+def put_in(task: Task, variant: Variant, share: float) -> AdaptiveRank | None:
     """Put the method into the task's layers; the controller of its rank if it has one. Raises
     ValueError for the share.
     """
-    if contender.estimator is None:
+    if variant.estimator is None:
         return None
-    if contender.adaptive is None:
-        chosen = within_budget(contender.estimator, share=share, rows=task.rows)
+    if variant.adaptive is None:
+        chosen = within_budget(variant.estimator, share=share, rows=task.rows)
         basis.convert(task.model, chosen, include=task.include)
         return None
     widths = {layer.in_features for layer in chosen_layers(task)}
     most = min(
-        int(knob_value(fit_budget(contender.estimator, 1.0, task.rows, width))) for width in widths
+        int(knob_value(fit_budget(variant.estimator, 1.0, task.rows, width))) for width in widths
     )
-    basis.convert(task.model, contender.estimator, include=task.include)
-    rule = contender.adaptive
+    basis.convert(task.model, variant.estimator, include=task.include)
+    rule = variant.adaptive
     return AdaptiveRank(min(rule.start, most), low=rule.low, high=rule.high, maximum=most)
 
 
@@ -208,21 +218,21 @@ def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=options.lr)
 
 
-def train(task: Task, contender: Contender, options: Options, seed: int) -> Outcome:
+def train(task: Task, variant: Variant, options: Options, seed: int) -> Outcome:
     """Train `task` by the method; the rate falls along half a cosine to 0. Raises ValueError if the
     share is out of reach.
     """
-    outcome = Outcome(contender.label, seed)
+    outcome = Outcome(variant.label, seed)
     outcome.bytes_exact = sum(4 * task.rows * layer.in_features for layer in chosen_layers(task))
     try:
-        controller = put_in(task, contender, parse_share(options.share))
+        controller = put_in(task, variant, parse_share(options.share))
     except BudgetError as error:
         raise ValueError(f"--share {options.share}: {error.reason}") from None
     optimizer = make_optimizer(task.model, options)
 
     def note_bytes() -> None:
         kept, state = (
-            (outcome.bytes_exact, 0) if contender.estimator is None else measured_bytes(task)
+            (outcome.bytes_exact, 0) if variant.estimator is None else measured_bytes(task)
         )
         if kept + state > outcome.bytes_kept + outcome.bytes_state:
             outcome.bytes_kept, outcome.bytes_state = kept, state
@@ -231,9 +241,9 @@ def train(task: Task, contender: Contender, options: Options, seed: int) -> Outc
     for step in range(options.steps + 1):
         if (
             controller is not None
-            and contender.adaptive is not None
+            and variant.adaptive is not None
             and step
-            and step % contender.adaptive.every == 0
+            and step % variant.adaptive.every == 0
         ):
             before = controller.rank
             if controller.observe(reconstruction_error(task.model, task.unseen)) != before:
@@ -280,16 +290,16 @@ def look(task: Task, step: int, controller: AdaptiveRank | None) -> dict[str, fl
 
 @dataclass
 class Setting:
-    """One circumstance in which all contenders are trained over all seeds, and what became of them."""
+    """One circumstance in which all variants are trained over all seeds, and what became of them."""
 
     name: str
     outcomes: list[Outcome] = field(default_factory=list)
 
     def of(self, label: str) -> list[Outcome]:
-        return [outcome for outcome in self.outcomes if outcome.contender == label]
+        return [outcome for outcome in self.outcomes if outcome.variant == label]
 
     def labels(self) -> list[str]:
-        return list(dict.fromkeys(outcome.contender for outcome in self.outcomes))
+        return list(dict.fromkeys(outcome.variant for outcome in self.outcomes))
 
 
 def add_arguments(

@@ -39,6 +39,7 @@ from basis.sus.blocks import Heads
 from basis.sus.masks import Noise
 from basis.sus.sparse import entry_gradients, sample
 from basis.sus.statistics import kept_per_row
+from bench.output import show
 from bench.timing import interleaved, made_by
 from experiments.sus.figures import draw_times
 from harness.device import resolve
@@ -272,9 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         said = ", ".join(f"{value:.2f} {name}" for name, value in slopes)
         notes.append(f"Exponent of n between the last two lengths, backward: {said}.")
     notes.append(made_by(f"python scripts/{provenance()['command']}"))
-    result = table(rows, notes)
-    print(result.markdown())
+    show(table(rows, notes), options.out and options.out / "attention.csv")
     if options.out:
-        result.write(options.out / "attention.csv")
         draw_times(rows, options.out / "attention.svg")
     return 0

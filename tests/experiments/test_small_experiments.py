@@ -36,23 +36,17 @@ def make(seed: int = 0, setting: str = "relu") -> Task:
     return mlp_digits.make_task(images(), setting, [16], ROWS, seed)
 
 
-@pytest.mark.parametrize(
-    "contender", small.contenders(ROWS, Adaptive(every=4)), ids=lambda c: c.label
-)
-def test_every_contender_learns_within_its_bytes(contender: small.Contender) -> None:
-    outcome = small.train(
-        make(), contender, Options(steps=30, lr=0.02, look=10, share="1/2"), seed=0
-    )
+@pytest.mark.parametrize("variant", small.variants(ROWS, Adaptive(every=4)), ids=lambda c: c.label)
+def test_every_contender_learns_within_its_bytes(variant: small.Variant) -> None:
+    outcome = small.train(make(), variant, Options(steps=30, lr=0.02, look=10, share="1/2"), seed=0)
     assert [seen["step"] for seen in outcome.looks] == [0, 10, 20, 30]
     assert outcome.diverged is None
     assert outcome.score > 0.9
     assert outcome.bytes_exact == 4 * ROWS * (24 + 16)
-    budgeted = outcome.bytes_kept + (
-        outcome.bytes_state if contender.label.startswith("ema") else 0
-    )
-    share = 1.0 if contender.adaptive or contender.estimator is None else 0.5
+    budgeted = outcome.bytes_kept + (outcome.bytes_state if variant.label.startswith("ema") else 0)
+    share = 1.0 if variant.adaptive or variant.estimator is None else 0.5
     assert 0 < budgeted <= share * outcome.bytes_exact + 8 * 4  # keys and counters
-    assert math.isnan(outcome.mean("cosine")) == (contender.estimator is None)
+    assert math.isnan(outcome.mean("cosine")) == (variant.estimator is None)
 
 
 def test_all_start_from_the_same_weights_and_see_the_same_batches() -> None:
@@ -66,7 +60,7 @@ def test_all_start_from_the_same_weights_and_see_the_same_batches() -> None:
     looks = [
         small.train(
             make(),
-            small.Contender("exact"),
+            small.Variant("exact"),
             Options(steps=6, lr=0.1, optimizer="sgd", look=look),
             0,
         ).looks[-1]
@@ -77,13 +71,13 @@ def test_all_start_from_the_same_weights_and_see_the_same_batches() -> None:
 
 def test_looking_changes_nothing_of_a_method_that_learns() -> None:
     for label in ("ema_sketch beta=0.9", "basis", "subspace"):
-        (contender,) = (c for c in small.contenders(ROWS, Adaptive()) if c.label == label)
+        (variant,) = (c for c in small.variants(ROWS, Adaptive()) if c.label == label)
         scores = []
         for look in (1, 12):
             task = make()
             small.train(
                 task,
-                contender,
+                variant,
                 Options(steps=12, lr=0.1, optimizer="sgd", look=look, share="1/2"),
                 0,
             )
@@ -93,8 +87,8 @@ def test_looking_changes_nothing_of_a_method_that_learns() -> None:
 
 def test_adaptive_rank_rises_to_its_cap_and_no_further() -> None:
     greedy = Adaptive(every=1, low=0.0, high=1e-9, start=1)
-    (contender,) = (c for c in small.contenders(ROWS, greedy) if c.adaptive)
-    outcome = small.train(make(), contender, Options(steps=20, lr=0.01, look=1), 0)
+    (variant,) = (c for c in small.variants(ROWS, greedy) if c.adaptive)
+    outcome = small.train(make(), variant, Options(steps=20, lr=0.01, look=1), 0)
     ranks = [seen["rank"] for seen in outcome.looks]
     assert ranks[:3] == [1, 2, 2]
     assert (
@@ -105,13 +99,11 @@ def test_adaptive_rank_rises_to_its_cap_and_no_further() -> None:
 
 def test_a_diverging_training_is_a_result() -> None:
     outcome = small.train(
-        make(), small.Contender("exact"), Options(steps=40, lr=1e30, optimizer="sgd"), 0
+        make(), small.Variant("exact"), Options(steps=40, lr=1e30, optimizer="sgd"), 0
     )
     assert outcome.diverged is not None
     assert math.isnan(outcome.score)
-    good = small.train(
-        make(), small.Contender("exact"), Options(steps=4, lr=0.1, optimizer="sgd"), 1
-    )
+    good = small.train(make(), small.Variant("exact"), Options(steps=4, lr=0.1, optimizer="sgd"), 1)
     found = report.table([small.Setting("s", [outcome, good])], "t", "T", "score", 3)
     assert found.rows[0]["diverged"] == 1
     assert found.rows[0]["score"].count == 1
