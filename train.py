@@ -333,7 +333,7 @@ def execute(values: DictConfig, folder: Path) -> None:
             result = train(run)
             summary |= {"status": "finished"} | result
         except NonFiniteError as error:
-            summary |= {"status": "diverged", "reason": str(error)}
+            summary |= {"status": "diverged", "reason": str(error), "diverged_at": error.step}
             raise CompactHydraException(str(error)) from error
         except torch.OutOfMemoryError as error:
             summary["reason"] = "out of memory"

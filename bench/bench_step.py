@@ -15,7 +15,9 @@ logits and F.cross_entropy.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from typing import Any
 
 import torch
 
@@ -42,6 +44,15 @@ def make_step(config: Config, runtime: Runtime, *, plain_loss: bool) -> Step:
         windows=config.micro_batch_size,
         plain_loss=plain_loss,
     )
+
+
+def step_options(config: Config) -> dict[str, Any]:
+    """The options of the method and of the activations' kind, by dotted name."""
+    return {
+        name: value
+        for name, value in config.flat().items()
+        if name.startswith("method.") or name == "activations.name"
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,6 +103,10 @@ def main(argv: list[str] | None = None) -> int:
             for name, config in configs.items()
         }
         rows = measure(steps, turns=options.turns)
+        for row in rows:
+            # By this column eval.py finds the runs that take this step; none takes nanoGPT's.
+            if row["step"] != NANOGPT:
+                row["config"] = json.dumps(step_options(configs[row["step"]]))
     except ValueError as error:
         print(f"bench_step: {error}", file=sys.stderr)
         return 1

@@ -201,4 +201,5 @@ def table(rows: list[dict[str, Any]]) -> Table:
     columns |= {
         name: Column(name) for name in ("precision", "compile", "machine", "torch", "commit")
     }
+    columns["config"] = Column("options of method and activations", data=True)
     return Table("step", "A training step", columns, rows)

@@ -11,7 +11,6 @@ copy where within seconds, not after a library's fifth retry.
 import contextlib
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -20,30 +19,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.storage import write_atomic
+
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 15
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file so that it is seen complete or not at all: temporary neighbour, fsync,
-    rename.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -78,7 +58,7 @@ def download(url: str, path: Path, sha256: str) -> None:
     if found != sha256:
         raise ValueError(f"{url}: its content has sha256 {found}, expected {sha256}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, content)
+    write_atomic(path, content)
 
 
 @contextlib.contextmanager

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from data.documents import Source
-from data.fetch import locked, write_bytes
+from data.fetch import locked
 from data.files import Text
 from data.options import DataOptions
 from data.shards import SPLITS, join, remove, tokenize
 from data.sources import MissingText, make_source
+from data.storage import write_atomic
 from data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer
 from data.tokens import TokenFile
 
@@ -181,7 +182,7 @@ def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -
             "documents": manifest.documents[split],
             "sha256": files[split].sha256,
         }
-    write_bytes(folder / METADATA, json.dumps(metadata, indent=2).encode())
+    write_atomic(folder / METADATA, json.dumps(metadata, indent=2).encode())
     remove(shards)
 
 

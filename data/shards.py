@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.documents import Document, Position, Source
-from data.fetch import write_bytes
+from data.storage import write_atomic
 from data.tokenizers import Tokenizer
 from data.tokens import TokenFile, write_tokens
 
@@ -60,7 +60,7 @@ class Manifest:
         return cls(**json.loads(path.read_text())) if path.exists() else cls()
 
     def write(self, folder: Path) -> None:
-        write_bytes(folder / "manifest.json", json.dumps(asdict(self)).encode())
+        write_atomic(folder / "manifest.json", json.dumps(asdict(self)).encode())
 
 
 def tokenize(

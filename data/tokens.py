@@ -23,7 +23,6 @@ leak.
 """
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from data.storage import replacing
 
 MAGIC = b"BASISTOK"
 VERSION = 1
@@ -150,25 +151,16 @@ def write_tokens(path: str | Path, chunks: Iterable[npt.ArrayLike], vocab_size: 
             f"vocab_size={vocab_size}: must be between 1 and {LARGEST_VOCABULARY}, as ids are "
             "stored in 16 bits"
         )
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     count, digest = 0, hashlib.sha256()
-    try:
-        with temporary.open("wb") as file:
-            file.write(
-                bytes(HEADER.size)
-            )  # the real header needs the count and the hash, known only at the end
-            for chunk in chunks:
-                payload = _as_payload(chunk, vocab_size)
-                file.write(payload)
-                digest.update(payload)
-                count += len(payload) // DTYPE.itemsize
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, vocab_size, count, digest.digest()))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(bytes(HEADER.size))  # the count and the hash are known only at the end
+        for chunk in chunks:
+            payload = _as_payload(chunk, vocab_size)
+            file.write(payload)
+            digest.update(payload)
+            count += len(payload) // DTYPE.itemsize
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, VERSION, vocab_size, count, digest.digest()))
     return TokenFile(path, count, vocab_size, digest.hexdigest())
 
 

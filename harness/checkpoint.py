@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 
-from harness.files import fsync_directory
+from data.storage import fsync_directory
 from harness.manifest import DamagedError, read_manifest, verify, write_manifest
 
 STATE_FILE = "state.pt"

@@ -40,6 +40,9 @@ from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
 from models import GPTConfig
 
+PURPOSES = ("training", "tuning")
+"""training: a result. tuning: it serves to choose options, and enters no average."""
+
 
 @dataclass(frozen=True)
 class EvalOptions:
@@ -116,6 +119,7 @@ class Config:
     micro_batch_size: int = 1
     tokens_per_step: int | None = None
     experiment_name: str = "default"
+    purpose: str = "training"
     model: GPTConfig = field(default_factory=GPTConfig)
     method: Method = field(default_factory=Method)
     adaptive_rank: AdaptiveRankOptions = field(default_factory=AdaptiveRankOptions)
@@ -139,6 +143,8 @@ class Config:
             self._check_without_backward()
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
+        if self.purpose not in PURPOSES:
+            raise ValueError(f"purpose={self.purpose!r}: must be one of {', '.join(PURPOSES)}")
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}"
@@ -220,7 +226,10 @@ def flat_options(nested: Mapping[str, Any]) -> dict[str, Any]:
     none of the options of attention=sus: older versions wrote their defaults there, or values that
     were given and not used.
     """
-    options = _flattened(Config().to_dict()) | _flattened(nested)
+    given = _flattened(nested)
+    options = _flattened(Config().to_dict()) | given
+    if "purpose" not in given and str(options["experiment_name"]).endswith("_tuning"):
+        options["purpose"] = "tuning"  # how versions without the option said it
     if options["attention.name"] == "exact":
         for option in OF_SUS:
             del options[f"attention.{option}"]

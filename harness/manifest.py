@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.files import fsync_directory
+from data.storage import fsync_directory, sha256_of
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -36,7 +36,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[str])
         "format": FORMAT,
         **facts,
         "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
             for name in files
         },
     }
@@ -69,7 +69,7 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         try:
-            size, digest = (folder / name).stat().st_size, _sha256(folder / name)
+            size, digest = (folder / name).stat().st_size, sha256_of(folder / name)
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
         if size != expected["bytes"]:
@@ -81,8 +81,3 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from harness.files import write_atomic
+from data.storage import write_atomic
 
 Scalar = bool | int | float | str | None
 

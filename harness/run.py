@@ -42,7 +42,11 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the weights are no longer finite numbers."""
+    """The loss of `step`, or the weights after it, are no longer finite numbers."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"step {step}: {what}")
+        self.step = step
 
 
 @dataclass
@@ -193,8 +197,9 @@ class Run:
             if not math.isfinite(loss):
                 step = self.step - len(losses) + index + 1
                 raise NonFiniteError(
-                    f"step {step}: the training loss is {loss} (method {self.config.method.name}, "
-                    f"optim.lr={self.config.optim.lr}); {self._last_checkpoint()}"
+                    step,
+                    f"the training loss is {loss} (method {self.config.method.name}, "
+                    f"optim.lr={self.config.optim.lr}); {self._last_checkpoint()}",
                 )
         return losses
 
@@ -219,9 +224,10 @@ class Run:
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
             raise NonFiniteError(
-                f"step {self.step}: weights are not finite after the update (method "
+                self.step,
+                f"weights are not finite after the update (method "
                 f"{self.config.method.name}, optim.lr={self.config.optim.lr}); "
-                f"{self._last_checkpoint()}"
+                f"{self._last_checkpoint()}",
             )
         self.metrics.sync()
         self.checkpoints.save(

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from basis.estimator import Estimator
-from harness.files import write_atomic
+from data.storage import write_atomic
 
 if TYPE_CHECKING:
     from harness.config import Config

@@ -26,8 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data.prepare import prepare
+from data.storage import write_atomic
 from harness.config import Config, flat_options
-from harness.files import write_atomic
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"

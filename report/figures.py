@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.files import write_atomic
+from data.storage import write_atomic
 from report.results import Group
 from report.statistics import Estimate, estimate
 from report.tables import without_defaults

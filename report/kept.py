@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.files import write_atomic
+from data.storage import write_atomic
 from report.statistics import Estimate, estimate
 from report.tables import Column, Table
 from report.write import METRICS, Report, read_metrics

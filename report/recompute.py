@@ -31,7 +31,7 @@ from harness.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, changed_options
 from harness.trained import plain_weights
 from models import GPT, GPTConfig
 from report.published import Published
-from report.results import RunResult, copies, loss_options
+from report.results import RunResult, copies_by_run, loss_options
 
 TOLERANCE = 1e-6
 
@@ -52,7 +52,7 @@ class Losses:
         return abs(self.held_out - self.logged) <= TOLERANCE
 
 
-def usable(
+def runs_that_count(
     found: Sequence[RunResult], progress: bool = True, published: Published | None = None
 ) -> tuple[list[RunResult], dict[str, Losses], list[str]]:
     """Runs that count, their losses by id, and one sentence for each that is left out or whose loss
@@ -65,7 +65,7 @@ def usable(
     runs: list[RunResult] = []
     losses: dict[str, Losses] = {}
     complaints: list[str] = []
-    same = copies(found)
+    same = copies_by_run(found)
     for members in tqdm(
         same,
         desc="losses from checkpoints",

@@ -26,11 +26,6 @@ from harness.rundir import (
 )
 from report.labels import labels
 
-TUNING = "_tuning"
-"""How the experiment_name of a run ends that was made to choose a learning rate, and enters no
-average.
-"""
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -54,8 +49,16 @@ class RunResult:
 
     @property
     def tuning(self) -> bool:
-        """Whether it was made to choose a learning rate only."""
-        return str(self.options["experiment_name"]).endswith(TUNING)
+        """Whether it was made to choose a learning rate only, and enters no average."""
+        return bool(self.options["purpose"] == "tuning")
+
+    @property
+    def diverged_at(self) -> int:
+        """The step whose loss or weights were not finite, of a run that diverged.
+
+        Summaries of older versions do not say it: for those, the last step that was logged.
+        """
+        return int(self.summary.get("diverged_at", self.summary["step"]))
 
     @property
     def diverged(self) -> bool:
@@ -175,9 +178,10 @@ def _read(folder: Path) -> RunResult:
     return run
 
 
-def copies(runs: Iterable[RunResult]) -> list[list[RunResult]]:
-    """Runs that are one and the same run, together: which of them counts is for the reader to find;
-    the furthest is first.
+def copies_by_run(runs: Iterable[RunResult]) -> list[list[RunResult]]:
+    """For each run the folders that hold a copy of it, the one that got furthest first.
+
+    Which copy counts is for the caller to find: a copy may be damaged.
     """
     same: dict[str, list[RunResult]] = {}
     for run in runs:
@@ -186,11 +190,12 @@ def copies(runs: Iterable[RunResult]) -> list[list[RunResult]]:
 
 
 # Options in which runs may differ and still be the same experiment: none of them changes a loss.
-_SAME_EXPERIMENT = (*FREE_OPTIONS, "seed", "experiment_name", "device", "eval.every")
+_SAME_EXPERIMENT = (*FREE_OPTIONS, "seed", "experiment_name", "purpose", "device", "eval.every")
+_OF_THE_METHOD = ("method.", "adaptive_rank.")
 
 
 def loss_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of options by dotted name those, in order, that change a loss and are not the seed."""
+    """Of a run's flat view the options that change a loss, without the seed, in order of name."""
     return dict(sorted((k, v) for k, v in options.items() if not k.startswith(_SAME_EXPERIMENT)))
 
 
@@ -201,26 +206,31 @@ def _identity(run: RunResult) -> dict[str, Any]:
     return loss_options(run.options) | {"text": run.summary["data"]}
 
 
-_OF_THE_METHOD = ("method.", "adaptive_rank.")
+def _key(run: RunResult, *, only: tuple[str, ...] = ("",), without: tuple[str, ...] = ()) -> str:
+    """The part of a run's identity under names that start with `only` and not with `without`."""
+    found = {
+        name: value
+        for name, value in _identity(run).items()
+        if name.startswith(only) and not name.startswith(without)
+    }
+    return repr(found)
 
 
 def setting(run: RunResult) -> str:
     """What two runs must share to be compared at all: everything but the method. Runs of equal
     setting and seed are pairs.
     """
-    return repr({k: v for k, v in _identity(run).items() if not k.startswith(_OF_THE_METHOD)})
+    return _key(run, without=_OF_THE_METHOD)
 
 
 def contender(run: RunResult) -> str:
     """What runs share that differ in seed and learning rate alone."""
-    return repr({k: v for k, v in _identity(run).items() if k != "optim.lr"})
+    return _key(run, without=("optim.lr",))
 
 
-def world(run: RunResult) -> str:
-    """Model and text: what runs share whose final losses may be compared, however they were
-    reached.
-    """
-    return repr({k: v for k, v in _identity(run).items() if k.startswith("model.") or k == "text"})
+def model_and_text(run: RunResult) -> str:
+    """What runs share whose final losses may be compared, however they were reached."""
+    return _key(run, only=("model.", "text"))
 
 
 def group_runs(runs: Sequence[RunResult]) -> list[Group]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from harness.files import write_atomic
+from data.storage import write_atomic
 from report.statistics import Estimate, p_text
 
 

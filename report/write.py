@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.files import write_atomic
+from data.storage import write_atomic
 from harness.rundir import FREE_OPTIONS
 from report import figures, losses
 from report.figures import Figure
-from report.recompute import Losses, usable
+from report.recompute import Losses, runs_that_count
 from report.results import Group, RunResult, find_runs, group_runs, setting
 from report.section import Evidence, Section, Study
 from report.tables import Column, Table
@@ -80,7 +80,7 @@ def gather(folders: Sequence[Path], studies: Sequence[Study] = (), progress: boo
     """
     published = next((study.published for study in studies if study.published), None)
     found, complaints = find_runs(folders)
-    counted, recomputed, more = usable(found, progress, published)
+    counted, recomputed, more = runs_that_count(found, progress, published)
     complaints += more
     tuning = [run for run in counted if run.tuning]
     runs = [run for run in counted if not run.tuning]

@@ -18,7 +18,7 @@ Every contender gets the same grid of learning rates (zeroth order its own, sinc
 far longer), tuned on one seed; where the best lies at the edge of the grid, rates beyond it are
 tried too. The best rate then runs on other seeds, so that no seed of the comparison was looked at
 when choosing. What has exact's very gradient (accumulation, checkpoints) takes exact's rate. A run
-that only tunes says so in its experiment_name, and results.py keeps it out of every average.
+that only tunes has purpose=tuning, and results.py keeps it out of every average.
 
 All methods sketch the dense layers of the blocks. The head is in nobody's scope: it forms its
 gradient together with the loss and keeps no input. What a contender can't reach
@@ -40,12 +40,11 @@ import conf
 from basis.diagnostics.budget import BudgetError, parse_share
 from basis.estimators import ESTIMATORS
 from bench.memory_plan import plan
+from data.storage import write_atomic
 from harness import rundir
 from harness.build import check_method
 from harness.config import Config, configuration
-from harness.files import write_atomic
 from harness.metrics import read_metrics
-from report.results import TUNING
 
 LEDGER = "arena.json"
 BUDGETS = ("1/4", "1/8", "1/24")
@@ -298,7 +297,7 @@ def cell(
         for c in contender.name.replace(", ", "_").replace("/", "-")
     )
     folder = out / ("tuning" if tuning else "seeds") / f"{slug}_lr{rate:g}_seed{seed}"
-    experiment = config.experiment_name + (TUNING if tuning else "")
+    experiment = config.experiment_name + ("_tuning" if tuning else "")  # groups runs in a tracker
     words = [
         f"optim.lr={rate!r}",
         f"seed={seed}",
@@ -312,8 +311,9 @@ def cell(
         optim=dataclasses.replace(config.optim, lr=rate),
     )
     if tuning:
-        words += ["eval.every=0", "diagnostics.every=0"]
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=0))
+        words += ["purpose=tuning", "eval.every=0", "diagnostics.every=0"]
+        evaluation = dataclasses.replace(config.eval, every=0)
+        config = dataclasses.replace(config, purpose="tuning", eval=evaluation)
     words.append(f"hydra.run.dir={folder}")
     return Cell(
         contender, rate, seed, tuning, folder, (*overrides, *contender.overrides, *words), config

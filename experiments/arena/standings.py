@@ -36,7 +36,7 @@ from basis.estimators import ESTIMATORS
 from experiments.arena.step_times import Clock, own
 from models import GPT, GPTConfig
 from report.losses import Recomputed, paired
-from report.results import Group, RunResult, contender, world
+from report.results import Group, RunResult, contender, model_and_text
 from report.statistics import Estimate, estimate
 
 TOLERANCE = 0.1
@@ -109,7 +109,11 @@ def unranked(groups: Sequence[Group]) -> list[str]:
             "to compare with, of the same model and text, and here are none of method=exact "
             f"activations=plain precision={_precision(groups)} tokens_per_step=null."
         ]
-    others = [group.label for group in groups if world(group.runs[0]) != world(exact.runs[0])]
+    others = [
+        group.label
+        for group in groups
+        if model_and_text(group.runs[0]) != model_and_text(exact.runs[0])
+    ]
     if not others:
         return []
     return [f"Not ranked, being of another model or text than {exact.label}: {', '.join(others)}."]
@@ -165,7 +169,7 @@ def standings(
         return []
     by_contender: dict[str, list[Group]] = {}
     for group in groups:
-        if world(group.runs[0]) == world(exact.runs[0]):
+        if model_and_text(group.runs[0]) == model_and_text(exact.runs[0]):
             by_contender.setdefault(contender(group.runs[0]), []).append(group)
     chosen = [_chosen(rates) for rates in by_contender.values()]
     found = [_standing(group, exact, chosen, recomputed, clock) for group in chosen]

@@ -6,21 +6,22 @@ front or sentence is made of them. Alternatives that took turns in one process,
 scripts/bench_step.py, can be compared: `eval.py times=step.csv` puts their times beside the runs'
 losses.
 
-A row of the benchmark ("transform budget=1/8 group=128 include=[blocks.*], plain") is a run's if
-all options of the method, the activations, precision and tokens of a step are the same. Of the
-model the table says nothing: give one of the same size.
+A row of the benchmark is a run's if all options of the method, the activations, precision and
+tokens of a step are the same. The column `config` holds these options as JSON, by dotted name; a
+row without them is no run's. The table does not say which model was timed: give one of the same
+size.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.config import configuration
 from report.results import Group, RunResult
 
 
@@ -98,7 +99,7 @@ def benchmarked(path: Path) -> Clock:
             rows = [
                 row
                 for row in csv.DictReader(file)
-                if {"step", "tokens", "milliseconds", "precision"} <= row.keys()
+                if {"config", "tokens", "milliseconds", "precision"} <= row.keys()
             ]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -106,15 +107,13 @@ def benchmarked(path: Path) -> Clock:
         ) from None
     if not rows:
         raise ValueError(
-            f"times={path}: must be a .csv of scripts/bench_step.py, with columns step, tokens, "
+            f"times={path}: must be a .csv of scripts/bench_step.py, with columns config, tokens, "
             "milliseconds, precision"
         )
     try:
-        known = [(_options(row["step"]), row) for row in rows]
+        known = [(json.loads(row["config"]), row) for row in rows if row["config"]]
     except ValueError as error:
-        raise ValueError(
-            f"times={path}: has a row that is no step of this version: {error}"
-        ) from None
+        raise ValueError(f"times={path}: its column config is not JSON ({error})") from None
 
     def clock(group: Group) -> Times:
         options = group.runs[0].options
@@ -136,16 +135,3 @@ def benchmarked(path: Path) -> Clock:
         return UNKNOWN
 
     return clock
-
-
-def _options(step: str) -> dict[str, Any]:
-    """What a row's first column says, as dotted options."""
-    method, _, activations = step.rpartition(", ")
-    if not method:
-        return {"method.name": step}  # plain layers, whole logits: no run's
-    name, *words = method.split()
-    made = configuration(
-        [f"method={name}", *(f"method.{word}" for word in words), f"activations={activations}"]
-    )
-    options = {f"method.{option}": value for option, value in made.method.to_dict().items()}
-    return options | {"activations.name": made.activations.name}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.timing import machine
+from data.storage import write_atomic
 from experiments.ema.task import Outcome, Setting
-from harness.files import write_atomic
 from report.figures import canvas
 from report.statistics import Estimate, estimate
 from report.tables import Column, Table

@@ -38,11 +38,11 @@ from tqdm import tqdm
 from basis.diagnostics.monitor import Monitor
 from basis.ops.noise import fold
 from bench.timing import machine
+from data.storage import write_atomic
 from harness import config as compose
 from harness.build import build_model, check_method, training_text
 from harness.config import Config
 from harness.device import resolve
-from harness.files import write_atomic
 from harness.memory import format_bytes, tensor_bytes
 from harness.optim import learning_rate, make_optimizer
 from report.figures import canvas

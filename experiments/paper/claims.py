@@ -80,7 +80,7 @@ def _nats(difference: Estimate) -> str:
 
 
 def _diverged(group: Group) -> str:
-    first = min(stability.diverged_at(run) for run in group.diverged)
+    first = min(run.diverged_at for run in group.diverged)
     return f"{len(group.diverged)} of {len(group.runs)} runs diverged, the first at step {first:,}"
 
 

@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 import basis
 from bench.timing import made_by
+from data.storage import write_atomic
 from harness.device import resolve
-from harness.files import write_atomic
 from harness.memory import saved_bytes
 from harness.provenance import provenance
 from models import GPT, GPTConfig

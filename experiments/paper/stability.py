@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import statistics
 from collections.abc import Sequence
 
@@ -61,14 +60,6 @@ def mean_of(run: RunResult, metric: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def diverged_at(run: RunResult) -> int:
-    """The first step whose loss or weights were not finite, as the run said; else the last one
-    logged.
-    """
-    said = re.match(r"step (\d+):", str(run.summary.get("reason", "")))
-    return int(said[1]) if said else int(run.summary["step"])
-
-
 def worse_count(group: Group) -> tuple[int, int]:
     """Evaluations of all runs that got worse, and all that had one before."""
     changes = [change for run in group.runs for change in rises(run)]
@@ -86,7 +77,7 @@ def stability(groups: Sequence[Group]) -> Table:
     for group in groups:
         norms = [momentum(run) for run in group.runs]
         worse, evaluations = worse_count(group)
-        first = min((diverged_at(run) for run in group.diverged), default=None)
+        first = min((run.diverged_at for run in group.diverged), default=None)
         rows.append(
             {
                 "method": group.label,

@@ -3,6 +3,7 @@ command: test_arena_plan.py.
 """
 
 import csv
+import io
 import json
 import statistics
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 from tiny import evaluate_here, train_here
 
+from bench.bench_step import step_options
 from experiments.arena import plan, standings, step_times
 from experiments.arena import tables as arena
 from experiments.sections import studies
+from harness.config import configuration
 from report import write
 from report.recompute import Losses
 from report.results import RunResult, find_runs, group_runs
@@ -48,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 *budget,
                 f"seed={seed}",
             )
-    tuning = ["experiment_name=test_tuning", "method.budget=1/4", BLOCKS]
+    tuning = ["purpose=tuning", "method.budget=1/4", BLOCKS]
     for rate in ("0.01", "0.5"):
         train_here(data, folder / f"tuning{rate}", *QUICK, *tuning, "seed=7", f"optim.lr={rate}")
     with pytest.raises(
@@ -214,15 +217,26 @@ def test_training_seconds_weigh_rows_by_their_steps() -> None:
     )
 
 
-STEP_TABLE = """step,tokens,milliseconds,precision
-"exact, plain",64,10.0,float32
-"basis budget=1/4 include=[blocks.*], lean",64,11.0,float32
-"basis budget=1/4 include=[blocks.*] center=true, plain",64,12.0,float32
-"basis budget=1/4 include=[blocks.*], plain",128,13.0,float32
-"basis budget=1/4 include=[blocks.*], plain",64,14.0,bfloat16
-"basis budget=1/4 include=[blocks.*], plain",64,15.0,float32
-nanogpt,64,20.0,float32
-"""
+STEPS = [
+    (["method=exact"], "plain", 64, 10.0, "float32"),
+    (["method.budget=1/4", BLOCKS], "lean", 64, 11.0, "float32"),
+    (["method.budget=1/4", BLOCKS, "method.center=true"], "plain", 64, 12.0, "float32"),
+    (["method.budget=1/4", BLOCKS], "plain", 128, 13.0, "float32"),
+    (["method.budget=1/4", BLOCKS], "plain", 64, 14.0, "bfloat16"),
+    (["method.budget=1/4", BLOCKS], "plain", 64, 15.0, "float32"),
+]
+"""Options, activations, tokens, milliseconds and precision of steps that a benchmark timed."""
+
+
+def step_table() -> str:
+    lines = io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow(["step", "tokens", "milliseconds", "precision", "config"])
+    for words, kind, *numbers in STEPS:
+        config = configuration([*words, f"activations={kind}"])
+        writer.writerow(["a name", *numbers, json.dumps(step_options(config))])
+    writer.writerow(["nanogpt", 64, 20.0, "float32", ""])
+    return lines.getvalue()
 
 
 def test_step_times_of_runs_alone_of_a_benchmark_and_of_busy_machines(
@@ -251,7 +265,7 @@ def test_step_times_of_runs_alone_of_a_benchmark_and_of_busy_machines(
     assert busy(groups[0]) == (None, None)
     assert said.startswith("2 runs shared the machine at a time")
     file = tmp_path / "step.csv"
-    file.write_text(STEP_TABLE)
+    file.write_text(step_table())
     clock, said = step_times.choose([{"jobs": 2}], file)
     timed = standings.standings(groups, losses, clock)
     table = arena.ranks(timed, said)

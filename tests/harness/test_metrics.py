@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.files import write_atomic
+from data.storage import write_atomic
 from harness.metrics import MetricsLog, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

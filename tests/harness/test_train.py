@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert "the last checkpoint is of step 10" in str(failure.value)
     summary = rundir.read_summary(tmp_path)
     assert summary["status"] == "diverged"
-    assert "step 13" in summary["reason"]
+    assert summary["diverged_at"] == 13
     with pytest.raises(
         CompactHydraException, match="holds a run that diverged: step 13"
     ):  # at once, without a step

@@ -170,6 +170,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_reported(runs: Path, tmp_path
     diverged = summary | {
         "status": "diverged",
         "reason": "step 17: the training loss is nan",
+        "diverged_at": 17,
         "step": 16,
     }
     (tmp_path / "basis2_0" / "summary.json").write_text(json.dumps(diverged))

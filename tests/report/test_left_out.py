@@ -9,7 +9,7 @@ import pytest
 from tiny import train_here
 
 from report import write
-from report.results import copies, find_runs
+from report.results import copies_by_run, find_runs
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_of_copies_the_furthest_counts(run: Path, tmp_path: Path) -> None:
         shutil.copytree(run, tmp_path / name)
     set_status(tmp_path / "a0", "diverged", step=12, reason="step 13: the training loss is nan")
     found, _ = find_runs([tmp_path])
-    (members,) = copies(found)
+    (members,) = copies_by_run(found)
     assert [member.folder.name for member in members] == ["a1", "a0"]
     (group,) = write.gather([tmp_path], progress=False).groups
     assert [found.folder.name for found in group.runs] == ["a1"]
@@ -73,9 +73,7 @@ def test_a_run_that_only_tuned_counts_once_and_needs_no_checkpoint(
     for name in ("a0", "a1"):
         shutil.copytree(run, tmp_path / name)
         config = tmp_path / name / "config.yaml"
-        config.write_text(
-            config.read_text().replace("experiment_name: default", "experiment_name: x_tuning")
-        )
+        config.write_text(config.read_text().replace("purpose: training", "purpose: tuning"))
         shutil.rmtree(tmp_path / name / "checkpoints")
     shutil.copytree(run, tmp_path / "b")
     report = write.gather([tmp_path], progress=False)

@@ -1,0 +1,59 @@
+"""Files that are either the old version or the new one, never half of each, and their hash.
+
+A process can be killed between any two instructions, and a disk can fill up in the middle of a
+write. The way to survive both: write the new content under a temporary name in the same folder,
+`fsync` it, rename it over the old name (atomic within a file system), then `fsync` the folder so
+that the rename itself outlives a power cut. Without the first fsync some file systems commit the
+rename before the data, and a power cut leaves an empty file under the right name.
+
+The cost is two flushes to the disk, a few milliseconds on an SSD. So this is for files written now
+and then (`run.json`, a token file), not for every line of a log.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file's bytes. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_directory(folder: Path) -> None:
+    """Force the entries of `folder` (creations, renames, removals) to the disk. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` when the block ends without an error.
+
+    The folder must exist. Raises OSError (disk full, no permission). After any error, or a kill,
+    the old file is untouched; a kill leaves a `.<name>.<random>.tmp` next to it.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # already gone if all went well
+    fsync_directory(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` (text as UTF-8), as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
