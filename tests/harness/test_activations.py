@@ -68,6 +68,7 @@ def test_parts_of_lean_can_be_switched_off(data: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "off") == losses(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_budget_under_compile_keeps_less(data: Path, tmp_path: Path) -> None:
     kept = {}
     for share in (1.0, 0.0):

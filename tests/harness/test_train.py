@@ -270,6 +270,7 @@ def test_bfloat16_trains_and_keeps_less(data: Path, tmp_path: Path) -> None:
     assert low[0][kept] - keys == (full[0][kept] - keys) // 2
 
 
+@pytest.mark.slow
 def test_compiled_run_agrees_with_eager_to_rounding(data: Path, tmp_path: Path) -> None:
     train_here(data, tmp_path / "eager", "steps=6")
     train_here(data, tmp_path / "compiled", "steps=6", "compile=true")

@@ -159,6 +159,7 @@ def test_a_method_that_looks_now_and_then_looks_at_once_with_a_new_rank(
     assert weights(tmp_path)["head.estimator_looks"] == 3  # of the steps since; else none
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_compiled_anew_with_each_rank(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
