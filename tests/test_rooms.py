@@ -143,4 +143,4 @@ def test_no_room_outgrows_the_house() -> None:
     rooms = (FLOORS.keys() - {"experiments"}) | studies
     lines = {room: sum(map(code_lines, files(room))) for room in rooms}
     assert {room: n for room, n in lines.items() if n > sum(lines.values()) / 4} == {}
-    assert len(files("harness")) <= 25
+    assert len([path for path in files("harness") if path.name != "__init__.py"]) <= 25
