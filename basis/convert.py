@@ -20,8 +20,8 @@ from basis.checks import whole_number
 from basis.diagnostics.budget import BudgetError
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn
-from basis.keyed import Keyed
 from basis.linear import WANTED, SketchedLinear
+from basis.noise_key import HasNoiseKey
 from basis.ops.noise import fold
 
 # Modules that hold the real one under a name of their own, by class name (so that none of them need
@@ -278,7 +278,7 @@ def set_noise_key(
                 and not module.frozen
                 and module.estimator.learns_at(step - module.first_step)
             )
-        if isinstance(module, Keyed):
+        if isinstance(module, HasNoiseKey):
             parameter = next(module.parameters(), None)
             module.set_noise_key(
                 fold(seed, step, micro_batch, process, plain_name(model, name)),

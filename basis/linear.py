@@ -26,7 +26,7 @@ from basis.estimator import Estimator, State
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
-from basis.keyed import Keyed
+from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast, has_values
 from basis.ops.noise import draw_key, encode_hashing
 from basis.state import Learning, learned_from_scratch, pack_state, unpack_state
@@ -100,7 +100,7 @@ def sketched_linear(
     """`F.linear(input, weight, bias)` whose weight gradient is `estimator`'s.
 
     input (..., N), of which all leading dimensions count as B rows; weight (M, N); bias (M,) or
-    None; key: int64 tensor on the input's device (noise.py); state: what the layer has learned,
+    None; key: int64 tensor on the input's device (ops/noise.py); state: what the layer has learned,
     None for a method that does not learn, or that shall learn from this input alone. Returns (...,
     M). An input without rows, or on the meta device, is F.linear's: dW is zero, or has no values.
     Raises ValueError for an input that is not floating point or has another last dimension than the
@@ -172,11 +172,11 @@ def basis_linear(
     )
 
 
-class SketchedLinear(StandIn, Keyed, Learning, nn.Linear):
+class SketchedLinear(StandIn, HasNoiseKey, Learning, nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
     Same parameters, same forward; the same state_dict, unless the estimator learns: then with what
-    it has learned, in buffers named `estimator_<name>` (state.py). For `noise_key` see keyed.py.
+    it has learned, in buffers named `estimator_<name>` (state.py). For `noise_key` see noise_key.py.
 
     As with nn.Linear, eval() changes nothing: where gradients are wanted they are the estimates of
     training, and a method that learns goes on learning. A model may be trained in eval(), to keep

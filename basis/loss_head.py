@@ -25,7 +25,7 @@ dX (B N elements) and dW (V N, the gradient itself, there a little earlier than 
 forward: one block of Y in float32 at least, where F.linear and F.cross_entropy hold two Y, and
 three in backward. FLOPs: as without it.
 
-With a head tied to an embedding, tied.py lets dW flow on to it.
+With a head tied to an embedding, embedding.py lets dW flow on to it.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class _WeightGradient:
         return result
 
 
-Look = Callable[[slice, Tensor], None]
-"""Is shown dY^T (V, block) of some rows; it must leave it as it is."""
+BlockObserver = Callable[[slice, Tensor], None]
+"""Called with some rows and their dY^T (V, block), which it must leave as it is."""
 
 
 class HeadHook(abc.ABC):
@@ -178,7 +178,7 @@ class HeadHook(abc.ABC):
         """After a forward that is not fused."""
 
     @abc.abstractmethod
-    def fused(self, x: Tensor) -> tuple[Look, Callable[[Tensor], None]]:
+    def fused(self, x: Tensor) -> tuple[BlockObserver, Callable[[Tensor], None]]:
         """Before a fused forward on `x` (B, N). The first function is shown dY block by block, for
         a loss whose gradient is 1; the second one the gradient of the loss, in backward.
         """
@@ -197,7 +197,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         key: Tensor,
         estimator: Estimator,
         needs_weight_grad: bool,
-        looks: tuple[Look, ...],
+        observers: tuple[BlockObserver, ...],
         *state: Any,  # as pack_state gives it
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = x.shape[0]
@@ -218,8 +218,8 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
             grad_x[block] = tall_product(grad_y, w)
             if gradient is not None:
                 gradient.add(block, grad_y)
-            for look in looks:
-                look(block, grad_y)
+            for observe in observers:
+                observe(block, grad_y)
             del grad_y  # before the next block's logits are made
         grad_weight = None if gradient is None else gradient.result()
         return torch.stack(losses).sum(), grad_x, grad_weight
@@ -311,7 +311,7 @@ def linear_cross_entropy(
         key,
         estimator,
         wanted,
-        tuple(look for look, _ in watched),
+        tuple(observe for observe, _ in watched),
         *pack_state(state),
     )
     for _, on_gradient in watched:

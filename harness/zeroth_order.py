@@ -34,18 +34,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from basis.ops.noise import fold, random_bits
+from basis.ops.noise import box_muller, fold, random_bits
 
 
 def normal(key: int, count: int, device: torch.device) -> Tensor:
-    """`count` standard normal float32 numbers that belong to `key` (Box and Muller's transform of
-    keyed bits).
-    """
+    """`count` standard normal float32 numbers that belong to `key`."""
     half = (count + 1) // 2
     bits = random_bits(torch.full((), key, dtype=torch.int64, device=device), 2 * half)
     first, second = ((bits.double() + 0.5) / 2**32).chunk(2)  # in (0, 1)
-    radius, angle = (-2.0 * first.log()).sqrt(), 2.0 * math.pi * second
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].float()
+    return box_muller(first, second)[:count].float()
 
 
 @dataclass(frozen=True)

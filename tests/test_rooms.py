@@ -144,3 +144,9 @@ def test_no_room_outgrows_the_house() -> None:
     lines = {room: sum(map(code_lines, files(room))) for room in rooms}
     assert {room: n for room, n in lines.items() if n > sum(lines.values()) / 4} == {}
     assert len([path for path in files("harness") if path.name != "__init__.py"]) <= 25
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "basis/ops").glob("*.py")), ids=lambda p: p.stem)
+def test_the_mathematics_of_basis_knows_no_layer_and_no_method(path: Path) -> None:
+    own = {name for name in names(path) if name.split(".")[0] == "basis"}
+    assert {name for name in own if not name.startswith("basis.ops.")} == set()

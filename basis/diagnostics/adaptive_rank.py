@@ -118,7 +118,7 @@ def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: 
     """
     squares = []
 
-    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, SketchedLinear)
         if not has_values(inputs[0]):
             return
@@ -131,7 +131,7 @@ def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: 
             estimate = layer.estimator.weight_grad(kept, identity)
         squares.append(torch.stack([(estimate - x).square().sum(), x.square().sum()]))
 
-    handles = [layer.register_forward_pre_hook(look) for _, layer in sketched_layers(model)]
+    handles = [layer.register_forward_pre_hook(measure) for _, layer in sketched_layers(model)]
     try:
         forward()
     finally:

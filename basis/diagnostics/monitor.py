@@ -46,7 +46,7 @@ from torch.utils.hooks import RemovableHandle
 
 from basis.convert import plain_name
 from basis.linear import SketchedLinear
-from basis.loss_head import HeadHook, Look
+from basis.loss_head import BlockObserver, HeadHook
 from basis.ops.noise import fold, normal_rows
 
 
@@ -108,11 +108,11 @@ class _Watch(HeadHook):
 
         output.register_hook(on_gradient)
 
-    def fused(self, x: Tensor) -> tuple[Look, Callable[[Tensor], None]]:
+    def fused(self, x: Tensor) -> tuple[BlockObserver, Callable[[Tensor], None]]:
         activations, projected = self._project(x)
         parts: list[Tensor] = []
 
-        def look(block: slice, grad_y: Tensor) -> None:
+        def observe(block: slice, grad_y: Tensor) -> None:
             with torch.autocast(grad_y.device.type, enabled=False):
                 part = grad_y.float() @ projected[block]  # (V, block) (block, p)
             parts[:] = [parts[0] + part] if parts else [part]
@@ -121,7 +121,7 @@ class _Watch(HeadHook):
         def on_gradient(grad_loss: Tensor) -> None:
             self.sums.add(activations, parts[0] * grad_loss)
 
-        return look, on_gradient
+        return observe, on_gradient
 
 
 class Monitor:

@@ -172,9 +172,9 @@ class _Recorder(Estimator):
         with torch.autocast(
             x.device.type, enabled=False
         ):  # a loss head asks for dW in forward, where autocast is on
-            return self._look(estimate, key, exact=grad_y.float().t() @ x.float())
+            return self._compare(estimate, key, exact=grad_y.float().t() @ x.float())
 
-    def _look(self, estimate: Callable[[Tensor], Tensor], key: Tensor, exact: Tensor) -> Tensor:
+    def _compare(self, estimate: Callable[[Tensor], Tensor], key: Tensor, exact: Tensor) -> Tensor:
         own = estimate(key)
         product = float(torch.sum(own * exact, dtype=torch.float64))
         sums = (_square(exact), _square(own), product, _square(own - exact))

@@ -1,7 +1,7 @@
 """EMA activation sketch, after H. Antil and D. Verma (arXiv 2510.00442): reconstruction
 reconstructed, not the authors'.
 
-Of each layer's input X_t (B, N) of step t the three-sketch (three_sketch.py) is taken under test
+Of each layer's input X_t (B, N) of step t the three-sketch (ops/three_sketch.py) is taken under test
 matrices that stay the same for the whole training, and averaged over steps; what is averaged lives
 in the layer, and X_t is not kept at all:
 
@@ -141,7 +141,7 @@ class EMASketch(Estimator):
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
         *averages, steps, like = kept
         sketches = Sketches(*averages)
-        left, core, right = three_sketch.factors(
+        left, core, right = three_sketch.reconstruct(
             sketches, self.tests(sketches.range.shape[0], like.device)
         )
         # 1 - beta^t without cancellation. Before the first look all sketches are 0, and so is dW.

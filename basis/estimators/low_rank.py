@@ -99,7 +99,7 @@ class LowRank(Estimator):
             )
             core = (p.t() @ x) @ q
         else:
-            p, core, q = three_sketch.factors(three_sketch.sketch(x, tests), tests)
+            p, core, q = three_sketch.reconstruct(three_sketch.sketch(x, tests), tests)
             core = core.t()
         k = core.shape[0]
         if not self.truncate or self.rank >= k:

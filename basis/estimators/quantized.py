@@ -24,7 +24,7 @@ both, errors of different rows are independent, and
 others 3, so that any number of bytes is spent, and as well as can be: error falls convexly with
 bytes.
 
-u is one of 2^16 values, which leaves a bias of 2^-17 of a step. It is a Dither of noise.py, which
+u is one of 2^16 values, which leaves a bias of 2^-17 of a step. It is a Dither of ops/noise.py, which
 costs a tenth of hashed noise.
 
 Least and largest number in groups of 128, and not the largest magnitude in groups of 64, which

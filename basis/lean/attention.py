@@ -22,11 +22,11 @@ from torch.fx import Proxy
 from basis.diagnostics.saved import announce
 from basis.exchange import StandIn, refuse_hooks, refuse_replaced_forward
 from basis.first_order import refuse_graph_of_backward
-from basis.keyed import Keyed
 from basis.lean.rounding import Rounded, restore, round_to_int8
+from basis.noise_key import HasNoiseKey
 
 
-class LeanAttention(StandIn, Keyed):
+class LeanAttention(StandIn, HasNoiseKey):
     """Wraps a module `attend(q, k, v)`, (b, h, T, d) each, whose floating-point 4-dimensional
     savings are rounded.
     """

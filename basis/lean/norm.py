@@ -20,8 +20,8 @@ from torch.fx import Proxy
 
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
-from basis.keyed import Keyed
 from basis.lean.rounding import Rounded, restore, round_to_int8
+from basis.noise_key import HasNoiseKey
 
 
 class _LeanLayerNorm(torch.autograd.Function):
@@ -68,7 +68,7 @@ class _LeanLayerNorm(torch.autograd.Function):
         return (*grads, None, None)
 
 
-class LeanLayerNorm(StandIn, Keyed, nn.LayerNorm):
+class LeanLayerNorm(StandIn, HasNoiseKey, nn.LayerNorm):
     """nn.LayerNorm over the last dimension whose kept input is rounded to 8 bits. Same parameters,
     same output.
     """

@@ -8,7 +8,7 @@ divide it). A block keeps its largest magnitude a and, for each number x, the in
 so that E[x^] = x, up to 2^-17 of a step: an error once is not an error every step. |x^ - x| < a /
 127 and the variance is at most (a / 254)^2.
 
-The noise is a Dither of noise.py: for B + N draws instead of B N, the rows of a column are
+The noise is a Dither of ops/noise.py: for B + N draws instead of B N, the rows of a column are
 independent, and the columns of a row as good as uncorrelated.
 
 Kept: 1 byte a number and 4 bytes a block: 0.2656 of float32. Cost: about eight passes over numbers
@@ -42,7 +42,7 @@ def block_length(width: int) -> int:
 
 
 def round_to_int8(x: Tensor, key: Tensor) -> Rounded:
-    """`x` (..., N) in 8 bits a number, unbiased. `key`: 0-dimensional int64 (noise.py)."""
+    """`x` (..., N) in 8 bits a number, unbiased. `key`: 0-dimensional int64 (ops/noise.py)."""
     width = x.shape[-1]
     flat = x.reshape(-1, width)
     rows, block = flat.shape[0], block_length(width)

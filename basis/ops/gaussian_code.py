@@ -200,7 +200,7 @@ def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
     for part, of_part in _blocks(bits, number * length):
         codes, scale = _quantise(z[part], steps[part], levels[part])
         chosen = codes.index_select(0, owner[of_part] - part.start)  # (planes, C, L)
-        packed.append(pack((chosen >> place[of_part]) & 1))
+        packed.append(pack_planes((chosen >> place[of_part]) & 1))
         scales.append(scale)
     return _joined(packed), _joined(scales)
 
@@ -255,7 +255,7 @@ def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
     length = 8 * packed.shape[-1]
     found: list[Tensor] = []
     for part, of_part in _blocks(bits, number * length):
-        ones = unpack(packed[of_part].transpose(0, 1)).to(torch.float32)  # (C, planes, L)
+        ones = unpack_planes(packed[of_part].transpose(0, 1)).to(torch.float32)  # (C, planes, L)
         index = torch.arange(ones.shape[0] * ones.shape[1], device=planes.device)
         starts = torch.arange(number, device=planes.device)[:, None] * ones.shape[1]
         bags = starts + (first[part] - first[part.start])
@@ -267,7 +267,7 @@ def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
     return _joined(found)
 
 
-def pack(plane: Tensor) -> Tensor:
+def pack_planes(plane: Tensor) -> Tensor:
     """Bits (..., B) of 0 and 1 in uint8, 8 to a byte: (..., B / 8). Byte c holds the bits c, c +
     B/8, c + 2 B/8, ...
     """
@@ -277,7 +277,7 @@ def pack(plane: Tensor) -> Tensor:
     return parts[..., 0, :]
 
 
-def unpack(packed: Tensor) -> Tensor:
+def unpack_planes(packed: Tensor) -> Tensor:
     """The bits again, (..., B)."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
     return ((packed[..., None, :] >> shifts) & 1).flatten(-2)

@@ -138,6 +138,15 @@ def _integers(key: Tensor, rows: slice, width: int) -> Tensor:
     return random_bits(key, count * width, start=rows.start * width).view(count, width)
 
 
+def box_muller(first: Tensor, second: Tensor) -> Tensor:
+    """Independent standard normal numbers (..., 2 n) from uniform ones, `first` (..., n) in (0, 1]
+    and `second` (..., n) in [0, 1); both are overwritten. (Box and Muller, 1958.)
+    """
+    radius = first.log_().mul_(-2.0).sqrt_()
+    angle = second.mul_(2.0 * math.pi)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), -1)
+
+
 def sign_rows(key: Tensor, rows: slice, width: int) -> Tensor:
     """Rows of a matrix of `width` columns of +1 or -1, float32."""
     bits = _integers(key, rows, (width + 31) // 32)
@@ -152,9 +161,11 @@ def normal_rows(key: Tensor, rows: slice, width: int) -> Tensor:
     """
     half = (width + 1) // 2
     bits = _integers(key, rows, 2 * half)
-    radius = bits[:, :half].to(torch.float32).add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = bits[:, half:].to(torch.float32).mul_(2.0 * math.pi * 2.0**-32)
-    return torch.cat((radius * angle.cos(), radius * angle.sin()), 1)[:, :width]
+    first = (
+        bits[:, :half].to(torch.float32).add_(1.0).mul_(2.0**-32)
+    )  # not 0, whose log is infinite
+    second = bits[:, half:].to(torch.float32).mul_(2.0**-32)
+    return box_muller(first, second)[:, :width]
 
 
 def draw_hashing(key: Tensor, rows: int, rank: int, hashing: str) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,11 @@ doesn't divide N.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from basis.estimator import State
 
 MEMORY = 0.8
 """Weight of the past in a look, once there have been some."""
@@ -58,7 +58,7 @@ def grouped(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1)).transpose(0, 1)
 
 
-def follow(state: State, x: Tensor, groups: int = 1) -> dict[str, Tensor]:
+def follow(state: Mapping[str, Tensor], x: Tensor, groups: int = 1) -> dict[str, Tensor]:
     """The state after a look at `x` (B, N).
 
     directions (N, K / G): orthonormal in each group. variances (K,): along them, largest first in

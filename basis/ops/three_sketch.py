@@ -18,7 +18,7 @@ ROL_Sketch.hpp (Sandia), for M = X^T. X^ is exact if X has rank k or less, biase
 projection. It is not linear in X, but each *sketch* is: the average of sketches under the same
 tests is the sketch of the average.
 
-Tests have independent standard normal entries, each a function of a key and its place (noise.py): a
+Tests have independent standard normal entries, each a function of a key and its place (ops/noise.py): a
 row of Omega or Psi does not depend on how many rows there are, so that a batch with fewer rows uses
 the first ones. They are never kept, but drawn anew, 3 k (B + N) numbers or so each time. All of
 this is done in float32, or float64 for such an X.
@@ -54,7 +54,7 @@ class Sketches(NamedTuple):
     core: Tensor  # phi^T X^T psi (s, s)
 
 
-class LowRank(NamedTuple):
+class Reconstruction(NamedTuple):
     """X^ = left core^T right^T, left and right with orthonormal columns."""
 
     left: Tensor  # P (B, k)
@@ -74,7 +74,7 @@ def largest_rank(rows: int, width: int) -> int:
 
 
 def draw_tests(key: Tensor, rank: int, rows: int, width: int) -> Tests:
-    """The tests that belong to `key` (0-dimensional int64, noise.py) for X (rows, width), on the
+    """The tests that belong to `key` (0-dimensional int64, ops/noise.py) for X (rows, width), on the
     key's device.
     """
     k, s = sizes(rank, rows, width)
@@ -98,7 +98,7 @@ def sketch(x: Tensor, tests: Tests) -> Sketches:
         return Sketches(x @ upsilon, x.t() @ omega[:rows], (x @ phi).t() @ psi[:rows])
 
 
-def factors(sketches: Sketches, tests: Tests) -> LowRank:
+def reconstruct(sketches: Sketches, tests: Tests) -> Reconstruction:
     """P, C and Q of the reconstruction from `sketches` (of as many rows as the tests have) under
     the `tests` they were made with.
 
@@ -115,7 +115,7 @@ def factors(sketches: Sketches, tests: Tests) -> LowRank:
         middle = _least_squares(
             tests.psi.to(core.dtype).t() @ left, half.t()
         )  # (s, k) \ (s, k) -> (k, k)
-    return LowRank(left, middle.t(), right)
+    return Reconstruction(left, middle.t(), right)
 
 
 def _least_squares(a: Tensor, b: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.fx import Proxy
 
 from basis.exchange import StandIn, refuse_hooks, refuse_replaced_forward
 from basis.first_order import first_order, in_transform, refuse_nested_transforms
-from basis.keyed import Keyed
+from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast
 from basis.sus.blocks import Heads
 from basis.sus.dense import dense_gradients
@@ -76,7 +76,7 @@ def sus_attention(
     """softmax(q k^T / sqrt(d) + causal mask) v, with SUS's gradients (arXiv 2505.15080).
 
     q (b, h, T, d); k (b, h_kv, T, d) and v (b, h_kv, T, d_v), of which each head serves h / h_kv
-    query heads; key: 0-dimensional int64 (noise.py). c: entries of a row that are followed, at most
+    query heads; key: 0-dimensional int64 (ops/noise.py). c: entries of a row that are followed, at most
     and on average. Returns (b, h, T, d_v). Raises ValueError for a wrong `c` or `mode` and for
     shapes that do not fit.
     """
@@ -96,9 +96,9 @@ def sus_attention(
     return cast(Tensor, _SusAttentionFunction.apply(q, k, v, key, c, mode))
 
 
-class SusAttention(StandIn, Keyed):
+class SusAttention(StandIn, HasNoiseKey):
     """Stands in for a module `attend(q, k, v)` of causal attention without dropout, (b, h, T, d)
-    each; for the key see keyed.py.
+    each; for the key see noise_key.py.
 
     c: positive, entries of a row that are followed, at most and on average. mode: "sparse", or
     "dense" for the reference. Raises ValueError that begins with the name of the wrong option.

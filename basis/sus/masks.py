@@ -44,7 +44,7 @@ class Noise(NamedTuple):
 
     @classmethod
     def of(cls, key: Tensor, heads: Heads) -> Noise:
-        """From a 0-dimensional int64 key (noise.py)."""
+        """From a 0-dimensional int64 key (ops/noise.py)."""
         shape = heads.q.shape[:3]
         bits = random_bits(key, shape.numel() + shape[-1])
         return cls(bits[: shape.numel()].view(shape), bits[shape.numel() :])

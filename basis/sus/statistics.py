@@ -93,7 +93,7 @@ def kept_statistics(model: nn.Module, forward: Callable[[], object]) -> dict[str
     """
     found: dict[str, Kept] = {}
 
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, SusAttention)
         q, k = (cast_for_autocast(x) for x in inputs[:2])
         key = torch.zeros((), dtype=torch.int64) if module.noise_key is None else module.noise_key
@@ -110,7 +110,7 @@ def kept_statistics(model: nn.Module, forward: Callable[[], object]) -> dict[str
         for name, module in model.named_modules()
         if isinstance(module, SusAttention)
     }
-    handles = [module.register_forward_pre_hook(look) for module in names]
+    handles = [module.register_forward_pre_hook(count) for module in names]
     try:
         with torch.random.fork_rng():
             forward()

@@ -125,9 +125,9 @@ def test_rows_of_zeros_stay_zeros() -> None:
 
 def test_packing() -> None:
     bits = torch.randint(2, (3, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    packed = gaussian_code.pack(bits)
+    packed = gaussian_code.pack_planes(bits)
     assert packed.shape == (3, 8)
-    assert torch.equal(gaussian_code.unpack(packed), bits)
+    assert torch.equal(gaussian_code.unpack_planes(packed), bits)
 
 
 @pytest.mark.parametrize("left_out", [1.0, 2.0])

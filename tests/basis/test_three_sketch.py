@@ -12,7 +12,7 @@ from basis.ops.noise import fold
 
 def reconstruction(x: Tensor, rank: int, seed: int) -> Tensor:
     tests = three_sketch.draw_tests(torch.tensor(fold(seed)), rank, *x.shape)
-    left, core, right = three_sketch.factors(three_sketch.sketch(x, tests), tests)
+    left, core, right = three_sketch.reconstruct(three_sketch.sketch(x, tests), tests)
     identity = torch.eye(left.shape[1])
     torch.testing.assert_close(left.t() @ left, identity, rtol=0, atol=1e-5)
     torch.testing.assert_close(right.t() @ right, identity, rtol=0, atol=1e-5)

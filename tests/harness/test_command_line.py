@@ -101,7 +101,7 @@ def test_a_name_that_needs_quotes_is_refused_with_the_argument_that_works(name: 
 
 def test_row_none_leaves_the_method_to_the_user() -> None:
     config = configuration(["experiment=paper", "row=none", "method=basis", "method.rank=4"])
-    assert config.method.to_dict()["rank"] == 4
+    assert (config.method.name, config.method.to_dict()["rank"]) == ("basis", 4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from basis.ops.noise import draw_key
 
 
-class Keyed(nn.Module):
+class HasNoiseKey(nn.Module):
     """Mixin of modules that draw noise in a training forward."""
 
     noise_key: Tensor | None = None
