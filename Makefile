@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
+# pip's errors are shown, its warnings (a newer pip, a user who is root) are not.
+QUIET_INSTALL := install -qq --disable-pip-version-check --root-user-action=ignore \
+	--constraint constraints.txt
 
 .PHONY: demo test test-all lint format results clean
 
@@ -32,14 +35,11 @@ results: .venv/installed
 
 # The exact versions of constraints.txt. torch alone first: the plain version takes the build for this machine.
 .venv/installed: pyproject.toml constraints.txt
+	@echo "Installing into .venv: some minutes, most of them for PyTorch."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[harness,dev,dashboard,experiments]"
+	$(BIN)/python -m pip $(QUIET_INSTALL) torch
+	$(BIN)/python -m pip $(QUIET_INSTALL) --editable ".[harness,dev,dashboard,experiments]"
 	touch $@
-
-# Tables and figures of results/ again, from what is kept there.
-results: .venv/installed
-	$(BIN)/python scripts/results.py
 
 clean:
 	rm -rf .venv .cache runs

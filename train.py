@@ -203,22 +203,28 @@ def show(progress: tqdm[Any], row: dict[str, Any], kept: int) -> None:
 def describe(run: Run, table: dict[str, int]) -> None:
     """Say what is about to run, and where its bytes are."""
     config = run.config
-    sketch = (
-        f"{len(run.sketched)} dense layers sketched" if run.sketched else "all dense layers exact"
-    )
+    sketch = "dW is exact in all dense layers"
+    if run.sketched:
+        sketch = f"dW is estimated in {len(run.sketched)} dense layers and exact in the others"
     if run.zeroth_order is not None:
-        sketch = "no backward"
+        sketch = "no backward pass"
     found = config.adaptive_rank.label_options() | config.attention.label_options()
     sketch += "".join(f", {name}={value}" for name, value in found.items())
     log.info(
-        "%s on %s, %s%s; %s parameters, %s; %d tokens a step",
-        config.method.name,
+        "run directory  %s\n"
+        "model          %s parameters on %s, %s%s\n"
+        "method         %s: %s\n"
+        "training       %s of %s steps are left, %s tokens each",
+        run.folder,
+        f"{run.model.parameter_count():,}",
         run.runtime.device,
         config.precision,
         ", compiled" if run.runtime.compile else "",
-        f"{run.model.parameter_count():,}",
+        config.method.name,
         sketch,
-        config.step_tokens,
+        f"{config.steps - run.step:,}",
+        f"{config.steps:,}",
+        f"{config.step_tokens:,}",
     )
     if run.knobs:
         lines = [f"  {name:<24}{value:>10g}" for name, value in run.knobs.items()]
@@ -254,10 +260,9 @@ def describe(run: Run, table: dict[str, int]) -> None:
     if "mem/peak_bytes" in table:
         others["peak of a step"] = table["mem/peak_bytes"]
     log.info(
-        "%s\n%srun directory: %s",
+        "%s%s",
         memory.memory_table(saved, others),
         inputs_line(run, table),
-        run.folder,
     )
 
 
@@ -274,8 +279,9 @@ def inputs_line(run: Run, table: dict[str, int]) -> str:
     )
     if run.config.method.estimator.state_replaces_input:
         kept, beside = kept + state, ", as state between steps"
-    of = f"{memory.format_bytes(kept)} of {memory.format_bytes(inputs)} of inputs, {kept / inputs:.4f}"
-    return f"sketched layers keep {of}{beside if state else ''}\n"
+    of = f"{memory.format_bytes(kept)} of {memory.format_bytes(inputs)} of inputs"
+    share = f"{kept / inputs:.4f}{beside if state else ''}"
+    return f"\nlayers with an estimated dW keep {of}, {share}"
 
 
 def execute(values: DictConfig, folder: Path) -> None:

@@ -91,8 +91,8 @@ class DataOptions:
             raise ValueError("data.repo=null: data.source='hub' needs a dataset's id, owner/name")
         if self.revision is None or not COMMIT.fullmatch(self.revision):
             raise ValueError(
-                f"data.revision={self.revision!r}: must be a commit of {self.repo} (40 hex digits); "
-                "a branch can change between two runs"
+                f"data.revision={self.revision!r}: must be a commit of {self.repo} (40 hex "
+                "digits), as a branch can change between two runs"
             )
         if self.tokenizer == "char":
             raise ValueError(

@@ -71,8 +71,8 @@ class Prepared:
             files[split] = TokenFile.open(path)
             if files[split].sha256 != metadata[split]["sha256"]:
                 raise ValueError(
-                    f"{path} is not the file that {METADATA} describes: delete {folder} and prepare "
-                    "it again"
+                    f"{path} is not the file that {METADATA} describes: delete {folder} and "
+                    "prepare it again"
                 )
         return cls(folder, files["train"], files["val"], metadata)
 

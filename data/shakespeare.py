@@ -135,7 +135,7 @@ class TinyShakespeare(Counted):
                 download(TINY_SHAKESPEARE_URL, file, TINY_SHAKESPEARE_SHA256)
             except OSError as error:
                 raise ConnectionError(
-                    f"data.source='tinyshakespeare': {TINY_SHAKESPEARE_URL} could not be downloaded "
-                    f"({error}). data.path= takes a local copy of this file instead"
+                    f"data.source='tinyshakespeare': {TINY_SHAKESPEARE_URL} could not be "
+                    f"downloaded ({error}). data.path= takes a local copy of this file instead"
                 ) from error
         return file

@@ -120,7 +120,7 @@ def tokenize(
 
 
 def join(manifest: Manifest, shards: Path, folder: Path, vocab_size: int) -> dict[str, TokenFile]:
-    """Concatenate the shards, each checked against its sha256, into `folder`/train.bin and val.bin."""
+    """Join the shards, each checked against its sha256, to `folder`/train.bin and val.bin."""
 
     def pieces(split: str) -> Iterator[Ids]:
         for index in range(manifest.shards):

@@ -229,7 +229,7 @@ class CharTokenizer:
         path = folder / CHAR_FILE
         if not path.is_file():
             raise ValueError(
-                f"data.tokenizer='char': {path} is missing, so the vocabulary of this folder is not "
+                f"data.tokenizer='char': {path} is missing, so this folder's vocabulary is not "
                 "known"
             )
         return cls(json.loads(path.read_text(encoding="utf-8"))["characters"])

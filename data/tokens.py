@@ -107,7 +107,7 @@ class TokenFile:
             )
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
-        """Tokens [start, start + length) as int64 (length,). Raises IndexError outside [0, count]."""
+        """Tokens [start, start + length) as int64 (length,). Raises IndexError outside the file."""
         return self.read_windows((start,), length)[0]
 
     def read_windows(self, starts: Sequence[int], length: int) -> npt.NDArray[np.int64]:

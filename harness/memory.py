@@ -280,7 +280,7 @@ def format_bytes(size: float) -> str:
 def memory_table(saved: dict[str, int], others: dict[str, int]) -> str:
     """The table that a run prints: categories kept for backward, their total, then `others`."""
     total = sum(saved.values())
-    lines = ["kept for backward, per micro-batch:"]
+    lines = ["memory kept from forward to backward, of one micro-batch:"]
     lines += [
         f"  {name:<18}{format_bytes(size):>12}{size / max(total, 1):>7.1%}"
         for name, size in saved.items()
