@@ -1,16 +1,16 @@
 """Train a GPT, exactly or with sketched activations.
 
-    python train.py                                         # the paper's model, BASIS R = 32, Shakespeare, 2,000 steps
+    python train.py                     # the paper's model, BASIS R = 32, Shakespeare, 2,000 steps
     python train.py method=exact
     python train.py -m method=basis method.rank=1,8,32 seed=0,1,2
-    python train.py --help                                  # every option and its default
+    python train.py --help              # every option and its default
 
 The same command continues an interrupted run and skips a finished one. A run leaves config.yaml,
 metrics.jsonl, summary.json and checkpoints in its directory, runs/<overrides>. Of what it is made:
 harness/set_up.py; here is the loop.
 
-Exit codes: 0 finished, 1 refused or failed (the message says why), 128 + signal when stopped by
-Ctrl-C or SIGTERM after saving.
+Exit codes: 0 finished, 1 refused or failed (the message says why), 128 + signal when stopped after
+saving by Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal (SIGHUP).
 """
 
 from __future__ import annotations
