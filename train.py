@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from harness import command_line, memory, rundir
 from harness.checkpoint import CheckpointError
 from harness.config import load
-from harness.metrics import read_metrics
+from harness.metrics import Stopwatch, read_metrics
 from harness.optim import learning_rate, momentum_norm
 from harness.provenance import provenance
 from harness.run import NonFiniteError, Run, validation_loss
@@ -67,11 +66,13 @@ def train(run: Run) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     with StopRequest() as stop, logging_redirect_tqdm(), progress:
         if run.step == 0:
-            record(run, table | ({} if run.rank is None else run.rank.metrics()) | evaluate(run))
-        mark, first = (
-            time.perf_counter(),
-            run.step,
-        )  # of the interval that the next row's timings are about
+            record(
+                run,
+                table
+                | ({} if run.rank_control is None else run.rank_control.metrics())
+                | evaluate(run),
+            )
+        clock, last_logged = Stopwatch(), run.step
         while run.step < config.steps and stop.code is None:
             lr = learning_rate(config.optim, run.step, config.steps)
             for group in optimizer.param_groups:
@@ -83,9 +84,8 @@ def train(run: Run) -> dict[str, Any]:
             )
             row: dict[str, Any] = {}
             if look_now and config.diagnostics.every:
-                paused = time.perf_counter()
-                row = run.gradient_quality() | run.kept_entries()
-                mark += time.perf_counter() - paused
+                with clock.paused():
+                    row = run.gradient_quality() | run.kept_entries()
             losses = []
             with run.watching(log_now):
                 for micro_batch in range(config.micro_batches):
@@ -116,8 +116,7 @@ def train(run: Run) -> dict[str, Any]:
                 step_losses = run.pending_losses()
                 run.pending.clear()
                 assert grad_norm is not None
-                now = time.perf_counter()
-                seconds, mark, first = (now - mark) / (done - first), now, done
+                seconds, last_logged = clock.lap() / (done - last_logged), done
                 row |= {
                     "train/loss": math.fsum(step_losses) / len(step_losses),
                     "train/loss_last_step": step_losses[-1],
@@ -132,24 +131,20 @@ def train(run: Run) -> dict[str, Any]:
                 row |= run.readings()
                 if run.runtime.device.type == "cuda":
                     row["mem/peak_bytes"] = torch.cuda.max_memory_allocated()
-            # A step's time is with logging; that of diagnostics, evaluation, rank and checkpoint is
-            # taken out by moving the mark.
-            paused = time.perf_counter()
-            if eval_now:
-                row |= evaluate(run)
-            adapted = run.adapt_rank()
-            table |= {name: int(value) for name, value in adapted.items() if name in table}
-            row |= adapted
-            mark += time.perf_counter() - paused
+            # A step's time includes logging; diagnostics, evaluation, rank and checkpoint are not
+            # part of it.
+            with clock.paused():
+                if eval_now:
+                    row |= evaluate(run)
+                adapted = run.adapt_rank()
+                table |= {name: int(value) for name, value in adapted.items() if name in table}
+                row |= adapted
             if row:
                 show(progress, record(run, row), table["mem/saved_bytes"])
-            paused = time.perf_counter()
-            if save_now or (
-                eval_now and config.checkpoint.best and run.val_loss == run.best_val_loss
-            ):
-                # after the row is written: a resumed run has the rows up to its checkpoint
-                run.save()
-            mark += time.perf_counter() - paused
+            is_best = eval_now and config.checkpoint.best and run.val_loss == run.best_val_loss
+            if save_now or is_best:
+                with clock.paused():
+                    run.save()  # after the row is written: a resumed run has the rows up to here
         if stop.code is not None:
             run.save()
             log.warning(

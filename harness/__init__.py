@@ -1,8 +1,28 @@
-"""What a run needs around its loop: typed configuration, a run directory, checkpoints, metrics,
-memory, a tracker.
+"""One run: everything that a training run needs around its model, from options to a run folder.
 
-Nothing here knows how a gradient is estimated, and neither `basis/` nor `models/` imports anything
-from here. Each module is one service that `train.py` calls by name, so that the loop itself stays
-readable on one screen. Importing the package imports nothing: the modules bring in torch, hydra or
-wandb themselves, where they need them.
+train.py reads from top to bottom what a run does; each module here is one part of it. In the order
+in which a run meets them:
+
+*Options to values.* conf/ holds the options, Hydra composes them. `config` gives them types, checks
+them and makes the frozen `Config`; `method` holds the estimator of dW, made once, with the layers
+it is for and its byte budget. `activations`, `attention`, `optim`, `rank_control`, `tracker` each
+declare and check the options of one group, next to the code that uses them. `command_line` turns
+what Hydra refuses into one line.
+
+*Values to a run.* `set_up` puts a run together in the order in which it can be refused. It asks
+`device` where to compute, `rundir` whether the folder holds another run, `build` for text and model
+and `layer_budgets` for the knob of each layer, where a budget is divided by measured errors.
+
+*The run.* `run` is the state between two steps: the loss of a micro-batch, measurements, saving and
+resuming. `zeroth_order` replaces backward, `rank_control` changes the rank, `memory` counts bytes.
+
+*What it leaves.* `rundir` names the files; `metrics` writes metrics.jsonl, the source of truth;
+`checkpoint` and `manifest` write states that a kill cannot damage unseen; `run_id` holds the run's
+id and labels; `tracker` mirrors the metrics to wandb; `provenance` says command, commit and
+machine. `signals` lets Ctrl-C save first, `sweep` lists the failed jobs of a sweep.
+
+*Afterwards.* `trained` reads a trained model back.
+
+Neither basis/ nor models/ imports anything from here. Importing the package imports nothing: each
+module brings in torch, hydra or wandb where it needs them.
 """

@@ -21,7 +21,9 @@ is saved, so that a power cut cannot leave a checkpoint whose history is missing
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +31,28 @@ from typing import Any
 from data.storage import write_atomic
 
 Scalar = bool | int | float | str | None
+
+
+class Stopwatch:
+    """Seconds from one lap to the next, without those that pass in `paused` blocks."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block does not count."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the start; the next lap begins."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds
 
 
 class MetricsLog:

@@ -70,11 +70,10 @@ class Run:
     tracker: Tracker
     lock: FileLock
     id: str
-    zeroth_order: ZerothOrder | None = None  # takes the place of backward
     knobs: dict[str, Any] = field(
         default_factory=dict
     )  # each layer's own, where a budget was divided by measured errors
-    rank: RankControl | None = None  # where it adapts
+    rank_control: RankControl | None = None
     monitor: Monitor | None = None
     step: int = 0
     saved_step: int | None = None
@@ -84,6 +83,11 @@ class Run:
     pending: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0  # wall time of earlier segments
     started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def zeroth_order(self) -> ZerothOrder | None:
+        """What replaces backward, if the method does."""
+        return self.config.method.zeroth_order
 
     def micro_batch_loss(self, step: int, micro_batch: int) -> Tensor:
         """Forward of one micro-batch with its own noise; the mean loss over its tokens, with graph."""
@@ -147,10 +151,12 @@ class Run:
         """After a step: the look at the rank, where one is due, as metrics `rank/...`, with
         `mem/...` if the rank has changed.
         """
-        if self.rank is None or not self.rank.due(self.step):
+        if self.rank_control is None or not self.rank_control.due(self.step):
             return {}
-        error, changed = self.rank.check(self.model, self.runtime, self.config.seed, self.step)
-        metrics = {"rank/error": error} | self.rank.metrics()
+        error, changed = self.rank_control.check(
+            self.model, self.runtime, self.config.seed, self.step
+        )
+        metrics = {"rank/error": error} | self.rank_control.metrics()
         if changed:
             if self.monitor is not None:  # it holds the old layers, and what they had learned
                 ranges, self.monitor = self.monitor.state_dict(), Monitor(self.model)
@@ -250,7 +256,9 @@ class Run:
                 "runtime": self.runtime.describe(),
                 "seconds": self.wall_seconds(),
                 "knobs": self.knobs,
-                "adaptive_rank": None if self.rank is None else self.rank.state_dict(),
+                "adaptive_rank": None
+                if self.rank_control is None
+                else self.rank_control.state_dict(),
             },
             # What the best is kept by: the loss of these very weights.
             val_loss=self.val_loss

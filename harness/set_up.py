@@ -123,9 +123,9 @@ def set_up(config: Config, folder: Path) -> Run:
     if config.method.varies_by_layer:
         knobs = loaded.state["knobs"] if loaded else measure_knobs(model, config, sampler, runtime)
         apply_knobs(model, config, knobs)
-    rank = _rank_control(model, config, prepared.val)
-    if rank is not None and loaded:
-        rank.restore(
+    rank_control = _rank_control(model, config, prepared.val)
+    if rank_control is not None and loaded:
+        rank_control.restore(
             loaded.state["adaptive_rank"], model
         )  # before what the layers had learned, whose sizes depend on it
 
@@ -186,9 +186,8 @@ def set_up(config: Config, folder: Path) -> Run:
         tracker=tracker,
         lock=lock,
         id=identity,
-        zeroth_order=config.method.zeroth_order,
         knobs=knobs,
-        rank=rank,
+        rank_control=rank_control,
         monitor=Monitor(model) if config.diagnostics.monitor else None,
     )
     if loaded:
