@@ -31,7 +31,7 @@ def test_defaults_of_conf_and_of_the_classes_agree() -> None:
 
 @pytest.mark.parametrize("method", [name for name in ESTIMATORS if name != "exact"])
 def test_methods_share_their_scope_and_budget(method: str) -> None:
-    """Each conf/method file repeats these four values."""
+    """They come from conf/method/base/layers.yaml."""
     own, basis = (configuration([f"method={name}"]).method for name in (method, "basis"))
     assert (own.budget, own.include, own.exclude) == (basis.budget, basis.include, basis.exclude)
     assert own.to_dict()["allocation"] == "uniform"
