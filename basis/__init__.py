@@ -5,7 +5,7 @@ Needs torch alone.
 
     basis.convert(model, basis.BalancedSketch(rank=32), include=["blocks.*.mlp.*", "head"])
     basis.convert(model, basis.Lean())               # LayerNorm and GELU in few bits
-    ...train as before: forward, input gradients and bias gradients are exact, weight gradients are estimates...
+    ...                 # train as before: only the weight gradients of these layers are estimates
     basis.revert(model)                              # a plain model again, the same parameters
 
 `convert` takes an estimator (one of the ten methods below), which replaces nn.Linear layers, or
@@ -16,10 +16,14 @@ whole logits; `gradient_quality` compares estimated with exact gradients.
 
 Everything else has its place one level down:
 
-    basis.estimator     Estimator, the base class of methods      basis.estimators   the ten methods by name
-    basis.linear        SketchedLinear, basis_linear              basis.embedding    an embedding tied to the head
-    basis.lean          LayerNorm, GELU, attention                basis.sus          SUS attention and its statistics
-    basis.diagnostics   budgets, monitor, adaptive rank           basis.ops          the mathematics: noise, codes, products
+    basis.estimator     Estimator, the base class of methods
+    basis.estimators    the ten methods, by name in ESTIMATORS
+    basis.linear        SketchedLinear, and BASIS as a formula: basis_linear
+    basis.embedding     an embedding tied to the head
+    basis.lean          LayerNorm, GELU and attention in few bits
+    basis.sus           SUS attention and its statistics
+    basis.diagnostics   budgets, monitor, adaptive rank
+    basis.ops           the mathematics: noise, codes, products
 
 Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16324.
 """

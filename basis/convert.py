@@ -131,7 +131,8 @@ def convert(
     replaced (the message says why those that it does match can't), if nothing is left to replace,
     if `model` is itself such a module, or if a chosen one can't be replaced (a forward replaced on
     the object; a dense layer whose weight is computed by a hook, as by the older
-    torch.nn.utils.weight_norm; attention with dropout or hooks, for SUS); TypeError if `method` is none of the above.
+    torch.nn.utils.weight_norm; attention with dropout or hooks, for SUS); TypeError if `method` is
+    none of the above.
     """
     exchange = _exchange(method)
     if exchange.accepts(model):
@@ -253,8 +254,8 @@ def set_noise_key(
     process: int = 0,
     rank: int | None = None,
 ) -> None:
-    """Fix the noise of every sketched, lean and SUS module as a function of seed, step, micro_batch,
-    process and the module's name.
+    """Fix the noise of every sketched, lean and SUS module as a function of seed, step,
+    micro_batch, process and the module's name.
 
     Call it before each forward of a training step. Recomputing or resuming with the same numbers
     draws the same noise, and a layer's noise does not depend on which other layers are sketched. It

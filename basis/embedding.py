@@ -5,7 +5,8 @@ The gradient of a tied weight W (V, N) is a sum of two. The head's is dense. The
 zero in the rows of the tokens that occurred, and PyTorch forms it dense all the same, V x N numbers
 at the end of backward to be added to V x N others. Here W goes through the embedding to the head,
 
-    rows, W' = tied_embedding(W, tokens),        loss = linear_cross_entropy(head, f(rows), targets, weight=W')
+    rows, W' = tied_embedding(W, tokens)
+    loss = linear_cross_entropy(head, f(rows), targets, weight=W')
 
 so that backward hands the head's gradient to the embedding, which adds its B rows. What is exact:
 everything. Saved: V x N numbers at the end of backward, and two passes over as many.

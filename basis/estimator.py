@@ -17,9 +17,10 @@ A method may learn between steps where X lies or how its variance is spread. Wha
 the layer's, not the estimator's: it is the `state`, which lives in buffers of the SketchedLinear,
 is saved and moved with it, and is counted in bytes of its own. Such a method says
 
-    initial_state(width, device)      -> named tensors that live between steps; none, for most methods
+    initial_state(width, device)      -> named tensors that live between steps; most methods: none
     learns_at(step)                   -> whether the first forward of a step learns
-    learn(state, x, key)              -> the state after a look at x, tensors of the same shapes   (in forward, before compress)
+    learn(state, x, key)              -> the state after x, tensors of the same shapes
+                                         (runs in forward, before compress)
 
 so that a resumed run goes on from where it was.
 
@@ -27,7 +28,8 @@ Where dY is too large to be held whole, as at a language model's head, dW has to
 rows of it at a time. Nearly every method can be written as X ~ L Z with a left factor L (B, k) that
 is known row by row, so that dW ~ (L^T dY)^T Z:
 
-    factors(kept, rows)               -> L, Z and a scale, or None if the method has no such form: dY is then held whole
+    factors(kept, rows)               -> L, Z and a scale, or None if the method has no such form
+                                         (dY is then held whole)
 
 A method may have an option that depends on how many rows its inputs have:
 
@@ -145,5 +147,5 @@ class Estimator(abc.ABC):
         return True
 
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
-        """The state after a look at `x` (B, N): new tensors of the same names, shapes and dtypes."""
+        """The state after `x` (B, N): new tensors of the same names, shapes and dtypes."""
         return state

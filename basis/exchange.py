@@ -1,4 +1,4 @@
-"""The two sides of an exchange: what `basis.convert` puts into a model and `basis.revert` takes out.
+"""The two sides of an exchange: what `basis.convert` puts into a model, `basis.revert` takes out.
 
 An `Exchange` says which modules of a model are replaced, and by what: sketched layers for dense
 ones (convert.py), `basis.Lean` and `basis.SUS`. What it puts in is a `StandIn`, which can give the

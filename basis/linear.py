@@ -156,8 +156,8 @@ def basis_linear(
     rows = input.numel() // max(input.shape[-1], 1)
     if bins.shape != (rows,) or signs.shape != (rows,):
         raise ValueError(
-            f"basis_linear: bins {tuple(bins.shape)} and signs {tuple(signs.shape)} must have shape "
-            f"({rows},), one per row"
+            f"basis_linear: bins {tuple(bins.shape)} and signs {tuple(signs.shape)} must have "
+            f"shape ({rows},), one per row"
         )
     if (
         not torch.compiler.is_compiling() and rows > 0
@@ -176,7 +176,8 @@ class SketchedLinear(StandIn, HasNoiseKey, Learning, nn.Linear):
     """nn.Linear that keeps what `estimator` makes of its input instead of the input.
 
     Same parameters, same forward; the same state_dict, unless the estimator learns: then with what
-    it has learned, in buffers named `estimator_<name>` (state.py). For `noise_key` see noise_key.py.
+    it has learned, in buffers named `estimator_<name>` (state.py). For `noise_key` see
+    noise_key.py.
 
     As with nn.Linear, eval() changes nothing: where gradients are wanted they are the estimates of
     training, and a method that learns goes on learning. A model may be trained in eval(), to keep

@@ -5,7 +5,7 @@ At a vocabulary of 50,257 the head is most of a small GPT's step, and its logits
 backward would keep. But the gradient of a mean cross-entropy is known as soon as a row's logits
 are,
 
-    dY = (softmax(Y) - onehot(targets)) / B,        Y = X W^T                          (B rows, V classes)
+    dY = (softmax(Y) - onehot(targets)) / B,        Y = X W^T              (B rows, V classes)
 
 so forward takes the rows in blocks of at most `BLOCK_BYTES` of logits, turns each block of Y into
 dY in place, forms its rows of dX = dY W (exact), adds what it contributes to dW (by the layer's
@@ -90,15 +90,18 @@ def _loss_and_gradient(x: Tensor, w: Tensor, targets: Tensor, rows: int) -> tupl
     """Sum of the losses of a block of rows divided by `rows`, and dY^T (V, block) in the precision
     of `x`.
     """
-    y = w @ x.t()
+    y = w @ x.t()  # (V, N) (N, block) -> (V, block): vocabulary-major
     y = y.to(
         torch.promote_types(y.dtype, torch.float32)
     )  # softmax of low-precision logits is taken in float32
+    # y, the one large tensor, is overwritten: logits, then their exponentials, then dY^T.
     index = targets[None]
     at_target = y.gather(0, index)[0]
     largest = reduce_columns(torch.amax, y)
     sums = reduce_columns(torch.sum, y.sub_(largest).exp_())
+    # cross-entropy of a row: log sum exp(y) - y[target], with the largest logit taken out of exp
     loss = (sums.log() + largest - at_target).sum() / rows
+    # softmax / rows in all places, and -1 / rows at the target
     y.mul_(1.0 / (sums * rows)).scatter_add_(0, index, y.new_full(index.shape, -1.0 / rows))
     return loss, y.to(x.dtype)
 

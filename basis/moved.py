@@ -1,4 +1,4 @@
-"""Names that `import basis` had before version 0.2: each still works, and warns of its new place."""
+"""Names that `basis` had before version 0.2: each still works, and warns of its new place."""
 
 from __future__ import annotations
 

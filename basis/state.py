@@ -82,7 +82,7 @@ class Learning(nn.Module):
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What the layer has learned, by the estimator's names; empty for methods that don't learn."""
+        """What the layer has learned, by name; empty if its method never learns."""
         return {name: getattr(self, f"estimator_{name}") for name in self._state_names}
 
     def forget(self, device: torch.device | None = None) -> None:

@@ -73,7 +73,7 @@ class AdaptiveRank:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
 
     def observe(self, error: float) -> int:
-        """The rank to go on with after a relative error; one that is not a number changes nothing."""
+        """The rank to go on with after a relative error; NaN changes nothing."""
         if math.isnan(error):
             return self.rank
         self.below = self.below + 1 if error < self.low else 0
@@ -110,7 +110,8 @@ def set_rank(model: nn.Module, rank: int, step: int = 0) -> None:
 
 @torch.no_grad()
 def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: int = 0) -> float:
-    """|X^ - X| / |X|, Frobenius, of the inputs of all sketched layers together in `forward()`, which runs `model`.
+    """|X^ - X| / |X| (Frobenius norms) of the inputs of all sketched layers together, in a call of
+    `forward`, which runs `model`.
 
     X^ is what the layer's method would give for dY = I if X were all it had ever seen. NaN where
     all inputs are zero or empty. Nothing is learned and nothing kept. Inputs are what they are in

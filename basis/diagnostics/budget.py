@@ -47,7 +47,7 @@ class BudgetError(ValueError):
 def kept_bytes(
     estimator: Estimator, rows: int, width: int, dtype: torch.dtype = torch.float32
 ) -> int:
-    """Bytes that `estimator` keeps of X (rows, width) in `dtype` until backward, its state aside."""
+    """Bytes that `estimator` keeps of X (rows, width) in `dtype` until backward; no state."""
     with FakeTensorMode():
         x = torch.empty(rows, width, dtype=dtype, device="cpu")
         state = estimator.initial_state(width, x.device)
@@ -128,8 +128,8 @@ def within_budget(
     """For `convert`: each layer with the setting of `estimator` that keeps `share` of its input of
     `rows` rows in `dtype`.
 
-    What it returns raises BudgetError as `fit_budget`, and where the largest setting keeps much less: no
-    comparison at equal bytes.
+    The function returned raises BudgetError as `fit_budget` does, and where the largest setting
+    keeps much less than the share, since that is no comparison at equal bytes.
     """
     made: dict[int, Estimator] = {}  # by width
 
@@ -214,6 +214,9 @@ def _divide(
 ) -> dict[str, float]:
     """`budget` in proportion to `wishes`, each part within its limits; all of it, if the limits let
     it be spent.
+
+    A part that hits a limit changes what is left for the others, so limits are fixed in rounds
+    until none is hit.
     """
     left, open_ = budget, set(wishes)
     given: dict[str, float] = {}
@@ -225,14 +228,15 @@ def _divide(
         out = {
             name: min(max(size, limits[name][0]), limits[name][1]) for name, size in part.items()
         }
-        # Those above or below a limit get the limit, whichever of the two sides is off by more; the
-        # others share what is left.
+        # off > 0: lower limits add more than upper limits take away, so that the others get less
+        # than `part` next time. A part below its lower limit stays below it then, and can be fixed
+        # for good; one above its upper limit may come down, and has to wait. off <= 0: the reverse.
         off = sum(out[name] - part[name] for name in open_)
         fixed = {
             name
             for name in open_
             if (out[name] > part[name] if off > 0 else out[name] < part[name])
-        } or set(open_)
+        } or set(open_)  # nobody is at a limit: all parts are final
         given |= {name: out[name] for name in fixed}
         left -= sum(out[name] for name in fixed)
         open_ -= fixed
@@ -240,7 +244,10 @@ def _divide(
 
 
 def parse_share(text: str) -> float:
-    """ "1/24" or "0.04" as a number. Raises ValueError, beginning with `budget=`, for anything else and outside (0, 1]."""
+    """A share such as "1/24" or "0.04" as a number.
+
+    Raises ValueError, beginning with `budget=`, for anything else and outside (0, 1].
+    """
     try:
         share = float(Fraction(text))
     except (ValueError, ZeroDivisionError):

@@ -2,7 +2,7 @@
 layer, without forming either anew.
 
     monitor = Monitor(model, probes=16)
-    with monitor:                                  # hooks are there within, and the training is the same to the last bit
+    with monitor:          # hooks are there within; the training is the same to the last bit
         loss_fn(model(x), y).backward()
     monitor.read()["0"].gradient_norm              # and the next `with` begins anew
 
@@ -10,10 +10,14 @@ After the monitoring use of H. Antil and D. Verma (arXiv 2510.00442), whose own 
 read. With p probes and random matrices Omega (B, p) and S (N, p) of standard normal entries, drawn
 anew from a seed, for a dense layer with input X (B, N) and gradient dY (B, M) of its output:
 
-    activation energy   |X|_F^2      ~ |X^T Omega|_F^2 / p           unbiased; relative deviation at most sqrt(2 / p)
-    gradient norm       |dW|_F       ~ |dY^T (X S)|_F / sqrt(p)      its square is unbiased, as above; no M x N matrix
-    stable rank         |X|_F^2 / |X|_2^2  ~ |Y|_F^2 / |Y|_2^2       Y = X^T Omega; at most p, and too low before: see below
-    subspace drift      share of |Y|_F^2 outside the range of the Y that was read before, in [0, 1]; 0 if X is the same again
+    activation energy   |X|_F^2 ~ |X^T Omega|_F^2 / p
+                        unbiased; relative deviation at most sqrt(2 / p)
+    gradient norm       |dW|_F ~ |dY^T (X S)|_F / sqrt(p)
+                        its square is unbiased, as above; no M x N matrix is formed
+    stable rank         |X|_F^2 / |X|_2^2 ~ |Y|_F^2 / |Y|_2^2,   Y = X^T Omega
+                        at most p, and too low near p: see below
+    subspace drift      share of |Y|_F^2 outside the range of the Y that was read before
+                        in [0, 1]; 0 if X is the same again
 
 The deviations are those of a single direction; their squares shrink as 1 / stable rank. The stable
 rank of p mixtures is below that of X: measured in a small GPT, by a twentieth where the true one is

@@ -8,7 +8,7 @@ One forward and backward in which every sketched layer keeps its whole input, so
 form both
 
     T  = dY^T X              exact
-    T^ = the layer's estimate, with the very noise that a training step under the present noise key would draw
+    T^ = the layer's estimate     with the noise of a training step under the present noise key
 
 and compare them (all norms Frobenius, over the weight):
 

@@ -4,7 +4,7 @@
 Forward draws a signed hashing of the B rows into R bins, S[r, b] = signs[b] * [bins[b] = r], and
 keeps
 
-    X~ = S X                    R x N instead of B x N      (Balanced Hashing: bin sizes differ by one at most)
+    X~ = S X                    R x N instead of B x N (Balanced Hashing: equal bins, or one off)
     X^ = X~ |X| / (|X~| + eps)  same norm as X              (Invariant Scalar; Frobenius norms)
 
 Backward draws the same hashing again from its key, sketches dY alike, and multiplies R rows instead

@@ -6,7 +6,9 @@ restored. With S[r, b] = signs[b] * [bins[b] = r], R x B, forward keeps S X and 
 
     dW^ = (S dY)^T (S X)         unbiased, since E[S^T S] = I
 
-    E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2 - 2 sum_b |x_b|^2 |dy_b|^2) / R,      T = dY^T X, Frobenius norms
+    E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2 - 2 sum_b |x_b|^2 |dy_b|^2) / R
+
+with T = dY^T X and Frobenius norms.
 
 (Proof: off its diagonal, S^T S - I has entries signs[a] signs[b] [bins[a] = bins[b]]; two of them
 correlate only if they belong to the same unordered pair of rows, and a pair shares a bin with

@@ -1,12 +1,12 @@
 """EMA activation sketch, after H. Antil and D. Verma (arXiv 2510.00442): reconstruction
 reconstructed, not the authors'.
 
-Of each layer's input X_t (B, N) of step t the three-sketch (ops/three_sketch.py) is taken under test
-matrices that stay the same for the whole training, and averaged over steps; what is averaged lives
-in the layer, and X_t is not kept at all:
+Of each layer's input X_t (B, N) of step t the three-sketch (ops/three_sketch.py) is taken, under
+test matrices that stay the same for the whole training, and averaged over steps; what is averaged
+lives in the layer, and X_t is not kept at all:
 
-    S_t = beta S_(t-1) + (1 - beta) sketch(X_t)        corange (B, k), range (N, k), core (s, s);   S_0 = 0
-    P, C, Q = reconstruction from S_t                  C divided by 1 - beta^t, since S_0 = 0 counts for nothing
+    S_0 = 0, S_t = beta S_(t-1) + (1 - beta) sketch(X_t)   corange (B, k), range (N, k), core (s, s)
+    P, C, Q = reconstruction from S_t                      C divided by 1 - beta^t for S_0 = 0
     dW^ = (dY^T P) C^T Q^T                             without a B x N matrix
 
 What was read of the paper: exponential averages of three sketches with fixed tests, beta in [0, 1),

@@ -6,8 +6,10 @@ forward keeps S^T X / R and backward forms
 
     dW^ = (S^T dY)^T (S^T X) / R          unbiased, since E[S S^T] / R = I
 
-    Gaussian      E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2) / R,       T = dY^T X, Frobenius norms, x_b and dy_b rows
+    Gaussian      E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2) / R
     Rademacher    E |dW^ - T|^2 = (|X|^2 |dY|^2 + |T|^2 - 2 sum_b |x_b|^2 |dy_b|^2) / R
+
+with T = dY^T X, Frobenius norms, and rows x_b and dy_b.
 
 (Proof: the R columns of S are independent draws, so it is a variance divided by R. For one column
 s, the entries s_a s_b of s s^T correlate only within the same unordered pair of rows, which gives

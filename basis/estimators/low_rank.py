@@ -5,8 +5,9 @@ The sketch that Antil and Verma (2510.00442) keep of activations over training s
 batch alone and with fresh random matrices, so that nothing lives between steps. For X (B, N) and a
 target rank r,
 
-    k = min(2 r + 1, B, N),  s = min(2 k + 1, B, N);   Upsilon (N, k), Omega (B, k), Phi (N, s), Psi (B, s) standard normal
-    P = orthonormal basis of X Upsilon (B, k)          Q = of X^T Omega (N, k)           Z = Psi^T X Phi (s, s)
+    k = min(2 r + 1, B, N),  s = min(2 k + 1, B, N)
+    Upsilon (N, k), Omega (B, k), Phi (N, s), Psi (B, s) standard normal
+    P, Q = orthonormal bases of X Upsilon (B, k) and of X^T Omega (N, k);   Z = Psi^T X Phi (s, s)
     C = (Psi^T P)^+ Z ((Phi^T Q)^+)^T                  (k, k), two least-squares problems
     X^ = P C Q^T,  C cut to its r largest singular values if `truncate`
     dW^ = (dY^T P) (C Q^T)                             X^ is never formed
@@ -17,10 +18,11 @@ are then let go. The sketched core Z lets X be read once and forgotten, which is
 made for: data that stream by. In a forward X is there, and `core="exact"` takes C = P^T X Q, the
 best for given P and Q, which costs less than Phi and Psi.
 
-What is exact: Y, dX, the bias gradient; dW too, up to rounding, where the rank of X is at most r (k without the cut), so for
-r >= min(B, N). What is estimated: dW, with a bias: what lies outside of the r directions is lost in every step, however often
-one draws. There is no variance formula; |X - X^| is within a constant factor of the best approximation of rank r. Relative errors
-|X - X^| / |X| for B = 768, N = 512, singular values i^-p, at the bytes of r = 51:
+What is exact: Y, dX, the bias gradient; dW too, up to rounding, where the rank of X is at most r (k
+without the cut), so for r >= min(B, N). What is estimated: dW, with a bias: what lies outside of
+the r directions is lost in every step, however often one draws. There is no variance formula; |X -
+X^| is within a constant factor of the best approximation of rank r. Relative errors |X - X^| / |X|
+for B = 768, N = 512, singular values i^-p, at the bytes of r = 51:
 
     p                            0       0.5     1       2
     best of rank 51              0.949   0.581   0.103   0.002

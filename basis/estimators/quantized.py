@@ -3,13 +3,15 @@
 
 Each row is cut into groups along the features. A group keeps its least number and a step,
 
-    lo, step = (max - min) / (2^bits - 1)             16 bits each; lo rounded down and step up, so that nothing is clipped
+    lo, step = (max - min) / (2^bits - 1)   16 bits each; lo rounded down, step up: no clipping
 
 and each number x, with t = (x - lo) / step, the integer q = floor(t + u), u uniform in (0, 1) and
 drawn again in backward:
 
-    dither="none"           x^ = lo + q step                    E[x^] = x, error variance step^2 f (1 - f), f the fraction of t
-    dither="subtractive"    x^ = lo + (q - u + 1/2) step        E[x^] = x, error variance step^2 / 12 whatever x is
+    dither="none"           x^ = lo + q step                  error variance step^2 f (1 - f)
+    dither="subtractive"    x^ = lo + (q - u + 1/2) step      error variance step^2 / 12
+
+where f is the fraction of t, and E[x^] = x in both.
 
 (Proof: t + u - q is uniform in [0, 1) for any t, so the second error, -(t + u - q - 1/2) step, is
 uniform over one step. The first is a coin with probability f. Averaged over f it is step^2 / 6.
@@ -24,8 +26,8 @@ both, errors of different rows are independent, and
 others 3, so that any number of bytes is spent, and as well as can be: error falls convexly with
 bytes.
 
-u is one of 2^16 values, which leaves a bias of 2^-17 of a step. It is a Dither of ops/noise.py, which
-costs a tenth of hashed noise.
+u is one of 2^16 values, which leaves a bias of 2^-17 of a step. It is a Dither of
+ops/noise.py, which costs a tenth of hashed noise.
 
 Least and largest number in groups of 128, and not the largest magnitude in groups of 64, which
 costs as much: GELU's outputs reach far on one side only. Its error's variance is 0.35 of the
@@ -124,8 +126,10 @@ class Quantized(Estimator):
         return Factors(torch.cat([x for _, x in self._restored(kept)]))
 
     def _parts(self, like: Tensor, width: int) -> list[_Part]:
-        """The rows of `like`, which has as many as X (., width): those of one more bit, then the
-        others, each in blocks.
+        """The rows of X (., width) in blocks that are worked on together. First come the rows with
+        ceil(bits) bits a number, then those with floor(bits).
+
+        like: a tensor with as many rows as X, whose device and kind decide the size of a block.
         """
         rows, least = like.shape[0], math.floor(self.bits)
         finer = min(round((self.bits - least) * rows / 8) * 8, rows)

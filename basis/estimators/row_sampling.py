@@ -4,11 +4,12 @@ others at random.
 dW = sum_b dy_b x_b^T is a sum over rows (tokens). Forward keeps k rows of X with their numbers i
 and weights w, and backward takes the same rows of dY,
 
-    dW^ = sum_j w_j dy_i(j) x_i(j)^T                w_j = 1 / (expected times that row i(j) is drawn), so unbiased
+    dW^ = sum_j w_j dy_i(j) x_i(j)^T     w_j = 1 / (expected times that row i(j) is drawn): unbiased
 
     uniform    k different rows, all sets alike, w = B / k
     crs        k draws with replacement, row b with probability p_b, w = 1 / (k p_b)
-    wta_crs    the |C| rows of largest p, whose sum is P, with w = 1; k - |C| draws from the others, w = (1 - P) / ((k - |C|) p_b)
+    wta_crs    the |C| rows of largest p, whose sum is P, with w = 1; k - |C| draws from the others,
+               w = (1 - P) / ((k - |C|) p_b)
 
 (crs: Drineas, Kannan, Mahoney 2006. wta_crs: Liu et al., 2305.15265, whose |C| in 0 to k - 1
 minimises (1 - P) / (k - |C|); their code leaves the weights out until gradient norms are known, and

@@ -1,8 +1,10 @@
 """A tracked feature subspace: X kept as its mean and its coordinates along the K directions that
 hold most of it.
 
-    X ~ 1 mean^T + Z Q^T,     Z = (X - 1 mean^T) Q              Q (N, K) orthonormal, followed from step to step (ops/principal_directions.py)
+    X ~ 1 mean^T + Z Q^T,     Z = (X - 1 mean^T) Q
     dW ~ (dY^T Z) Q^T + (dY^T 1) mean^T
+
+Q (N, K) is orthonormal and followed from step to step (ops/principal_directions.py).
 
 What is exact: Y, dX, the part of dW that belongs to the mean and to the span of Q. What is missing:
 all of X beside that span, in every step alike. The estimate is a projection, dW P onto the span
@@ -12,9 +14,10 @@ these grow and Q turns to them. With K = N it is exact.
 Error: |dW^ - dW| <= |dY| |X (I - Q Q^T)| (Frobenius, X without its mean); the second factor is the
 energy left out.
 
-Kept: B K + N numbers in the precision of X. State: N K + K + 1 numbers (ops/principal_directions.py),
-between steps. FLOPs: 2 B N K forward, 2 M K (B + N) backward, instead of 2 B N M: fewer if K < N M
-/ (N + M) and N << B. A look costs 6 B N K and a QR decomposition, every `every` steps.
+Kept: B K + N numbers in the precision of X. State: N K + K + 1 numbers, between steps
+(ops/principal_directions.py). FLOPs: 2 B N K forward, 2 M K (B + N) backward, instead of 2 B N M:
+fewer if K < N M / (N + M) and N << B. A look costs 6 B N K and a QR decomposition, every `every`
+steps.
 
 `energy` makes the rank adaptive: of the K tracked directions, as many are used as hold that share
 of the variance tracked. Their number has to be asked of the device; where values can't be looked at

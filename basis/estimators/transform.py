@@ -1,13 +1,13 @@
 """Transform coding of X: its principal directions, each with the bits that its variance deserves,
 rounded without bias.
 
-    X ~ 1 mean^T + Z^ Q^T,     Z = (X - 1 mean^T) Q,     Z^ = Z coded with b_i bits a number in direction i
+    X ~ 1 mean^T + Z^ Q^T,   Z = (X - 1 mean^T) Q,   Z^ = Z in b_i bits a number in direction i
     dW ~ (dY^T Z^) Q^T + (dY^T 1) mean^T
 
-Q holds K orthonormal directions followed from step to step (ops/principal_directions.py). `bits` times
-N bits a row of X are given to them by reverse water-filling of their running variances, and each
-direction is coded by ops/gaussian_code.py: tokens mixed by a random rotation, a uniform quantiser, a
-scale that takes the bias away.
+Q holds K orthonormal directions followed from step to step (ops/principal_directions.py). `bits`
+times N bits a row of X are given to them by reverse water-filling of their running variances, and
+each direction is coded by ops/gaussian_code.py: tokens mixed by a random rotation, a uniform
+quantiser, a scale that takes the bias away.
 
 More than `group` features are cut into G groups with directions of their own: Z then costs 2 B N K
 / G FLOPs, a G-th of the state, and the error is that of less concentrated variances. Without that
@@ -28,13 +28,14 @@ bits: measured on the layers of a trained GPT with all directions, all kept byte
     bits a number       0.66    1.33    2.0    2.7    4.0    5.3
     error / bound       2.4     2.5     2.8    3.2    4.0    5.8
 
-ops/gaussian_code.py says why not nearer. With fewer directions, what they leave out decides once bits
-are many. Bits beyond 8 a direction are not used: a budget of more than 8 K bits a row is not spent.
+ops/gaussian_code.py says why not nearer. With fewer directions, what they leave out decides once
+bits are many. Bits beyond 8 a direction are not used: a budget of more than 8 K bits a row is not
+spent.
 
 Kept: bits N bit planes of B bits (B filled up to a multiple of 64, above 4,096 a little more), a
 float32 scale per direction and 4,096 tokens, the mean (N), an 8-byte key. State: N K / G + K + 1
-numbers (ops/principal_directions.py) and the allocation, 8 bytes a plane, between steps. FLOPs: 2 B N K
-/ G + 256 B K forward, 2 M K (B + N / G) + 256 B min(K, M) backward and about twenty elementwise
+numbers (ops/principal_directions.py) and the allocation, 8 bytes a plane, between steps. FLOPs: 2 B
+N K / G + 256 B K forward, 2 M K (B + N / G) + 256 B min(K, M) backward and about twenty elementwise
 passes over B K numbers, instead of 2 B N M. A look every `every` steps costs 6 B N K / G and G QR
 decompositions of (N / G) x (K / G).
 

@@ -1,7 +1,7 @@
 """Lean layers: everything except the dense layers in as few bytes as keeps training intact, and no
 matrix product computed twice.
 
-    basis.convert(model, basis.Lean(attention=CausalAttention))   # LayerNorm, GELU, modules of this type
+    basis.convert(model, basis.Lean(attention=CausalAttention))   # LayerNorm, GELU, this class
     basis.revert(model)
 
 Of the 16 B x T x C tensors that a GPT block keeps in float32, 10 are not inputs of sketched layers:
@@ -9,7 +9,7 @@ Of the 16 B x T x C tensors that a GPT block keeps in float32, 10 are not inputs
 | kept for | plain | lean | how | error of the gradient |
 |---|---|---|---|---|
 | two LayerNorms | 2 | 0.53 | 8 bits, unbiased (norm.py) | noise, 1% |
-| GELU | 4 | 0.25 | 2 bits: the derivative in four steps (gelu.py) | 13% of dX of the GELU in norm, fixed |
+| GELU | 4 | 0.25 | 2 bits: the derivative in four steps (gelu.py) | 13% of its dX in norm, fixed |
 | attention: q, k, v, output | 4 | 1.06 | 8 bits, unbiased (attention.py) | noise, 1% |
 
 Modules are replaced in place and keep their parameters. Forward is exact in all of them.

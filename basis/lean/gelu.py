@@ -61,6 +61,8 @@ def steps(bits: int, approximate: str) -> tuple[Levels, Levels]:
         """Squared error of one level for the points i to j - 1."""
         return (s2[j] - s2[i]) - (s[j] - s[i]) ** 2 / (w[j] - w[i])
 
+    # best[j]: least error for the points before j, with the intervals so far. cuts: for each
+    # further interval and each j, where that interval begins.
     points = len(x)
     best = [0.0, *(cost(0, j) for j in range(1, points + 1))]
     cuts: list[list[int]] = []
@@ -71,6 +73,7 @@ def steps(bits: int, approximate: str) -> tuple[Levels, Levels]:
         ]
         best, cut = [error for error, _ in choices], [i for _, i in choices]
         cuts.append(cut)
+    # Back from the end: the last interval begins where `cut` says, the one before ends there.
     ends = [points]
     for cut in reversed(cuts):
         ends.append(cut[ends[-1]])
@@ -114,7 +117,7 @@ class _FewBitGELU(torch.autograd.Function):
 
 
 def check_bits(bits: int) -> None:
-    """Raise ValueError, beginning with `gelu_bits=`, for a number of bits that there is no GELU of."""
+    """Raise ValueError, beginning with `gelu_bits=`, unless there is a GELU of so many bits."""
     if bits not in BITS:
         raise ValueError(f"gelu_bits={bits}: must be one of {', '.join(map(str, BITS))}")
 

@@ -1,18 +1,24 @@
 """A few bits a number for numbers that are nearly normal, without bias: rotation, a uniform
 quantiser, a scale, bit planes.
 
-    rotate         up to 4,096 numbers together, by random signs, a Hadamard matrix within blocks of 64, a cosine transform across
-                   blocks: whatever their distribution was, sums of so many are nearly normal, errors nearly independent
-    quantise       b bits: 2^b equal steps that fit a normal variable of the row's deviation best (J. Max, IRE Trans. IT-6, 1960)
-    scale          by |z|^2 / <z, q>, one for the numbers rotated together, so that <z^, z> = |z|^2; over the rotations E[z^] = z
-                   (DRIVE and EDEN: Vargaftik et al. 2105.08339, 2108.08842). That is exact for uniformly random rotations; with
-                   this one a bias of a few percent of z is left at 1 bit (4% for 256 numbers, 2% for 768), under 1% at 2 bits
-    bit planes     row i of b_i bits gives b_i planes of one bit a number, 8 to a byte: any bits per row, one static size
+    rotate       up to 4,096 numbers together, by random signs, a Hadamard matrix within blocks of
+                 64, a cosine transform across blocks: whatever their distribution was, sums of so
+                 many are nearly normal, errors nearly independent
+    quantise     b bits: 2^b equal steps that fit a normal variable of the row's deviation best
+                 (J. Max, IRE Trans. IT-6, 1960)
+    scale        by |z|^2 / <z, q>, one for the numbers rotated together, so that <z^, z> = |z|^2;
+                 over the rotations E[z^] = z (DRIVE and EDEN: Vargaftik et al. 2105.08339,
+                 2108.08842). That is exact for uniformly random rotations; with this one a bias of
+                 a few percent of z is left at 1 bit (4% for 256 numbers, 2% for 768), under 1% at
+                 2 bits
+    bit planes   row i of b_i bits gives b_i planes of one bit a number, 8 to a byte: any bits per
+                 row, one static size
 
 Mean-square error of z^ relative to the variance, for a normal z and b bits, with the distortion D_b
 of the quantiser:
 
-    D_b / (1 - D_b)        b = 1: 0.571   2: 0.135   3: 0.0389   4: 0.0117   5: 0.0035   6: 0.0010   7: 0.0003   8: 0.0001
+    b                  1       2       3        4        5        6        7        8
+    D_b / (1 - D_b)    0.571   0.135   0.0389   0.0117   0.0035   0.0010   0.0003   0.0001
 
 The bound of rate-distortion theory is 4^-b: D_b exceeds it 1.45-fold at 1 bit, 1.90 at 2, 2.40 at
 3, 2.95 at 4. No code of fixed length for single numbers comes nearer than pi sqrt(3) / 2 = 2.72 at
@@ -173,6 +179,7 @@ def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
     gains = (
         variances.clamp_min(1e-12 * variances.max()).clamp_min(TINY * 1e12)[:, None] * by_bit
     )  # (K, 8)
+    # gain (i, j) is that of bit j of row i, so the places of the largest ones are the planes.
     assert planes <= gains.numel()
     return gains.flatten().topk(planes).indices.sort().values
 
@@ -250,6 +257,8 @@ def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
     weights = (
         torch.pow(2.0, planes % MOST_BITS)[:, None] * scale[planes // MOST_BITS]
     )  # (planes, C)
+    # A code of b bits is the sum of its planes, 2^place each; quantisation levels lie around 0, so
+    # half the largest code, (2^b - 1) / 2, is taken off.
     offset = ((0.5 * (torch.pow(2.0, bits) - 1.0))[:, None] * scale)[..., None]
     first = bits.cumsum(0) - bits
     length = 8 * packed.shape[-1]
@@ -257,6 +266,8 @@ def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
     for part, of_part in _blocks(bits, number * length):
         ones = unpack_planes(packed[of_part].transpose(0, 1)).to(torch.float32)  # (C, planes, L)
         index = torch.arange(ones.shape[0] * ones.shape[1], device=planes.device)
+        # embedding_bag sums runs of consecutive rows: run (chunk c, row i) begins at plane first[i]
+        # of chunk c, and a row without planes is an empty run, whose sum is 0.
         starts = torch.arange(number, device=planes.device)[:, None] * ones.shape[1]
         bags = starts + (first[part] - first[part.start])
         by_plane = weights[of_part].t().flatten()
@@ -278,6 +289,6 @@ def pack_planes(plane: Tensor) -> Tensor:
 
 
 def unpack_planes(packed: Tensor) -> Tensor:
-    """The bits again, (..., B)."""
+    """The bits of which `pack_planes` made `packed`: (..., B) of 0 and 1, uint8."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
     return ((packed[..., None, :] >> shifts) & 1).flatten(-2)

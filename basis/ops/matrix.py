@@ -118,7 +118,7 @@ def row_blocks(x: Tensor, width: int) -> list[slice]:
 
 
 def _pieces(x: Tensor, least: int = _PIECE) -> int:
-    """How many pieces of `least` rows at least to reduce a matrix in; 1 where pieces gain nothing."""
+    """How many pieces of at least `least` rows to reduce a matrix in; 1 where they gain nothing."""
     return max(x.shape[0] // max(least, _PIECE), 1) if x.device.type == "cpu" else 1
 
 

@@ -5,8 +5,8 @@ a third time when a checkpointed block is recomputed. Keeping them costs bytes; 
 stateful generator makes a resumed or recomputed run differ from the first one. So the noise of a
 layer is `hash(key, row)`:
 
-    key  = fold(seed, step, micro_batch, process, layer name)        one 62-bit integer, made on the host
-    bits = random_bits(key, B)                                    B integers of 32 bits, made where X lives
+    key  = fold(seed, step, micro_batch, process, layer name)     a 62-bit integer, made on the host
+    bits = random_bits(key, B)                                    B 32-bit integers, made where X is
 
 The hash is two rounds of a 32-bit integer finaliser (xor-shift, multiply, xor-shift; constants of
 the `lowbias32` family by C. Wellons). Each round is a bijection of 32-bit integers, so the B values

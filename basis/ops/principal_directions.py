@@ -4,7 +4,8 @@ The rows of a layer's input fill their N dimensions unevenly: after a few hundre
 GPT, a third of the directions holds 98% of the variance (results/rate_distortion). The directions
 change slowly, so that a look every few steps is enough,
 
-    Y = (1 - r) Q diag(v) + r C Q,    C = (X - mean)^T (X - mean) / B          one step of orthogonal iteration, averaged
+    C = (X - mean)^T (X - mean) / B
+    Y = (1 - r) Q diag(v) + r C Q      one step of orthogonal iteration, averaged
     Q' R = Y                           orthonormal (N, K)
     v'                                 variances along Q', averaged alike, largest first
 

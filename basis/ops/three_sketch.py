@@ -18,10 +18,10 @@ ROL_Sketch.hpp (Sandia), for M = X^T. X^ is exact if X has rank k or less, biase
 projection. It is not linear in X, but each *sketch* is: the average of sketches under the same
 tests is the sketch of the average.
 
-Tests have independent standard normal entries, each a function of a key and its place (ops/noise.py): a
-row of Omega or Psi does not depend on how many rows there are, so that a batch with fewer rows uses
-the first ones. They are never kept, but drawn anew, 3 k (B + N) numbers or so each time. All of
-this is done in float32, or float64 for such an X.
+Tests have independent standard normal entries, each a function of a key and its place
+(ops/noise.py): a row of Omega or Psi does not depend on how many rows there are, so that a batch
+with fewer rows uses the first ones. They are never kept, but drawn anew, 3 k (B + N) numbers or so
+each time. All of this is done in float32, or float64 for such an X.
 
 FLOPs: 2 B N (2 k + s) ~ 8 k B N for the sketches, 4 (B + N) k^2 for the two large QR
 factorisations, as many for the rest.
@@ -69,13 +69,13 @@ def sizes(rank: int, rows: int, width: int) -> tuple[int, int]:
 
 
 def largest_rank(rows: int, width: int) -> int:
-    """The rank from which on X (rows, width) is reconstructed whole: a larger one changes nothing."""
+    """The rank from which on X (rows, width) is reconstructed whole."""
     return max(1, min(rows, width) // 2)
 
 
 def draw_tests(key: Tensor, rank: int, rows: int, width: int) -> Tests:
-    """The tests that belong to `key` (0-dimensional int64, ops/noise.py) for X (rows, width), on the
-    key's device.
+    """The tests that belong to `key` (0-dimensional int64, ops/noise.py) for X (rows, width), on
+    the key's device.
     """
     k, s = sizes(rank, rows, width)
     shapes = ((width, k), (rows, k), (width, s), (rows, s))

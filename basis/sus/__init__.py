@@ -1,7 +1,7 @@
 """SUS backpropagation: attention whose backward follows about c of a row's T entries (arXiv
 2505.15080).
 
-    basis.convert(model, basis.SUS(CausalAttention, c=25))   # modules of this type: q, k, v -> output, causal
+    basis.convert(model, basis.SUS(CausalAttention, c=25))   # this class: q, k, v -> output, causal
     basis.revert(model)
     basis.sus.kept_statistics(model, forward)           # entries kept a row, expected and drawn
     basis.sus.mask_variance(q, k, v, grad_output, c=25) # the gradients' variance, from the formula
@@ -13,8 +13,8 @@ keeps at most c entries on average, and dq, dk, dv have the exact ones as their 
 
 | mode | mask | backward | for |
 |---|---|---|---|
-| dense | each entry by itself, as in the paper | all entries, masked: O(T^2 d) | reference: variance, bias |
-| sparse | systematic along a row, equal probabilities: never more than ceil(c) + 1 | O(T c d), after sampling | training |
+| dense | each entry by itself, as in the paper | all entries, masked: O(T^2 d) | reference |
+| sparse | systematic along a row: at most ceil(c) + 1 | O(T c d), after sampling | training |
 
 What it saves is time, not bytes: kept are q, k, v, the output and a key, as flash attention keeps
 q, k, v, the output and the log-sum-exp. To draw a sample one must know W, so the product q k^T is

@@ -76,8 +76,8 @@ def sus_attention(
     """softmax(q k^T / sqrt(d) + causal mask) v, with SUS's gradients (arXiv 2505.15080).
 
     q (b, h, T, d); k (b, h_kv, T, d) and v (b, h_kv, T, d_v), of which each head serves h / h_kv
-    query heads; key: 0-dimensional int64 (ops/noise.py). c: entries of a row that are followed, at most
-    and on average. Returns (b, h, T, d_v). Raises ValueError for a wrong `c` or `mode` and for
+    query heads; key: 0-dimensional int64 (ops/noise.py). c: entries of a row that are followed, at
+    most and on average. Returns (b, h, T, d_v). Raises ValueError for a wrong `c` or `mode` and for
     shapes that do not fit.
     """
     check_options(c, mode)

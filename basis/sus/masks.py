@@ -4,7 +4,8 @@ in two ways.
 An entry is kept with probability q = min(c W, 1) (arXiv 2505.15080; c is its "attention retention
 parameter") and its weight is
 
-    W~ = W / q = max(W, 1/c)  if kept,  0  if not;      E[W~] = W,  Var[W~] = W (1/c - W) where W < 1/c, else 0.
+    W~ = W / q = max(W, 1/c)  if kept,  0  if not
+    E[W~] = W,  Var[W~] = W (1/c - W) where W < 1/c, else 0
 
 Nothing is divided by a small probability: what is kept by chance weighs 1/c. Masked entries have W
 = 0 and are never kept.

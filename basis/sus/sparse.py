@@ -7,8 +7,8 @@ in flash attention's backward. `entry_gradients` does the rest of the formulas i
 entries alone:
 
     x = V_j . G_i      rows of V gathered, a few rows of G at a time
-    dQ                 sums of rows of K by query: PyTorch's embedding_bag, weighted sums of rows by bag
-    dK, dV             the entries sorted by column, then sums of rows of Q and G by key: embedding_bag again
+    dQ                 weighted sums of rows of K by query: PyTorch's embedding_bag
+    dK, dV             the entries sorted by column, then sums of rows of Q and G by key alike
 
 Of the ways to form the sums on a CPU (T 4,096, 27 entries a row, d 64, one core, milliseconds)
 embedding_bag took 1 for dQ, where gathered rows and a batched product took 6 and a sparse CSR

@@ -4,7 +4,9 @@ without drawing any.
 Given the forward, G = dL/dO, w_ij = W_ij (1/c - W_ij) where W_ij < 1/c, else 0, and x_ij = V_j .
 G_i - D_i, the variances summed over all elements are
 
-    Var dV = sum w_ij |G_i|^2,    Var dQ = scale^2 sum w_ij x_ij^2 |K_j|^2,    Var dK = scale^2 sum w_ij x_ij^2 |Q_i|^2
+    Var dV = sum w_ij |G_i|^2
+    Var dQ = scale^2 sum w_ij x_ij^2 |K_j|^2
+    Var dK = scale^2 sum w_ij x_ij^2 |Q_i|^2
 
 This is of the independent mask (mode "dense"). The systematic one has the same marginals, and
 entries of one row that exclude each other: as a rule, a smaller variance. A mean over rows of w
