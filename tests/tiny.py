@@ -98,6 +98,11 @@ def evaluate_here(*words: str) -> None:
     evaluate(copy.deepcopy(_composed(words, "eval")))
 
 
+def rewrite_config(run_dir: Path, values: dict[str, Any]) -> None:
+    """Another configuration in the folder of a run, as an older version wrote it, say."""
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+
+
 def command(folder: Path, *more: str, script: str = "train.py") -> list[str]:
     """The command line of a tiny run."""
     options = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import CompactHydraException
-from tiny import losses, train_here
+from tiny import losses, rewrite_config, train_here
 
 from harness import rundir
 from report.results import find_runs, group_runs
@@ -55,11 +55,11 @@ def test_older_runs_attended_exactly(attention: dict | None, data: Path, tmp_pat
         attention is not None
     ):  # sus's own were written, and not looked at, where attention was exact
         config["attention"] = attention
-    rundir.write_config(tmp_path / "run", config)
+    rewrite_config(tmp_path / "run", config)
     train_here(data, tmp_path / "run", "method=exact")  # continued: nothing changed
     assert losses(tmp_path / "run")[-1]["step"] == 20
     config["steps"] = 20
-    rundir.write_config(tmp_path / "run", config)  # as it reads if it was finished then
+    rewrite_config(tmp_path / "run", config)  # as it reads if it was finished then
     train_here(data, tmp_path / "now", "method=exact", "seed=1")
     found, complaints = find_runs([tmp_path])
     assert complaints == []

@@ -108,7 +108,8 @@ def test_rows_are_what_their_names_say(row: str, expected: dict[str, object]) ->
 
     with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
         config = load(compose("config", overrides=["experiment=paper", f"row={row}"]))
-    assert {name: getattr(config.method, name) for name in expected} == expected
+    method = config.method.to_dict()
+    assert {name: method[name] for name in expected} == expected
     table_2 = (
         config.steps,
         config.micro_batches,

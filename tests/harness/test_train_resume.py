@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import CompactHydraException
-from tiny import command, losses, run_command, train_here
+from tiny import command, losses, rewrite_config, run_command, train_here
 
 from harness import rundir
 from harness.checkpoint import Checkpoints
@@ -224,7 +224,7 @@ def test_a_run_of_a_version_with_fewer_options_is_continued(data: Path, tmp_path
     train_here(data, tmp_path, "steps=10")
     config = rundir.read_config(tmp_path)
     del config["activations"], config["diagnostics"]
-    rundir.write_config(tmp_path, config)
+    rewrite_config(tmp_path, config)
     train_here(data, tmp_path, "steps=20")
     with pytest.raises(CompactHydraException, match=r"activations\.name: plain -> lean"):
         train_here(data, tmp_path, "steps=20", "activations=lean")

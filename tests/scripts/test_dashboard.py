@@ -46,7 +46,7 @@ def test_sweep_file_expands_to_the_papers_rows(monkeypatch: pytest.MonkeyPatch) 
             1000,
             "paper",
         )
-        seen.add((config.method.name, getattr(config.method, "rank", None), config.seed))
+        seen.add((config.method.name, config.method.own_options().get("rank"), config.seed))
     assert seen == {
         (m, r, s)
         for m, r in [("exact", None), *(("basis", r) for r in (64, 32, 16, 8, 1))]
