@@ -1,14 +1,17 @@
-"""`activations`: what is kept besides the inputs of dense layers, orthogonal to the method and put on from outside.
+"""`activations`: what is kept besides the inputs of dense layers. It is independent of the method,
+and changes the model from outside.
 
 | name | what it does | costs |
 |---|---|---|
 | plain | PyTorch's own: everything in full precision | |
-| lean | LayerNorm input and attention in 8 bits, GELU in 2 (basis/lean/); each part can be switched off | elementwise passes, a small error of gradients |
-| checkpoint | a block keeps its input and is computed again in backward (torch.utils.checkpoint) | a forward |
-| checkpoint, selective=true | results of matrix products and attention are kept, the rest is computed again | elementwise passes |
-| budget | torch.compile decides what to compute again, to keep this share of bytes | compilation, up to a forward |
+| lean | LayerNorm input and attention in 8 bits, GELU in 2 | elementwise passes, biased gradients |
+| checkpoint | a block keeps its input and is computed again in backward | a forward |
+| checkpoint, selective | products and attention are kept, the rest is computed again | little |
+| budget | torch.compile keeps this share of bytes, computes the rest again | up to a forward |
 
-A block that is computed again draws the same sketch noise, since noise is a function of the step and the layer's name.
+lean stands in basis/lean/, and each of its parts can be switched off; checkpoint is that of
+torch.utils. A block that is computed again draws the same sketch noise, since noise is a function
+of the step and the layer's name.
 """
 
 from __future__ import annotations
@@ -38,7 +41,11 @@ NAMES = ("plain", "lean", "checkpoint", "budget")
 
 @dataclass(frozen=True)
 class ActivationsOptions:
-    """norm, attention, gelu_bits are of lean, selective of checkpoint, budget (a share, 0 to 1) of budget."""
+    """The group `activations`. Raises ValueError naming the option.
+
+    norm, attention and gelu_bits belong to lean, selective to checkpoint, budget (a share, 0 to 1)
+    to budget.
+    """
 
     name: str = "plain"
     norm: bool = True
@@ -53,14 +60,15 @@ class ActivationsOptions:
         if self.gelu_bits not in (None, *BITS):
             allowed = ", ".join(map(str, BITS))
             raise ValueError(
-                f"activations.gelu_bits={self.gelu_bits}: must be one of {allowed}, or null for plain GELU"
+                f"activations.gelu_bits={self.gelu_bits}: must be one of {allowed}, or "
+                "null for plain GELU"
             )
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"activations.budget={self.budget}: must be in [0, 1]")
 
 
 def apply(model: GPT, options: ActivationsOptions) -> None:
-    """Change `model` in place as `options` say. `budget` is compile's own matter, see `compiled`."""
+    """Change `model` in place as `options` say; `budget` takes effect in `compiled` instead."""
     if options.name == "lean":
         lean = basis.Lean(
             norm=options.norm,

@@ -4,7 +4,9 @@ activations.
 | name | backward | costs |
 |---|---|---|
 | exact | PyTorch's own | |
-| sus | SUS backprop (basis/sus/): about c entries of a row, drawn without bias; forward is exact | noise in the gradient |
+| sus | SUS backprop: about c entries of a row, drawn without bias | noise in the gradient |
+
+SUS (basis/sus/) leaves forward exact.
 
 With `activations=lean` q, k, v and output are kept in 8 bits, and SUS forms its probabilities from
 these.

@@ -28,7 +28,8 @@ def training_text(
 ) -> tuple[Config, Prepared, Sampler]:
     """The configuration with the vocabulary of its text, the text, and the batches of its training.
 
-    known: see `data.prepare.prepare`. Raises ValueError if the text can't be had, or has ids that the model's vocabulary lacks.
+    known: see `data.prepare.prepare`. Raises ValueError if the text can't be
+    had, or has ids that the model's vocabulary lacks.
     """
     prepared = prepare(config.data, progress=progress, known=known)
     config = config.resolved(prepared.train.vocab_size)
@@ -73,7 +74,8 @@ def apply_method(model: GPT, config: Config) -> list[str]:
     """Put the configuration's method and attention into `model`; returns the names of the dense
     layers that it sketches.
 
-    Raises ValueError as `build_model`, and BudgetError if no setting of the method keeps the budget.
+    Raises ValueError as `build_model`, and BudgetError if no setting of the method keeps to the
+    budget.
     """
     attention.apply(model, config.attention)
     method = config.method

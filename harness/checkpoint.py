@@ -125,7 +125,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} can be used:\n  "
                 + "\n  ".join(complaints)
-                + "\nRestore one of them from a copy, or delete the folder to start over from step 0."
+                + "\nRestore one of them from a copy, or delete the folder to start over from step "
+                "0."
             )
         return None
 

@@ -108,7 +108,7 @@ class DiagnosticsOptions:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Raises ValueError naming the dotted option; see the groups' own classes for theirs."""
+    """One run. Raises ValueError naming the dotted option; each group's class checks its own."""
 
     steps: int = 2000
     seed: int = 0
@@ -151,8 +151,8 @@ class Config:
             )
         if self.optim.warmup_steps > self.steps:
             raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed steps={self.steps}; "
-                "for so few give it too"
+                f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed "
+                f"steps={self.steps}; for so few give it too"
             )
         if self.attention.name == "sus" and self.model.dropout:
             raise ValueError(
@@ -182,8 +182,8 @@ class Config:
         ):
             if value != neutral:
                 raise ValueError(
-                    f"{option}={value}: method=zeroth_order has no backward, so it changes nothing; "
-                    f"give {option}={neutral}"
+                    f"{option}={value}: method=zeroth_order has no backward, so it changes "
+                    f"nothing; give {option}={neutral}"
                 )
 
     @property

@@ -4,7 +4,7 @@ table.
 | device | precisions | compile by default |
 |---|---|---|
 | cuda | float32, bfloat16 (autocast) where the card has it | yes |
-| cpu | float32, bfloat16 (autocast) | no: the C++ compiler takes a minute, and small models gain little |
+| cpu | float32, bfloat16 (autocast) | no: it takes a minute, and small models gain little |
 
 Parameters, gradients and optimiser state are float32 always; `precision=bfloat16` is autocast
 around forward. `float32` on CUDA allows TF32 in matrix products unless `deterministic=true`.

@@ -13,8 +13,8 @@ is the kind of the layer whose forward was running:
 | attention | the attention module: q, k, v, output, log-sum-exp, dropout |
 | norms | LayerNorm, RMSNorm: input and statistics |
 | activations | GELU and its like: their input or output |
-| loss head | the model itself: dX and dW of the head, which are formed with the loss (basis/loss_head.py) |
-| weight copies | autocast: the low-precision copy of a weight, which nn.Linear keeps and SketchedLinear makes again |
+| loss head | the model itself: dX and dW of the head, formed with the loss (basis/loss_head.py) |
+| weight copies | autocast: a low-precision weight, which SketchedLinear makes again |
 | other | embeddings (token indices), dropout, anything else |
 
 A tensor that two layers need, such as a LayerNorm's output that is a dense layer's input, counts

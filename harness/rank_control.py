@@ -136,13 +136,16 @@ def start(
                 f"adaptive_rank.maximum=null: with {rows} rows every rank keeps more than exact "
                 "does; give a number"
             ) from None
-        what = f"; {maximum} is the largest rank at which no layer keeps more than exact (adaptive_rank.maximum=null)"
+        what = (
+            f"; {maximum} is the largest rank at which no layer keeps more than exact "
+            "(adaptive_rank.maximum=null)"
+        )
     else:
         largest = max(estimator.knob_values(rows, width)[-1] for width in widths)
         if maximum > largest:
             raise ValueError(
-                f"adaptive_rank.maximum={maximum}: must be at most {largest}; a larger rank changes "
-                "nothing here"
+                f"adaptive_rank.maximum={maximum}: must be at most {largest}; a larger rank "
+                "changes nothing here"
             )
     if options.minimum > maximum:
         raise ValueError(

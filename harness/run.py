@@ -90,7 +90,7 @@ class Run:
         return self.config.method.zeroth_order
 
     def micro_batch_loss(self, step: int, micro_batch: int) -> Tensor:
-        """Forward of one micro-batch with its own noise; the mean loss over its tokens, with graph."""
+        """Forward of one micro-batch under its own noise: its mean loss in nats, with graph."""
         basis.set_noise_key(self.model, seed=self.config.seed, step=step, micro_batch=micro_batch)
         return self.runtime.forward(self.forward, *self.sampler.batch(step, micro_batch))
 

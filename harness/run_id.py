@@ -102,7 +102,7 @@ def label_options(config: Config) -> dict[str, object]:
 
 
 def _default(made: Any, option: dataclasses.Field[Any], rows: int) -> Any:
-    """The value that `option` has in the method `made` if it isn't given, for inputs of `rows` rows."""
+    """The value of `option` in the method `made` if it isn't given, for inputs of `rows` rows."""
     plain = dataclasses.replace(made, **{option.name: option.default})
     return getattr(plain.for_inputs(rows) if isinstance(plain, Estimator) else plain, option.name)
 

@@ -157,7 +157,8 @@ def set_up(config: Config, folder: Path) -> Run:
             tags=labels.tags,
             name=labels.name,
         )
-    except ValueError:  # no key, no entry: known only when asked, and then nothing should stay of a run that did not begin
+    except ValueError:
+        # wandb refuses a missing key only when asked. Nothing may stay of a run that did not begin.
         metrics.close()
         lock.release()
         if fresh:  # the contents alone: the folder may be the user's, or the working directory

@@ -73,8 +73,8 @@ class TrackerOptions:
             raise ValueError(f"tracker.mode={self.mode!r}: must be one of {', '.join(MODES)}")
         if not 1 <= len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
             raise ValueError(
-                f"tracker.project={self.project!r}: must be 1 to 128 characters, none of / \\ # ? % "
-                ":"
+                f"tracker.project={self.project!r}: must be 1 to 128 characters, none of "
+                "/ \\ # ? % :"
             )
         for index, tag in enumerate(self.tags):
             if not 1 <= len(tag) <= TAG_LIMIT:

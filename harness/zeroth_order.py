@@ -4,7 +4,7 @@ equal bytes: it keeps nothing.
 One antithetic step of evolution strategies with low-rank directions (EGGROLL, arXiv 2511.16652):
 each parameter W (m, n) gets
 
-    D = A B^T / sqrt(r),    A (m, r) and B (n, r) standard normal, so that E[D_ij D_kl] = [i = k][j = l]
+    D = A B^T / sqrt(r),    A (m, r) and B (n, r) standard normal: E[D_ij D_kl] = [i = k][j = l]
 
 (vectors: standard normal numbers), and with the losses of one micro-batch at W + sigma D and W -
 sigma D, all parameters at once,
