@@ -11,7 +11,7 @@ at the end of backward to be added to V x N others. Here W goes through the embe
 so that backward hands the head's gradient to the embedding, which adds its B rows. What is exact:
 everything. Saved: V x N numbers at the end of backward, and two passes over as many.
 
-The head's gradient is written to in place only where autograd is about to let go of the graph:
+The head's gradient is written to in place only where autograd is about to release the graph:
 whoever retains it, or differentiates with torch.func, gets a new tensor. On CUDA PyTorch's own way
 is kept: its order of additions is the same every time, that of index_add is not. Under
 torch.compile too, where a compiler decides what lies where.
@@ -29,7 +29,7 @@ from basis.first_order import first_order
 
 
 def graph_is_released() -> bool:
-    """Inside a backward: whether what the graph saved is let go afterwards, so that it may be
+    """Inside a backward: whether what the graph saved is released afterwards, so that it may be
     written to.
     """
     if torch.compiler.is_compiling():

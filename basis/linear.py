@@ -1,7 +1,7 @@
 """The dense layer with an exact forward, an exact dX and an estimated dW.
 
 One autograd Function serves all estimators. What autograd keeps between forward and backward is W
-(a parameter, there anyway) and the tensors that the estimator's `compress` returns; X is let go as
+(a parameter, there anyway) and the tensors that the estimator's `compress` returns; X is released as
 soon as nobody else holds it. Gradients that nobody asked for are neither prepared nor computed:
 without grad mode, or with a frozen weight, the layer is F.linear.
 

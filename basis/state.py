@@ -86,7 +86,7 @@ class Learning(nn.Module):
         return {name: getattr(self, f"estimator_{name}") for name in self._state_names}
 
     def forget(self, device: torch.device | None = None) -> None:
-        """Make the state anew, as it is before the first step, on `device` (None: the weight's)."""
+        """Make a new state, as it is before the first step, on `device` (None: the weight's)."""
         state = self.estimator.initial_state(
             self.in_features, self.weight.device if device is None else device
         )

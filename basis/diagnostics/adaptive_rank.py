@@ -17,7 +17,7 @@ whatever X is: nothing to follow.
 
 The error is taken of a sketch of the one batch, without any average over steps: what averaging
 loses is not mended by any rank, and a rule that saw it would run to the largest one. With a new
-rank the sketches have new sizes and new tests, so averages begin anew.
+rank the sketches have new sizes and new tests, so averages start again.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Watching exact training through sketches: how large activations and gradients are, layer by
-layer, without forming either anew.
+layer, without forming either again.
 
     monitor = Monitor(model, probes=16)
     with monitor:          # hooks are there within; the training is the same to the last bit
         loss_fn(model(x), y).backward()
-    monitor.read()["0"].gradient_norm              # and the next `with` begins anew
+    monitor.read()["0"].gradient_norm              # and the next `with` starts from zero
 
 After the monitoring use of H. Antil and D. Verma (arXiv 2510.00442), whose own quantities were not
 read. With p probes and random matrices Omega (B, p) and S (N, p) of standard normal entries, drawn
-anew from a seed, for a dense layer with input X (B, N) and gradient dY (B, M) of its output:
+again from a seed, for a dense layer with input X (B, N) and gradient dY (B, M) of its output:
 
     activation energy   |X|_F^2 ~ |X^T Omega|_F^2 / p
                         unbiased; relative deviation at most sqrt(2 / p)

@@ -1,5 +1,5 @@
-"""How good is an estimate of dW? The exact one formed beside it, layer by layer, on a batch of your
-choice.
+"""How good is an estimate of dW? The exact one formed next to it, layer by layer, on a batch of
+your choice.
 
     quality = basis.gradient_quality(model, lambda: loss_fn(model(x), y), masks=16)
     quality["blocks.0.mlp.fc"].cosine
@@ -151,7 +151,7 @@ class _Recorder(Estimator):
     def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         state = (
             state if self.learned is None else self.learned
-        )  # not let go: a recomputed forward doesn't learn
+        )  # still kept: a recomputed forward doesn't learn
         self.state_names, *tensors = pack_state(state)
         return x, key, *tensors
 

@@ -14,7 +14,7 @@ target rank r,
 
 What is kept are the two factors, not the three sketches: they are smaller, and backward is left
 with two thin products. The cut halves them once more: the columns beyond r make P and Q better and
-are then let go. The sketched core Z lets X be read once and forgotten, which is what the sketch was
+are then dropped. The sketched core Z lets X be read once and forgotten, which is what the sketch is
 made for: data that stream by. In a forward X is there, and `core="exact"` takes C = P^T X Q, the
 best for given P and Q, which costs less than Phi and Psi.
 

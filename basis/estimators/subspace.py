@@ -7,7 +7,7 @@ hold most of it.
 Q (N, K) is orthonormal and followed from step to step (ops/principal_directions.py).
 
 What is exact: Y, dX, the part of dW that belongs to the mean and to the span of Q. What is missing:
-all of X beside that span, in every step alike. The estimate is a projection, dW P onto the span
+all of X outside that span, in every step alike. The estimate is a projection, dW P onto the span
 (and the mean), without noise and biased: weights never learn along the directions left out, until
 these grow and Q turns to them. With K = N it is exact.
 

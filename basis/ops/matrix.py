@@ -106,7 +106,7 @@ def in_eager_mode(x: Tensor) -> bool:
 
 def row_blocks(x: Tensor, width: int) -> list[slice]:
     """The rows of `x` in blocks such that `width` numbers for each row of a block are few enough to
-    be held beside x.
+    be held next to x.
 
     Blocks begin at multiples of 8. In eager mode on the CPU they fit into the cache; a compiler
     joins operations anyway, and among fake tensors, where each operation costs the same whatever

@@ -20,7 +20,7 @@ tests is the sketch of the average.
 
 Tests have independent standard normal entries, each a function of a key and its place
 (ops/noise.py): a row of Omega or Psi does not depend on how many rows there are, so that a batch
-with fewer rows uses the first ones. They are never kept, but drawn anew, 3 k (B + N) numbers or so
+with fewer rows uses the first ones. They are never kept, but drawn again, 3 k (B + N) numbers or so
 each time. All of this is done in float32, or float64 for such an X.
 
 FLOPs: 2 B N (2 k + s) ~ 8 k B N for the sketches, 4 (B + N) k^2 for the two large QR

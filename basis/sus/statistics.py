@@ -1,4 +1,4 @@
-"""How many entries SUS keeps, looked at beside training: nothing is changed, no gradient is formed.
+"""How many entries SUS keeps, counted next to training: nothing is changed, no gradient is formed.
 
 A forward without gradients is run, and at each SusAttention the probabilities are formed again from
 the q and k that come by. Two numbers a row are taken: sum_j q_ij, the mean of the number kept, and
