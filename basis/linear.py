@@ -1,8 +1,8 @@
 """The dense layer with an exact forward, an exact dX and an estimated dW.
 
 One autograd Function serves all estimators. What autograd keeps between forward and backward is W
-(a parameter, there anyway) and the tensors that the estimator's `compress` returns; X is released as
-soon as nobody else holds it. Gradients that nobody asked for are neither prepared nor computed:
+(a parameter, there anyway) and the tensors that the estimator's `compress` returns; X is released
+as soon as nobody else holds it. Gradients that nobody asked for are neither prepared nor computed:
 without grad mode, or with a frozen weight, the layer is F.linear.
 
 Under autocast the input is cast first and sketched in the low precision, so what is kept is small

@@ -36,8 +36,8 @@ rows: nothing but the mean helps them, so give one micro-batch a step. Where a f
 each time (no `basis.set_noise_key`), so does each use of a layer within a step.
 
 Kept until backward: nothing beyond the state. State, living between steps too: k (B + N) + s^2
-float32 numbers and a counter; the tests are drawn again from `seed`. FLOPs: about 8 k B N to sketch,
-against 2 B N M of the exact product, which becomes 2 k (B + N) M.
+float32 numbers and a counter; the tests are drawn again from `seed`. FLOPs: about 8 k B N to
+sketch, against 2 B N M of the exact product, which becomes 2 k (B + N) M.
 """
 
 from __future__ import annotations
