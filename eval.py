@@ -8,8 +8,8 @@
 
 Every run in or below the given folders that finished or diverged is used. The others are named with
 the reason. Of several copies of a run the sound one with the most steps counts. Runs that differ in
-their seed alone are averaged. Models are rebuilt from their checkpoints, and their validation losses
-are computed again.
+their seed alone are averaged. Models are rebuilt from their checkpoints, and their validation
+losses are computed again.
 Writes report.md with tables, sentences and figures, the same as report.json, each table as .csv,
 each figure as .svg, into `out` (default: the first folder). What each number means stands in
 report/ and in the folders of experiments/.

@@ -1,9 +1,11 @@
 """The GPU's tables in one command, with torch and numpy alone: a layer, the loss head, and GPT-2's
 whole training step.
 
-    python -m scripts.bench_gpu --out results/speed/h100                 # gpt2, bfloat16, compiled, contexts 1,024 and 8,192
+    # gpt2, bfloat16, compiled, contexts 1,024 and 8,192
+    python -m scripts.bench_gpu --out results/speed/h100
     python -m scripts.bench_gpu --out gpu --parts step --contexts 1024 --no-compile --seconds 300
-    python -m scripts.bench_gpu --out cpu --size tiny --device cpu       # the same on a CPU in seconds, to see that it runs
+    # the same on a CPU in seconds, to see that it runs
+    python -m scripts.bench_gpu --out cpu --size tiny --device cpu
 
 Written for a machine that is borrowed for minutes: neither Hydra nor any other package of the
 harness is imported, each table is written as soon as it has a new row (CSV and Markdown in --out),

@@ -5,8 +5,8 @@ project, and that with a sketch.
     python scripts/bench_head.py --rows 64 --width 64 --dtype bfloat16 --rank 8 32 --csv head.csv
 
     F.linear, F.cross_entropy          whole logits
-    F.linear_cross_entropy             PyTorch's own in chunks of rows (2.13 and later), reference and chunked
-    basis exact, basis R=...           basis.linear_cross_entropy, which every method of this project trains with
+    F.linear_cross_entropy             PyTorch's own (2.13 and later), reference and chunked
+    basis exact, basis R=...           basis.linear_cross_entropy, which all methods here train with
 
 All take the same hidden states (B, N), weight (V, N) and targets and return the mean loss; after
 backward dX and dW are there. Alternatives take turns in one process; a ratio is of medians. Kept is

@@ -1,8 +1,9 @@
 """One dense layer, forward and backward: exact, BASIS at several R, and the limit that no estimator
 of dW can beat.
 
-    python scripts/bench_layer.py              # B 4096, N 768, M 3072, R 64 and 512, float32 and bfloat16
-    python scripts/bench_layer.py --rows 8192 --in 1024 --out 4096 --rank 16 64 256 --dtype bfloat16 --csv layer.csv
+    python scripts/bench_layer.py  # B 4096, N 768, M 3072, R 64 and 512, float32 and bfloat16
+    python scripts/bench_layer.py --rows 8192 --in 1024 --out 4096 \\
+        --rank 16 64 256 --dtype bfloat16 --csv layer.csv
 
 The limit is forward and dX without any dW (a frozen weight); no layer has a bias. Alternatives take
 turns in one process; a ratio is of medians. Kept is what autograd holds between forward and

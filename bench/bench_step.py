@@ -1,9 +1,11 @@
 """A whole training step: time, tokens per second, kept bytes and peak for each method and
 activations, in turns.
 
-    python scripts/bench_step.py                                   # 4 blocks, 768 wide, 4 x 1,024 tokens, vocabulary 50,257, R 64
-    python scripts/bench_step.py model=gpt2 micro_batch_size=8 precision=bfloat16 compile=true --turns 20 --csv step.csv
-    python scripts/bench_step.py --methods exact "basis rank=32" "transform budget=1/8" --activations plain lean checkpoint
+    python scripts/bench_step.py  # 4 blocks, 768 wide, 4 x 1,024 tokens, vocabulary 50,257, R 64
+    python scripts/bench_step.py model=gpt2 micro_batch_size=8 precision=bfloat16 \\
+        compile=true --turns 20 --csv step.csv
+    python scripts/bench_step.py --methods exact "basis rank=32" "transform budget=1/8" \\
+        --activations plain lean checkpoint
 
 Overrides are those of train.py, on top of the size above; the methods besides exact sketch all
 dense layers and the head. A step is forward, the same loss head for all, backward and the

@@ -103,8 +103,10 @@ Series = list[tuple[Any, int]]  # operators, and the bytes alive after each
 
 @dataclass(frozen=True)
 class _Walk:
-    """A step, operator by operator. passes: keys of the noise, forward and backward of each
-    micro-batch, in turns.
+    """What a step on fake tensors did, one operator after the other.
+
+    passes: for each micro-batch in order, the operators that draw its noise keys, those of its
+    forward and those of its backward, each with the bytes alive after it.
     """
 
     parameters: int

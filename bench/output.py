@@ -16,7 +16,7 @@ def csv_option(parser: argparse.ArgumentParser) -> None:
 
 
 def show(table: Table, csv: Path | None) -> None:
-    """Print the table as Markdown; write it to `csv`, and as .md next to it, unless that is None."""
+    """Print the table as Markdown; unless `csv` is None, write it there, and as .md next to it."""
     print(table.markdown())
     if csv:
         table.write(csv)

@@ -1,9 +1,12 @@
 """Plan a run that does not fit this machine: bytes by category and peak for each method and
 activations, on fake tensors.
 
-    python scripts/plan_memory.py model=gpt2_xl model.block_size=32768 precision=bfloat16 optim=adamw
-    python scripts/plan_memory.py model=gpt2 --methods exact basis --activations plain lean checkpoint --memory 24 80
-    python scripts/plan_memory.py model=gpt2 --memory 24 80 --figure runs/gpt2_bytes     # bytes against context
+    python scripts/plan_memory.py model=gpt2_xl model.block_size=32768 \\
+        precision=bfloat16 optim=adamw
+    python scripts/plan_memory.py model=gpt2 --methods exact basis \\
+        --activations plain lean checkpoint --memory 24 80
+    # bytes against context
+    python scripts/plan_memory.py model=gpt2 --memory 24 80 --figure runs/gpt2_bytes
 
 Overrides are those of train.py. With --memory (GiB) the longest context at the given micro-batch
 and the largest micro-batch at the given context that fit are searched for; the figure shows the
@@ -100,10 +103,12 @@ def table(lines: list[dict[str, Any]], config: Config, budgets: list[float]) -> 
     for budget in budgets:
         columns[f"context_{budget:g}"] = Column(f"longest context in {budget:g} GiB")
         columns[f"batch_{budget:g}"] = Column(f"largest micro-batch in {budget:g} GiB")
-    size = f"{config.micro_batch_size} x {config.model.block_size:,} tokens, vocabulary {config.model.vocab_size:,}"
+    tokens = f"{config.micro_batch_size} x {config.model.block_size:,} tokens"
+    size = f"{tokens}, vocabulary {config.model.vocab_size:,}"
     size += f", {config.precision}, {config.optim.name}"
     notes = [
-        f"Micro-batch of {size}. Categories: kept between forward and backward. Fake tensors: nothing was allocated."
+        f"Micro-batch of {size}. Categories: kept between forward and backward. Fake tensors: "
+        "nothing was allocated."
     ]
     if budgets:
         notes.append(

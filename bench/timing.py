@@ -86,4 +86,5 @@ def machine() -> dict[str, str]:
 def made_by(command: str) -> str:
     """The sentence below a table: command, commit, machine and version."""
     where = machine()
-    return f"Made by `{command}` at commit {where['commit']} on {where['machine']}, torch {where['torch']}."
+    place = f"commit {where['commit']} on {where['machine']}, torch {where['torch']}"
+    return f"Made by `{command}` at {place}."

@@ -51,7 +51,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. limits: of y; without them all lines are shown. legend: its own, below it."""
+    """One pair of axes. limits: of y; without them all lines are shown. legend: one of its own."""
 
     xlabel: str
     ylabel: str
@@ -65,8 +65,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """name: of its file; panels: row by row. legend: how many columns the legend of the whole figure
-    has, which lists the lines of the first panel; 0: none.
+    """name: of its file; panels: row by row. legend: how many columns the legend of the whole
+    figure has, which lists the lines of the first panel; 0: none.
     """
 
     name: str

@@ -79,8 +79,8 @@ class RunResult:
 class Group:
     """Runs that differ in their seed alone, in order of seed.
 
-    options: all in which the groups differ, where the label names only some; usual: what labels
-    then leave unsaid.
+    options: every option in which the groups of a report differ; None where the label names them
+    all. usual: the values that most groups share and that no label repeats.
     """
 
     label: str

@@ -115,7 +115,7 @@ class Table:
         write_atomic(path.with_suffix(".md"), self.markdown())
 
     def json(self) -> dict[str, Any]:
-        """Raw values and how they are shown. NaN becomes null, infinity a word, as JSON wants it."""
+        """Raw values and how to show them. NaN becomes null, infinity a word, as JSON wants it."""
         rows = [{key: _plain(row.get(key)) for key in self.columns} for row in self.rows]
         columns = {key: without_defaults(column) for key, column in self.columns.items()}
         return {"title": self.title, "columns": columns, "rows": rows, "notes": self.notes}

@@ -47,8 +47,8 @@ def quality(standings: Sequence[Standing]) -> Figure:
 
 
 def _panel(standings: Sequence[Standing], title: str, cost: Cost, *, joined: bool) -> Panel:
-    """A colour for each method and a number for each contender, which the legend explains. The worst
-    losses are cut off.
+    """A colour for each method and a number for each contender, which the legend explains. The
+    worst losses are cut off.
     """
     ended = [(s, s.loss) for s in standings if s.loss is not None]
     methods = sorted({s.group.method for s, _ in ended if s.group.method != "exact"})

@@ -1,6 +1,6 @@
 """The README's figure: what each method's loss costs above exact, against the bytes it keeps of X.
 
-    python -m experiments.arena.headline          # results/arena/tuned -> docs/loss_against_bytes.svg
+    python -m experiments.arena.headline  # results/arena/tuned -> docs/loss_against_bytes.svg
 
 It draws the ranking of an arena, as eval.py wrote it to report.json. A point is a method at a
 budget, its bar the 95% interval over pairs of seeds. A hollow point has a state between steps that

@@ -5,11 +5,15 @@ A *contender* is a method at a budget (method.budget: the share of each sketched
 it may keep), or a baseline:
 
     exact                  everything kept; what all others are compared with
-    exact, k x m windows   the same batch in k micro-batches of m windows: the same gradient, fewer bytes, more time
-    exact, m windows       a smaller batch at the same bytes: as many steps (fewer tokens), and as many tokens (more steps);
-                           m so that all that is kept for backward is as much as beside a method at the budget (its sketches and
-                           everything else), and m so that it is that share of everything
-    exact, checkpoint      blocks computed again in backward, wholly or all but their products: the same gradient
+    exact, k x m windows   the same batch in k micro-batches of m windows: the same gradient, fewer
+                           bytes, more time
+    exact, m windows       a smaller batch at the same bytes: as many steps (fewer tokens), and as
+                           many tokens (more steps);
+                           m so that all that is kept for backward is as much as with a method at
+                           the budget (its sketches and everything else), and m so that it is that
+                           share of everything
+    exact, checkpoint      blocks computed again in backward, wholly or all but their products: the
+                           same gradient
     exact, lean            attention, LayerNorm and GELU in few bits; the dense layers keep all
     exact, bfloat16        half the bytes of everything
     zeroth_order           two losses instead of backward: nothing kept, the floor
@@ -86,7 +90,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.contender.name}, lr {self.rate:g}, seed {self.seed}{' (tuning)' if self.tuning else ''}"
+        tuning = " (tuning)" if self.tuning else ""
+        return f"{self.contender.name}, lr {self.rate:g}, seed {self.seed}{tuning}"
 
     def state(self) -> str:
         """finished, diverged, started or new. Raises ValueError if the folder holds a run of

@@ -1,10 +1,12 @@
 """One command: the same GPT by every method at the same kept bytes, beside fair baselines, with
 tuned rates and seeds.
 
-    python scripts/arena.py experiment=arena --dry-run                # lists the runs, those out of reach too, and stops
+    # lists the runs, those out of reach too, and stops
+    python scripts/arena.py experiment=arena --dry-run
     python scripts/arena.py experiment=arena --jobs 2
-    python scripts/arena.py experiment=arena --methods basis "basis center=true" --budgets 1/8 --no-baselines
-    python eval.py runs=runs/arena/2000                               # then: ranks, figures, sentences
+    python scripts/arena.py experiment=arena --methods basis "basis center=true" \\
+        --budgets 1/8 --no-baselines
+    python eval.py runs=runs/arena/2000  # then: ranks, figures, sentences
 
 Overrides are those of train.py and go to every run. First each contender runs at each rate on the
 tuning seed, and at rates beyond while the best is at the edge; then the best rate of each on the

@@ -272,7 +272,9 @@ def _quality(group: Group) -> dict[str, float]:
 def label(
     options: Mapping[str, Any], exact: Mapping[str, Any], everyone: Sequence[Mapping[str, Any]]
 ) -> str:
-    """ "basis 1/8", "exact, 4 x 3 windows": the method, its budget, options of it that vary, and what else is not as in exact."""
+    """What a contender is called, such as "basis 1/8" or "exact, 4 x 3 windows": the method, its
+    budget, options of it that vary, and what else is not as in exact.
+    """
     name, budget, block = (
         options["method.name"],
         options.get("method.budget"),

@@ -49,7 +49,7 @@ def own(group: Group) -> Times:
 
 
 def unknown(group: Group) -> Times:
-    """Of runs that shared a machine."""
+    """No times: those of runs that shared a machine say how busy it was."""
     return UNKNOWN
 
 

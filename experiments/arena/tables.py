@@ -134,7 +134,8 @@ def quality(found: Sequence[Standing]) -> Table:
         "above": Column("val loss above exact", digits=4, sign=True),
     }
     notes = [
-        "All sketched layers as one vector, one micro-batch, one draw; means over the looks of a run and over seeds."
+        "All sketched layers as one vector, one micro-batch, one draw; means over the looks "
+        "of a run and over seeds."
     ]
     return Table("arena_quality", "Error of dW and loss", columns, rows, notes)
 
@@ -179,7 +180,8 @@ def conclusions(found: Sequence[Standing], out_of_reach: Table) -> list[str]:
 
         rho, p = stats.spearmanr(*zip(*pairs, strict=True))
         sentences.append(
-            f"Over {len(pairs)} contenders the relative error of dW and the loss above exact have a "
+            f"Over {len(pairs)} contenders the relative error of dW and the loss above exact "
+            "have a "
             f"rank correlation of {rho:+.2f} (p-value {p_text(float(p))})."
         )
     return sentences
@@ -216,7 +218,8 @@ def _at_budget(
         ]
         most = max((size for size, _ in fitting), default=None)
         sentences += [
-            f"At {budget}, {best.label} beside {s.label} ({size / exact.dense:.3g} of exact's dense bytes): {_against(best, s)}."
+            f"At {budget}, {best.label} beside {s.label} ({size / exact.dense:.3g} of exact's "
+            f"dense bytes): {_against(best, s)}."
             for size, s in fitting
             if size == most and s.loss is not None
         ]
@@ -232,7 +235,8 @@ def _nats(above: Estimate) -> str:
             f"{above.mean:+.4f} nats from exact ({pairs}): undecided, one pair having no interval"
         )
     if above.low <= 0.0 <= above.high:
-        return f"within {max(-above.low, above.high):.4f} nats of exact ({shown}): undecided which is better"
+        furthest = max(-above.low, above.high)
+        return f"within {furthest:.4f} nats of exact ({shown}): undecided which is better"
     return (
         f"{abs(above.mean):.4f} nats {'worse' if above.mean > 0 else 'better'} than exact ({shown})"
     )

@@ -1,7 +1,7 @@
 """An MLP on images by exact backpropagation, EMA sketches, BASIS and a tracked subspace: accuracy,
 bytes, rank over time.
 
-    python scripts/mlp_digits.py                     # scikit-learn's digits, two settings, SGD and Adam: minutes
+    python scripts/mlp_digits.py  # scikit-learn's digits, two settings, SGD and Adam: minutes
     python scripts/mlp_digits.py --data mnist --steps 2000 --seeds 3
     python scripts/mlp_digits.py --data cifar10 --hidden 512 512 --settings relu --optimizers adam
 

@@ -1,16 +1,19 @@
 """A physics-informed network by exact backpropagation, EMA sketches, BASIS, a tracked subspace: L2
 error, bytes, rank over time.
 
-    python scripts/pinn.py                          # 1-D Poisson and Burgers, points fixed and drawn anew: a quarter of an hour
+    # 1-D Poisson and Burgers, points fixed and drawn anew: a quarter of an hour
+    python scripts/pinn.py
     python scripts/pinn.py --problems poisson --points fixed --steps 500 --seeds 2
 
 A tanh network u is trained to satisfy a differential equation at points inside of a domain and
 known values on its boundary:
 
     poisson   -u_xx = pi^2 sin(pi x) on [-1, 1],  u(-1) = u(1) = 0                     u = sin(pi x)
-    burgers   u_t + u u_x = nu u_xx on [-1, 1] x [0, 1], nu = 0.05                     u = (1 - tanh((x - t / 2) / (4 nu))) / 2
+    burgers   u_t + u u_x = nu u_xx on [-1, 1] x [0, 1], nu = 0.05,
+              u = (1 - tanh((x - t / 2) / (4 nu))) / 2
 
-    loss = mean of squared residuals + WEIGHT * mean of squared errors on the boundary (and at t = 0)
+    loss = mean of squared residuals
+         + WEIGHT * mean of squared errors on the boundary (and at t = 0)
 
 Both solutions are known in closed form, so the score is the relative L2 error on a grid, |u - u*| /
 |u*|.

@@ -290,7 +290,7 @@ def look(task: Task, step: int, controller: AdaptiveRank | None) -> dict[str, fl
 
 @dataclass
 class Setting:
-    """One circumstance in which all variants are trained over all seeds, and what became of them."""
+    """One circumstance in which all variants are trained over all seeds, and the outcomes."""
 
     name: str
     outcomes: list[Outcome] = field(default_factory=list)

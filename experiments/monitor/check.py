@@ -1,13 +1,15 @@
 """Are the monitor's readings true? A small GPT is trained exactly, and beside each reading stands
 the true value.
 
-    python scripts/monitor_check.py                                     # char_small on Shakespeare's works, 300 steps: minutes
-    python scripts/monitor_check.py data=text data.path=book.txt data.tokenizer=char steps=500 --probes 16 --every 25
+    python scripts/monitor_check.py  # char_small on Shakespeare's works, 300 steps: minutes
+    python scripts/monitor_check.py data=text data.path=book.txt data.tokenizer=char \\
+        steps=500 --probes 16 --every 25
 
-Every so many steps one monitor per number of probes (basis/diagnostics/monitor.py) is put around the training step itself, and all dense
-layers, the head with them, are read three times: activation energy |X|_F^2, gradient norm |dW|_F, stable rank
-|X|_F^2 / |X|_2^2. The true ones come from a further forward and backward on the same batch, with X and dW whole and singular
-values of X. Relative error: (estimate - truth) / truth; the monitor's random matrices are drawn anew in every step.
+Every so many steps one monitor per number of probes (basis/diagnostics/monitor.py) is put around
+the training step itself. All dense layers, the head with them, are read three times: activation
+energy |X|_F^2, gradient norm |dW|_F, stable rank |X|_F^2 / |X|_2^2. The true values come from a
+further forward and backward on the same batch, with X and dW whole and singular values of X.
+Relative error: (estimate - truth) / truth. The monitor draws new random matrices in every step.
 
 With p probes the deviation of energies, and of squared gradient norms, is sqrt(2 / p) where X (dW)
 has a single direction, and less by 1 / sqrt(stable rank) where it has more; for the norm itself it
@@ -358,7 +360,8 @@ def main(argv: list[str] | None = None) -> int:
         config = configuration(options.overrides)
         if config.steps <= options.every:
             raise ValueError(
-                f"steps={config.steps}: must be more than --every {options.every}, for two looks at "
+                f"steps={config.steps}: must be more than --every {options.every}, for two "
+                "looks at "
                 "least"
             )
         rows, held = measure(config, options.probes, options.every)

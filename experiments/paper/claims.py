@@ -104,7 +104,8 @@ def _about_ranks(rows: dict[int | None, Group], value: Callable[[RunResult], flo
     if 32 in above:
         verdict = _verdict(above[32], wanted_negative=True)
         sentences.append(
-            f'"R = 32 acts as an implicit regulariser" is {verdict}: {_nats(above[32])} (paper: {published[32]:+.3f}).'
+            f'"R = 32 acts as an implicit regulariser" is {verdict}: {_nats(above[32])} '
+            f"(paper: {published[32]:+.3f})."
         )
     ladder = [rank for rank in (32, 16, 8, 1) if rank in above]
     if len(ladder) >= 2:
@@ -143,7 +144,10 @@ def _about_r1(rows: dict[int | None, Group]) -> list[str]:
     else:
         verdict = "supported"
     seeds = "1 seed" if len(group.runs) == 1 else f"{len(group.runs)} seeds"
-    sentence = f"{claim} is {verdict}: {worse} of {evaluations} evaluations got worse, by at most {largest:.3f} nats ({seeds})"
+    sentence = (
+        f"{claim} is {verdict}: {worse} of {evaluations} evaluations got worse, by at most "
+        f"{largest:.3f} nats ({seeds})"
+    )
     exact = rows.get(None)
     if exact is not None and not exact.diverged:
         exact_worse, exact_evaluations = stability.worse_count(exact)
@@ -213,7 +217,8 @@ def _compare(
                 f", {ended} of {len(group.runs)} runs ended above their first loss" if ended else ""
             )
             parts.append(
-                f"{label}, {worse} of {evaluations} evaluations got worse, by at most {largest:.3f} "
+                f"{label}, {worse} of {evaluations} evaluations got worse, by at most "
+                f"{largest:.3f} "
                 f"nats{rose}"
             )
     shares = [

@@ -258,7 +258,7 @@ def report(out: Path, *, command: str) -> tuple[Table, list[Path]]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Bytes (first line) and FLOPs of dW in the blocks (second) against B, L and R on log-log axes."""
+    """Bytes (above) and FLOPs of dW in the blocks (below) against B, L and R on log-log axes."""
     with pyplot() as plt:
         figure, grid = plt.subplots(
             2, len(AXES), figsize=(12, 7), layout="constrained", sharex="col"

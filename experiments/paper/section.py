@@ -1,4 +1,4 @@
-"""What the paper adds to every report: its losses next to ours, stability, and its claims judged."""
+"""What the paper adds to a report: its losses next to ours, stability, and its claims judged."""
 
 from __future__ import annotations
 

@@ -2,17 +2,19 @@
 rate-distortion bound, layer by layer.
 
     python scripts/rate_distortion.py runs/char_small --out results/rate_distortion
-    python scripts/rate_distortion.py runs/gpt2 --methods transform quantized --budgets 1/24 1/8 --layers "blocks.3.*"
+    python scripts/rate_distortion.py runs/gpt2 --methods transform quantized \\
+        --budgets 1/24 1/8 --layers "blocks.3.*"
 
 The model of a run is given training text again, and the inputs X (B, N) of its dense layers are
 kept by each method at each budget (share of X's float32 bytes), as in training: methods that learn
 look at `--looks` micro-batches first, then others are measured.
 
     bits a number      8 x all bytes kept / (B N): codes, scales, mean, key
-    distortion         |X - X^|^2 / |X - mean|^2, X^ being what the method would use in X's place; its mean over micro-batches
-    bound              the least that any code reaches at as many bits if rows are Gaussian with the spectrum of this layer's
-                       inputs (all micro-batches together), by reverse water-filling (Cover and Thomas, 10.3.3), in blocks of
-                       rows as long as one likes
+    distortion         |X - X^|^2 / |X - mean|^2, X^ being what the method would use in X's place;
+                       its mean over micro-batches
+    bound              the least that any code reaches at as many bits if rows are Gaussian with the
+                       spectrum of this layer's inputs (all micro-batches together), by reverse
+                       water-filling (Cover and Thomas, 10.3.3), in blocks of any number of rows
     ratio              distortion / bound
 
 Rows of X aren't Gaussian; of all with this spectrum Gaussian ones are the hardest to code, so that
@@ -278,7 +280,8 @@ def main(argv: list[str] | None = None) -> int:
         ]
         if not names:
             raise ValueError(
-                f"--layers {options.layers}: no dense layer of that name; there are blocks.0.mlp.fc "
+                f"--layers {options.layers}: no dense layer of that name; there are "
+                "blocks.0.mlp.fc "
                 "and so on"
             )
         sampler = Sampler(

@@ -1,12 +1,13 @@
 """One causal attention, forward and backward, against its length: PyTorch's own, and SUS by
 reference and by kept entries.
 
-    python scripts/bench_sus.py --out results/sus          # 2 heads of width 64, c 25, n 512 to 16,384; some minutes on one core
+    # 2 heads of width 64, c 25, n 512 to 16,384; some minutes on one core
+    python scripts/bench_sus.py --out results/sus
     python scripts/bench_sus.py --lengths 1024 4096 --heads 12 --width 64 --c 10 --turns 9
 
 | attention | backward |
 |---|---|
-| exact | of F.scaled_dot_product_attention: on a CPU, and on CUDA in half precision, flash attention |
+| exact | of F.scaled_dot_product_attention: flash attention on a CPU, and in half precision |
 | sus dense | every entry looked at: the reference (basis/sus/dense.py) |
 | sus sparse | probabilities once more, then about c entries of a row (basis/sus/sparse.py) |
 
@@ -174,11 +175,15 @@ def sentence(rows: Sequence[dict[str, Any]], kind: str) -> str:
         return f"{KINDS[kind]}: no break-even up to n = {longest:,}, and none in sight."
     if extrapolated:
         return (
-            f"{KINDS[kind]}: no break-even up to n = {longest:,}; at about {found:,.0f} if the last "
+            f"{KINDS[kind]}: no break-even up to n = {longest:,}; at about {found:,.0f} if the"
+            " last "
             "two lengths go on as a straight line (extrapolated, not measured)."
         )
     if found == shortest:
-        return f"{KINDS[kind]}: sus sparse is as fast as exact or faster at every length measured, from n = {shortest:,}."
+        return (
+            f"{KINDS[kind]}: sus sparse is as fast as exact or faster at every length measured, "
+            f"from n = {shortest:,}."
+        )
     return f"{KINDS[kind]}: break-even at n = {found:,.0f}, between two lengths measured."
 
 
@@ -266,7 +271,8 @@ def main(argv: list[str] | None = None) -> int:
         "cpu": " Times are computing time of the process, not of a clock on the wall.",
     }[options.clock]
     notes = [
-        f"Heads: {options.heads}, of width {options.width}; c = {options.c:g}; {options.dtype}.{clock}"
+        f"Heads: {options.heads}, of width {options.width}; c = {options.c:g}; "
+        f"{options.dtype}.{clock}"
     ]
     notes += [sentence(rows, kind)[0].upper() + sentence(rows, kind)[1:] for kind in KINDS]
     if len(lengths) > 1:

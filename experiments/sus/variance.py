@@ -1,9 +1,10 @@
 """What SUS attention adds to the variance of a trained model's gradient, against c and length; and
 whether the formula holds.
 
-    python train.py experiment=sus                                        # a run to look at: characters, context 2,048
+    python train.py experiment=sus  # a run to look at: characters, context 2,048
     python scripts/sus_variance.py runs/sus/experiment-sus --out results/sus
-    python scripts/sus_variance.py runs/sus/experiment-sus --lengths 256 --c 5 25 --modes dense --windows 16
+    python scripts/sus_variance.py runs/sus/experiment-sus --lengths 256 \\
+        --c 5 25 --modes dense --windows 16
 
 With g(x) the exact gradient of the mean loss of a window x of n tokens, g_m(x) SUS's under mask m
 (arXiv 2505.15080), in all parameters or in a part of them,
@@ -293,7 +294,8 @@ def main(argv: list[str] | None = None) -> int:
         trained = load_trained(options.run)
         config = trained.model.config
         notes = [
-            f"{config.n_layer} blocks, {config.n_head} heads, width {config.n_embd}, after {trained.step:,} steps"
+            f"{config.n_layer} blocks, {config.n_head} heads, width {config.n_embd}, after "
+            f"{trained.step:,} steps"
             + (
                 ""
                 if trained.val_loss is None
