@@ -63,6 +63,8 @@ class GPTConfig:
 class CausalAttention(nn.Module):
     """softmax(q k^T / sqrt(d) + causal mask) v: a module of its own, so that other ways to attend can take its place."""
 
+    is_causal = True  # as F.scaled_dot_product_attention calls it
+
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout

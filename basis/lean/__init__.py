@@ -39,7 +39,8 @@ class Lean(Exchange):
     norm: whether nn.LayerNorm over the last dimension is replaced. gelu_bits: 1, 2 or 4 bits that
     nn.GELU keeps of each number; None leaves GELU as it is. attention: the class of modules that
     take q, k, v (b, h, T, d) and return the output, or a tuple of such classes. What an attention
-    module holds is not replaced itself. Raises ValueError that begins with the name of the wrong
+    module holds is not replaced itself; one that says `is_causal = True` and has no dropout stays
+    within one graph of torch.compile. Raises ValueError that begins with the name of the wrong
     option.
     """
 

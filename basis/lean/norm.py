@@ -20,8 +20,8 @@ from torch.fx import Proxy
 
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
-from basis.lean.rounding import Rounded, restore, round_to_int8
 from basis.noise_key import HasNoiseKey
+from basis.ops.rounding import Rounded, restore, round_to_int8
 
 
 class _LeanLayerNorm(torch.autograd.Function):

@@ -27,9 +27,9 @@ _PIECE = 1024  # rows of a tall matrix that one core reduces
 
 def cast_for_autocast(input: Tensor) -> Tensor:
     """`input` in the precision of autocast, if that is on: what is kept of it is then small too."""
-    device = input.device.type
-    if not torch.amp.is_autocast_available(device):  # the meta device
+    if input.is_meta:  # autocast knows nothing of this device
         return input
+    device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         return input.to(torch.get_autocast_dtype(device))
     return input

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import basis
 from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
 from basis.lean.gelu import derivative, steps
-from basis.lean.rounding import restore, round_to_int8
+from basis.ops.rounding import restore, round_to_int8
 from basis.ops.bits import pack, unpack
 from harness.memory import saved_bytes
 from models import GPT, GPTConfig

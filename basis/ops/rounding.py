@@ -17,6 +17,7 @@ that lie in the cache, since rows are taken a few at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,3 +66,15 @@ def restore(rounded: Rounded, dtype: torch.dtype) -> Tensor:
     width = codes.shape[-1]
     blocks = codes.reshape(-1, scales.shape[-1], width // scales.shape[-1]).to(dtype)
     return blocks.mul_(scales.to(dtype)[..., None]).view(codes.shape)
+
+
+def round_all(tensors: Sequence[Tensor], key: Tensor) -> tuple[Tensor, ...]:
+    """Codes and scales of each of `tensors`, in turn; each has noise of its own."""
+    rounded = (round_to_int8(x, key ^ place) for place, x in enumerate(tensors, start=1))
+    return tuple(part for pair in rounded for part in pair)
+
+
+def restore_all(parts: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The tensors that `round_all` gave `parts` of, each in its own dtype again."""
+    pairs = zip(parts[::2], parts[1::2], dtypes, strict=True)
+    return [restore(Rounded(codes, scales), dtype) for codes, scales, dtype in pairs]
