@@ -78,8 +78,9 @@ class _LeanCausalAttention(torch.autograd.Function):
         refuse_nested_transforms()
         ctx.transformed = in_transform()
         out, *others = output
-        ctx.dtypes = [x.dtype for x in (q, k, v, out)]
-        rounded = round_all((q, k, v, out), key)
+        kept = (k, q, v, out)  # in the order in which autograd saves them, to have the same noise
+        ctx.dtypes = [x.dtype for x in kept]
+        rounded = round_all(kept, key)
         tensors = [x for x in others if isinstance(x, Tensor)]
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in others]
         ctx.mark_non_differentiable(*tensors)
@@ -92,7 +93,7 @@ class _LeanCausalAttention(torch.autograd.Function):
         if grad is None:
             return (None,) * 5
         kept = ctx.saved_tensors
-        q, k, v, out = restore_all(kept[:8], ctx.dtypes)
+        k, q, v, out = restore_all(kept[:8], ctx.dtypes)
         tensors = iter(kept[8:])
         others = [next(tensors) if number is None else number for number in ctx.numbers]
         aten = torch.ops.aten
