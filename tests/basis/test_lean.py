@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import basis
 from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
 from basis.lean.gelu import derivative, steps
-from basis.ops.rounding import restore, round_to_int8
 from basis.ops.bits import pack, unpack
+from basis.ops.rounding import restore, round_to_int8
 from harness.memory import saved_bytes
 from models import GPT, GPTConfig
 from models.gpt import CausalAttention
