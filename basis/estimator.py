@@ -46,6 +46,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -80,6 +81,8 @@ class Estimator(abc.ABC):
     calls `super().__post_init__()` first.
     """
 
+    _texts: ClassVar[Mapping[str, str]] = {}
+
     uses_noise: ClassVar[bool] = True
     """False if `key` is never looked at; layers then draw none."""
 
@@ -102,6 +105,17 @@ class Estimator(abc.ABC):
         declared with.
         """
         check_types(self)
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, Real)}
+        texts = {name: repr(float(value)) for name, value in numbers.items()}
+        object.__setattr__(self, "_texts", texts)  # frozen dataclasses too
+
+    def constant(self, option: str) -> float:
+        """An option that is declared a float, for arithmetic with tensors.
+
+        As text it is a constant to a compiler. With torch.compile(dynamic=True) PyTorch (2.11 to
+        2.13) fails on a float attribute where an autograd Function works with it.
+        """
+        return float(self._texts[option])
 
     @abc.abstractmethod
     def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:

@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as _C
+
+from basis.ops.matrix import without_autocast
 
 REFUSAL = (
     "second derivatives (create_graph=True, nested transforms of torch.func) are not supported by "
@@ -94,7 +97,7 @@ def link(x: Tensor) -> Tensor | None:
 
 def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Decorator of a Function's `backward(ctx, *grads)`: raises RuntimeError where a graph of it is
-    asked for, and runs it without grad mode.
+    asked for, and runs it without grad mode and without autocast.
 
     The Function's `setup_context` says in `ctx.transformed` whether `in_transform()`. As
     `torch.autograd.function.once_differentiable`, which sees a second derivative only if the
@@ -106,7 +109,8 @@ def first_order(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
         if not ctx.transformed:
             refuse_graph_of_backward()
         wants_graph = ctx.transformed and torch.is_grad_enabled()
-        with torch.no_grad():
+        given = next((grad for grad in grads if grad is not None), None)
+        with torch.no_grad(), nullcontext() if given is None else without_autocast(given):
             results = backward(ctx, *grads)
         if not wants_graph:
             return results

@@ -27,7 +27,7 @@ from basis.estimators.balanced_sketch import BalancedSketch
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.noise_key import HasNoiseKey
-from basis.ops.matrix import cast_for_autocast, has_values
+from basis.ops.matrix import cast_for_autocast, has_values, without_autocast
 from basis.ops.noise import draw_key, encode_hashing
 from basis.state import Learning, learned_from_scratch, pack_state, unpack_state
 
@@ -59,7 +59,8 @@ class _SketchedLinearFunction(torch.autograd.Function):
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
             rows = input.reshape(-1, input.shape[-1])
-            kept = estimator.compress(rows, key, unpack_state(*state))
+            with without_autocast(rows):
+                kept = estimator.compress(rows, key, unpack_state(*state))
         ctx.inputs = len(inputs)
         ctx.estimator = estimator
         ctx.transformed = in_transform()

@@ -49,8 +49,10 @@ from basis.ops.matrix import (
     cast_for_autocast,
     frobenius_norm,
     has_values,
+    in_eager_mode,
     reduce_columns,
     tall_product,
+    without_autocast,
 )
 from basis.state import pack_state, unpack_state
 
@@ -86,24 +88,43 @@ def _blocks(rows: int, classes: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _loss_and_gradient(x: Tensor, w: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of a block of rows divided by `rows`, and dY^T (V, block) in the precision
-    of `x`.
-    """
-    y = w @ x.t()  # (V, N) (N, block) -> (V, block): vocabulary-major
-    y = y.to(
-        torch.promote_types(y.dtype, torch.float32)
-    )  # softmax of low-precision logits is taken in float32
-    # y, the one large tensor, is overwritten: logits, then their exponentials, then dY^T.
-    index = targets[None]
-    at_target = y.gather(0, index)[0]
-    largest = reduce_columns(torch.amax, y)
-    sums = reduce_columns(torch.sum, y.sub_(largest).exp_())
-    # cross-entropy of a row: log sum exp(y) - y[target], with the largest logit taken out of exp
-    loss = (sums.log() + largest - at_target).sum() / rows
-    # softmax / rows in all places, and -1 / rows at the target
-    y.mul_(1.0 / (sums * rows)).scatter_add_(0, index, y.new_full(index.shape, -1.0 / rows))
-    return loss, y.to(x.dtype)
+class _Targets:
+    """The classes of all rows (B,), and what each row counts for in the mean."""
+
+    def __init__(self, targets: Tensor, ignore_index: int | None, dtype: torch.dtype) -> None:
+        self.classes, self.rows = targets, len(targets)
+        self.counted: Tensor | None = None
+        if ignore_index is not None:
+            self.counted = targets != ignore_index
+            self.classes = targets.where(self.counted, 0)
+            self.number = self.counted.sum()
+            self.shares = self.counted.to(dtype) / self.number.clamp(min=1)  # 1 / number or 0
+
+    def loss_and_gradient(self, x: Tensor, w: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+        """What the block's rows, which are `x`, contribute to the mean of the losses, and dY^T
+        (V, block) in the precision of `x`.
+        """
+        y = w @ x.t()  # (V, N) (N, block) -> (V, block): vocabulary-major
+        # The softmax of low-precision logits is taken in float32.
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        # y, the one large tensor, is overwritten: logits, then their exponentials, then dY^T.
+        index = self.classes[None, block]
+        at_target = y.gather(0, index)[0]
+        largest = reduce_columns(torch.amax, y)
+        sums = reduce_columns(torch.sum, y.sub_(largest).exp_())
+        # cross-entropy of a row: log sum exp(y) - y[target], with the largest logit taken out of exp
+        losses = sums.log() + largest - at_target
+        if self.counted is None:
+            loss = losses.sum() / self.rows
+            # softmax / rows in all places, and -1 / rows at the target
+            y.mul_(1.0 / (sums * self.rows))
+            y.scatter_add_(0, index, y.new_full(index.shape, -1.0 / self.rows))
+        else:
+            # Not times 0: the loss of a row that is ignored may be infinite.
+            loss = losses.where(self.counted[block], 0.0).sum() / self.number
+            shares = self.shares[block]
+            y.mul_(shares / sums).scatter_add_(0, index, -shares[None])
+        return loss, y.to(x.dtype)
 
 
 class _WeightGradient:
@@ -113,7 +134,8 @@ class _WeightGradient:
         self, estimator: Estimator, x: Tensor, key: Tensor, weight: Tensor, state: State
     ) -> None:
         self.estimator, self.weight = estimator, weight
-        self.kept = estimator.compress(x, key, state)
+        with without_autocast(x):
+            self.kept = estimator.compress(x, key, state)
         self.factors = estimator.factors(self.kept, x.shape[0])
         self.projected: Tensor | None = None  # (L^T dY)^T, (V, k)
         self.squares: list[Tensor] = []  # |dY|^2 by block
@@ -197,6 +219,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         targets: Tensor,
+        ignore_index: int | None,
         key: Tensor,
         estimator: Estimator,
         needs_weight_grad: bool,
@@ -210,13 +233,14 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
             if needs_weight_grad
             else None
         )
+        counted = _Targets(targets, ignore_index, torch.promote_types(x.dtype, torch.float32))
         losses, grad_x = [], torch.empty_like(x)
         blocks = _blocks(rows, weight.shape[0])
         collected = gradient is not None and gradient.factors is None
         if _skipping_blocks and not collected and len(blocks) > 3:
             blocks = [*blocks[:2], blocks[-1]]
         for block in blocks:
-            loss, grad_y = _loss_and_gradient(x[block], w, targets[block], rows)
+            loss, grad_y = counted.loss_and_gradient(x[block], w, block)
             losses.append(loss)
             grad_x[block] = tall_product(grad_y, w)
             if gradient is not None:
@@ -269,22 +293,41 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    layer: nn.Linear, input: Tensor, targets: Tensor, *, weight: Tensor | None = None
+    layer: nn.Linear,
+    input: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """`F.cross_entropy(layer(input), targets)` in nats, a scalar, with dW by the layer's estimator.
 
     layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0,
-    V). Without gradients to form, where the layer has a bias or hooks that must see its output (all
+    V), or `ignore_index`: such rows do not count in the mean, and their gradient is zero. Where no
+    row counts the loss is NaN and the gradients are zero. `ignore_index=None` says that all rows
+    count, and saves a GPU a few launches. Without gradients to form, where the layer has a bias or hooks that must see its output (all
     but `HeadHook`s), in float16 (whose small gradients live by a scaled loss, and the scale is not
     known in forward), and for an input without rows or on the meta device, PyTorch's own functions
     do it, from whole logits. weight: what `tied_embedding` returned, through which dW then flows.
-    Raises ValueError if the shapes do not fit.
+    Raises ValueError if the shapes do not fit, and for other targets; on a GPU, where a look would
+    wait for it, PyTorch's own assertion of the device meets these.
     """
     if input.shape[:-1] != targets.shape:
         raise ValueError(
             f"linear_cross_entropy: targets {tuple(targets.shape)} do not fit the rows of input "
             f"{tuple(input.shape)}"
         )
+    classes = layer.weight.shape[0]
+    if targets.device.type == "cpu" and in_eager_mode(targets):
+        wrong = (targets < 0) | (targets >= classes)
+        if ignore_index is not None:
+            wrong &= targets != ignore_index
+        if wrong.any():
+            but = "" if ignore_index is None else f" or be ignore_index={ignore_index}"
+            raise ValueError(
+                f"linear_cross_entropy: targets must lie in [0, {classes}){but}, "
+                f"got {int(targets[wrong][0])}"
+            )
     hooks = [hook for hook in layer._forward_hooks.values() if isinstance(hook, HeadHook)]
     others = len(layer._forward_hooks) > len(hooks)
     hooked = (
@@ -296,7 +339,9 @@ def linear_cross_entropy(
     if not fusible or not needs_grad or x.dtype == torch.float16 or not has_values(x):
         logits = layer(input).flatten(0, -2)
         return F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            targets.flatten(),
+            ignore_index=-100 if ignore_index is None else ignore_index,
         )
     wanted = wants_weight_grad(layer.weight)
     state: State = {}
@@ -311,6 +356,7 @@ def linear_cross_entropy(
         x,
         layer.weight if weight is None else weight,
         targets.flatten(),
+        ignore_index,
         key,
         estimator,
         wanted,

@@ -184,7 +184,7 @@ class GPT(nn.Module):
         if targets is None:
             logits: Tensor = self.head(x)  # (b, T, V)
             return logits
-        return linear_cross_entropy(self.head, x, targets, weight=weight)
+        return linear_cross_entropy(self.head, x, targets, weight=weight, ignore_index=None)
 
     @torch.no_grad()
     def generate(

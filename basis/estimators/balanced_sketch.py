@@ -117,9 +117,10 @@ class BalancedSketch(Estimator):
 
     def _scale(self, norm: Tensor, sketched_norm: Tensor) -> Tensor:
         """What a sketch is multiplied by, from |X| and |X~|."""
+        share = 1.0 - self.constant("shrinkage")
         if self.invariant_scalars:
-            return (1.0 - self.shrinkage) * norm / (sketched_norm + self.eps)
-        return torch.full_like(norm, 1.0 - self.shrinkage)
+            return share * norm / (sketched_norm + self.constant("eps"))
+        return torch.full_like(norm, share)
 
     def _is_permutation(self, rows: int, key: Tensor) -> bool:
         """Whether every row has a bin for itself: S is a signed permutation then, which S^T S takes
@@ -140,4 +141,5 @@ class BalancedSketch(Estimator):
             sketch = signed_bin_sums(x, bins, signs, rank)
         if self.invariant_scalars:
             return (sketch * self._scale(frobenius_norm(x), frobenius_norm(sketch))).to(x.dtype)
-        return sketch if self.shrinkage == 0.0 else sketch * (1.0 - self.shrinkage)
+        shrinkage = self.constant("shrinkage")
+        return sketch if shrinkage == 0.0 else sketch * (1.0 - shrinkage)

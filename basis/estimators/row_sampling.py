@@ -52,7 +52,8 @@ from basis.estimator import Estimator, Factors, State
 from basis.ops.matrix import row_norms
 from basis.ops.noise import random_bits, uniform
 
-SHARE = 0.01
+PARTS = 100
+"""1 / SHARE."""
 
 
 def probabilities(x: Tensor) -> Tensor:
@@ -60,9 +61,10 @@ def probabilities(x: Tensor) -> Tensor:
     numbers only.
     """
     norms = row_norms(x).to(torch.float64)
-    p = (1.0 - SHARE) * norms / norms.sum().clamp_min(
+    share = 1.0 / PARTS
+    p = (1.0 - share) * norms / norms.sum().clamp_min(
         torch.finfo(torch.float64).tiny
-    ) + SHARE / len(norms)
+    ) + share / len(norms)
     return p / p.sum()
 
 

@@ -41,15 +41,13 @@ from torch import Tensor
 
 from basis.ops.bits import to_bytes
 from basis.ops.matrix import in_eager_mode, row_blocks
-from basis.ops.noise import random_bits
+from basis.ops.noise import pi, random_bits
 
 BLOCK = 64
 MOST_BLOCKS = 64
 MOST_BITS = 8
-TINY = torch.finfo(torch.float32).tiny
-# By bits, 0 first: the best equal step for a normal variable of deviation 1, and the mean-square
-# error with it.
-STEPS = (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+# By bits, 0 first: the mean-square error of the best equal step for a normal variable of deviation
+# 1. The steps are in `best_steps`.
 DISTORTIONS = (
     1.0,
     0.36338,
@@ -61,6 +59,16 @@ DISTORTIONS = (
     0.00030433,
     0.000087686,
 )
+
+
+def tiny() -> float:
+    """The least positive normal float32."""
+    return torch.finfo(torch.float32).tiny
+
+
+def best_steps() -> tuple[float, ...]:
+    """By bits, 0 first: the best equal step for a normal variable of deviation 1."""
+    return (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 
 
 def chunks(count: int) -> tuple[int, int]:
@@ -85,7 +93,7 @@ def _hadamard(like: Tensor) -> Tensor:
 def _cosine(size: int, like: Tensor) -> Tensor:
     """The orthogonal cosine transform (DCT-II), (size, size)."""
     index = torch.arange(size, dtype=like.dtype, device=like.device)
-    matrix = torch.cos(math.pi / size * index[:, None] * (index + 0.5)) * math.sqrt(2.0 / size)
+    matrix = torch.cos(pi() / size * index[:, None] * (index + 0.5)) * math.sqrt(2.0 / size)
     matrix[0] *= math.sqrt(0.5)
     return matrix
 
@@ -177,7 +185,7 @@ def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
         1.0, 0.999, MOST_BITS, device=variances.device
     )
     gains = (
-        variances.clamp_min(1e-12 * variances.max()).clamp_min(TINY * 1e12)[:, None] * by_bit
+        variances.clamp_min(1e-12 * variances.max()).clamp_min(tiny() * 1e12)[:, None] * by_bit
     )  # (K, 8)
     # gain (i, j) is that of bit j of row i, so the places of the largest ones are the planes.
     assert planes <= gains.numel()
@@ -200,7 +208,7 @@ def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
     rows, number, length = z.shape
     owner, place = planes // MOST_BITS, (planes % MOST_BITS).to(torch.uint8)[:, None, None]
     bits = bits_by_row(planes, rows)
-    steps = torch.tensor(STEPS, device=z.device)[bits][:, None]
+    steps = torch.tensor(best_steps(), device=z.device)[bits][:, None]
     levels = torch.pow(2.0, bits)[:, None]
     packed: list[Tensor] = []
     scales: list[Tensor] = []
@@ -233,7 +241,7 @@ def _quantise(z: Tensor, best: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(z, dim=2)
     step = norm * best / math.sqrt(z.shape[2])
     code = (
-        (z * (1.0 / step.clamp_min(TINY))[..., None])
+        (z * (1.0 / step.clamp_min(tiny()))[..., None])
         .add_((0.5 * levels)[..., None])
         .floor_()
         .clamp_(min=0.0)
@@ -241,7 +249,7 @@ def _quantise(z: Tensor, best: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     code = torch.minimum(code, (levels - 1.0)[..., None], out=code)
     codes = to_bytes(code)
     along = code.sub_((0.5 * (levels - 1.0))[..., None]).mul_(z).sum(2)
-    scale = norm.square() / along.clamp_min(TINY)
+    scale = norm.square() / along.clamp_min(tiny())
     return codes, torch.where((levels > 1.0) & (norm > 0.0), scale, 0.0)
 
 

@@ -15,6 +15,7 @@ pieces.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,16 @@ def cast_for_autocast(input: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         return input.to(torch.get_autocast_dtype(device))
     return input
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Within, autocast is off for the device of `x`: what a method computes has the precisions that
+    it chose. (For the CPU, float16 autocast refuses to join bfloat16 tensors.)
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def has_values(x: Tensor) -> bool:

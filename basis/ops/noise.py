@@ -51,6 +51,13 @@ _MASK = 0xFFFFFFFF
 _BITS = 31  # of a random integer, those left after one is taken for the sign
 
 
+def pi() -> float:
+    """math.pi. With torch.compile(dynamic=True) PyTorch (2.11 to 2.13) fails on floats from outside
+    of a function, of modules and of objects, where an autograd Function works with them.
+    """
+    return math.radians(180.0)
+
+
 def fold(*parts: int | str) -> int:
     """One integer in [0, 2^62) from any sequence of integers and names; equal parts give equal keys
     on every machine.
@@ -143,7 +150,7 @@ def box_muller(first: Tensor, second: Tensor) -> Tensor:
     and `second` (..., n) in [0, 1); both are overwritten. (Box and Muller, 1958.)
     """
     radius = first.log_().mul_(-2.0).sqrt_()
-    angle = second.mul_(2.0 * math.pi)
+    angle = second.mul_(2.0 * pi())
     return torch.cat((radius * angle.cos(), radius * angle.sin()), -1)
 
 

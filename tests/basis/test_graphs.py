@@ -95,3 +95,39 @@ def test_a_symbolic_graph_calls_the_layers_as_modules(method: object, training: 
 
 def test_an_export_of_a_model_in_training_has_the_sketch() -> None:
     assert len(operations(block(basis.BalancedSketch(4)))) > 2 * len(operations(block()))
+
+
+DYNAMIC = [
+    basis.BalancedSketch(8),
+    basis.BalancedSketch(8, invariant_scalars=False, shrinkage=0.1, center=True),
+    basis.CountSketch(8),
+    basis.Gaussian(8),
+    basis.Gaussian(8, distribution="rademacher"),
+    basis.RowSampling(8),
+    basis.Quantized(4),
+    basis.LowRank(4),
+    basis.Subspace(4),
+    basis.Transform(2.0),
+    basis.EMASketch(2, rows=64),
+    basis.Exact(),
+    basis.Lean(),
+]
+
+
+@pytest.mark.parametrize("method", DYNAMIC, ids=str)
+def test_a_graph_for_any_batch_has_the_gradients_of_eager_mode(method: object) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4))
+    basis.convert(model, method)
+    other = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, backend="aot_eager", dynamic=True)
+    for step, rows in enumerate((64, 40)):
+        x = torch.randn(rows, 16)
+        gradients = []
+        for one in (model, compiled):
+            one.zero_grad()
+            basis.set_noise_key(one, seed=0, step=step)
+            one(x).square().mean().backward()
+            gradients.append([p.grad.clone() for p in one.parameters()])
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

@@ -1,5 +1,7 @@
 """The layer: exact forward and dX, what is kept, autocast, compile, the edges, and clear refusals."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import basis
 from basis import BalancedSketch, Exact
 from basis.estimator import Estimator
+from basis.estimators import ESTIMATORS
 from basis.linear import SketchedLinear, basis_linear
 from basis.ops.noise import draw_hashing, encode_hashing, fold
 
@@ -155,6 +158,30 @@ def test_autocast_gradients_agree_with_float32_to_low_precision() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_method_trains_under_autocast(name: str, dtype: torch.dtype) -> None:
+    """With a scaled loss, as float16 needs; backward under autocast too, which PyTorch allows."""
+    options = {"rank": RANK, "rows": ROWS if name == "ema_sketch" else 2 * RANK, "bits": 6.0}
+    fields = ESTIMATORS[name].__dataclass_fields__
+    estimator = ESTIMATORS[name](**{k: v for k, v in options.items() if k in fields})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, 32), nn.GELU(), nn.Linear(32, OUT))
+    basis.convert(model, estimator)
+    gradients = []
+    for scale, low in ((1.0, False), (2.0**10, True)):
+        reference = copy.deepcopy(model)
+        basis.set_noise_key(reference, seed=0, step=0)
+        with torch.autocast("cpu", dtype, enabled=low):
+            loss = reference(batch().detach()).float().square().mean()
+            (scale * loss).backward()
+        gradients.append(reference[0].weight.grad / scale)
+        assert all(p.grad.isfinite().all() for p in reference.parameters())
+    full, low_precision = gradients
+    if name not in ("low_rank", "ema_sketch", "row_sampling"):  # their choices depend on rounding
+        assert (full - low_precision).norm() < 0.1 * full.norm()
+
+
 def test_compile_fullgraph_gives_the_same_gradients_and_keeps_as_little() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(IN, 64), nn.Tanh(), nn.Linear(64, OUT))

@@ -232,9 +232,42 @@ def test_without_rows_or_values_it_is_pytorchs(device: str) -> None:
     assert device == "meta" or (loss.isnan() and torch.equal(grad, torch.zeros_like(grad)))
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("ignored", [1, 7, ROWS])
+@pytest.mark.parametrize("estimator", [None, Exact(), BalancedSketch(ROWS)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_ignored_targets_are_those_of_cross_entropy(
+    ignore_index: int, ignored: int, estimator: Estimator | None, training: bool
+) -> None:
+    layer, (x, targets) = head(estimator), batch()
+    targets[targets == 3] = 4
+    targets.view(-1)[torch.arange(ROWS)[-ignored:]] = ignore_index
+    plain = head()
+    logits = plain(x).flatten(0, -2)
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index)
+    with torch.set_grad_enabled(training):
+        loss = linear_cross_entropy(layer, x, targets, ignore_index=ignore_index)
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-12, atol=0, equal_nan=True)
+    if training:
+        got = torch.autograd.grad(loss, (x, layer.weight))
+        wanted = torch.autograd.grad(expected, (x, plain.weight))
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-12)
+
+
 def test_refusals() -> None:
     layer, (x, targets) = head(), batch()
     with pytest.raises(ValueError, match="do not fit"):
         linear_cross_entropy(layer, x, targets[:2])
-    with pytest.raises(RuntimeError, match=r"out of (bounds|range)"):
-        linear_cross_entropy(layer, x, targets + CLASSES)
+    for with_grad in (True, False):
+        for wrong in (CLASSES, -1):
+            targets[1, 2] = wrong
+            with (
+                torch.set_grad_enabled(with_grad),
+                pytest.raises(
+                    ValueError, match=rf"\[0, {CLASSES}\).*ignore_index=-100, got {wrong}"
+                ),
+            ):
+                linear_cross_entropy(layer, x, targets)
+    targets[1, 2] = -100
+    with pytest.raises(ValueError, match=rf"\[0, {CLASSES}\), got -100"):
+        linear_cross_entropy(layer, x, targets, ignore_index=None)

@@ -6,7 +6,7 @@ import torch
 from estimator_checks import ROWS, assert_unbiased, assert_variance, data, draws, estimate, key
 
 from basis import RowSampling
-from basis.estimators.row_sampling import SHARE, probabilities
+from basis.estimators.row_sampling import PARTS, probabilities
 
 COUNT = 4000
 
@@ -25,7 +25,7 @@ def test_unbiased_and_variance_as_derived(scheme: str, kept: int) -> None:
     x, dy = heavy()
     estimates = draws(RowSampling(kept, scheme), x, dy, COUNT)
     assert_unbiased(estimates, dy.t() @ x)
-    p = reference.row_probabilities(x, SHARE)
+    p = reference.row_probabilities(x, 1 / PARTS)
     assert_variance(
         estimates, dy.t() @ x, reference.sampling_variance(x, dy, kept, scheme, p), 0.07
     )
@@ -33,7 +33,7 @@ def test_unbiased_and_variance_as_derived(scheme: str, kept: int) -> None:
 
 def test_schemes_differ_as_they_should_on_rows_of_unequal_norm() -> None:
     x, dy = heavy()
-    p = reference.row_probabilities(x, SHARE)
+    p = reference.row_probabilities(x, 1 / PARTS)
     uniform, crs, wta = (
         reference.sampling_variance(x, dy, 7, scheme, p) for scheme in ("uniform", "crs", "wta_crs")
     )
@@ -49,7 +49,7 @@ def test_systematic_draws_are_unbiased(scheme: str) -> None:
 
 def test_probabilities_are_the_references_and_never_zero() -> None:
     x, _ = heavy()
-    torch.testing.assert_close(probabilities(x), reference.row_probabilities(x, SHARE))
+    torch.testing.assert_close(probabilities(x), reference.row_probabilities(x, 1 / PARTS))
     torch.testing.assert_close(probabilities(0 * x), torch.full((ROWS,), 1 / ROWS).double())
     assert probabilities(x.bfloat16()).sum() == pytest.approx(1)
 
