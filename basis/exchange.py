@@ -34,12 +34,12 @@ class StandIn(nn.Module):
         """
         return frozenset()
 
+    @abc.abstractmethod
     def original(self) -> nn.Module:
         """The module that this one stands for, with the same parameters.
 
         Raises ValueError if something was put on this one that would be lost.
         """
-        raise NotImplementedError
 
     def for_inference(self) -> bool:
         """Whether a graph is being made of this module in eval(): it will have no backward."""

@@ -1,20 +1,27 @@
-"""GPT: one decoder-only transformer that is the paper's model and the GPT-2 family, by configuration.
+"""GPT: one decoder-only transformer, by configuration the paper's model or one of the GPT-2 family.
 
     x = wte[tokens] + wpe[positions]
-    x = x + proj(attention(qkv(ln_1(x))));  x = x + mlp.proj(gelu(mlp.fc(ln_2(x))))        n_layer times, pre-LayerNorm
+    n_layer times, pre-LayerNorm:
+        x = x + proj(attention(qkv(ln_1(x))))
+        x = x + mlp.proj(gelu(mlp.fc(ln_2(x))))
     logits = head(ln_f(x));  loss = mean cross-entropy, in float32
 
 | | paper (arXiv 2604.16324 and its code) | GPT-2 (as in nanoGPT) |
 |---|---|---|
 | head | a weight of its own, no bias | tied to wte, no bias |
-| init="paper" / "gpt2" | dense: truncated normal, variance 1/fan_in; embeddings: normal, variance 1/n_embd | normal 0.02, and 0.02/sqrt(2 n_layer) for the two projections into the residual stream |
+| `init` | "paper" | "gpt2" |
+| dense weights | truncated normal, variance 1 / fan_in | normal 0.02 |
+| projections into the residual stream | the same | normal 0.02 / sqrt(2 n_layer) |
+| embeddings | normal, variance 1 / n_embd | normal 0.02 |
 | LayerNorm eps | 1e-6 | 1e-5 |
 
-Both have biases in attention, MLP and LayerNorm, learned positions and tanh-approximated GELU. Query, key and value are one
-fused dense layer `qkv`: the same distribution at initialisation, one product instead of three.
+Both have biases in attention, MLP and LayerNorm, learned positions and tanh-approximated GELU.
+Query, key and value are one fused dense layer `qkv`: the same distribution at initialisation, one
+product instead of three.
 
-What autograd keeps of a block at float32, in units of one B x T x C tensor (B x T tokens): inputs of qkv, proj, fc, mlp.proj
-1 + 1 + 1 + 4, attention q, k, v, output 3 + (shared with proj), GELU input 4, LayerNorm inputs 2 and statistics.
+What autograd keeps of a block at float32, in units of one B x T x C tensor (B x T tokens): inputs
+of qkv, proj, fc and mlp.proj 1 + 1 + 1 + 4; attention's q, k, v 3 and its output, which is proj's
+input; GELU's input 4; the LayerNorms' inputs 2, and statistics.
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ from basis.embedding import tied_embedding
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and variants. Raises ValueError naming the option (`model.n_head=3: ...`) if they can't be."""
+    """Sizes and variants. Raises ValueError that names the option (`model.n_head=3: ...`)."""
 
     vocab_size: int | None = None  # None: to be filled in from the data before the model is built
     block_size: int = 64  # T, tokens of context
@@ -61,7 +68,9 @@ class GPTConfig:
 
 
 class CausalAttention(nn.Module):
-    """softmax(q k^T / sqrt(d) + causal mask) v: a module of its own, so that other ways to attend can take its place."""
+    """softmax(q k^T / sqrt(d) + causal mask) v: a module, so that other ways to attend can take its
+    place.
+    """
 
     is_causal = True  # as F.scaled_dot_product_attention calls it
 
@@ -145,7 +154,7 @@ class GPT(nn.Module):
                 if module.weight is self.wte.weight:
                     pass  # tied: drawn as an embedding
                 elif paper:
-                    # A normal cut at two deviations has 0.8796 of its deviation left; divide to get variance 1/fan_in.
+                    # A normal cut at two deviations has 0.8796 of its deviation left.
                     std = 1.0 / math.sqrt(module.in_features) / 0.87962566103423978
                     nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 else:
@@ -162,7 +171,8 @@ class GPT(nn.Module):
                 )
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """tokens (b, T) int64 -> logits (b, T, V); with targets (b, T) -> their mean cross-entropy in nats, a scalar.
+        """tokens (b, T) int64 -> logits (b, T, V); with targets (b, T) -> their mean cross-entropy
+        in nats, a scalar.
 
         Raises ValueError if T is larger than block_size.
         """
@@ -197,10 +207,12 @@ class GPT(nn.Module):
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Continue `tokens` (b, T) by `new_tokens` samples; yields each new column (b, 1). temperature 0 is greedy.
+        """Continue `tokens` (b, T) by `new_tokens` samples; yields each new column (b, 1).
+        temperature 0 is greedy.
 
-        Only ids below `vocab_size` are drawn, for a tokenizer that is smaller than the model's padded vocabulary. The model is
-        run in the mode it is in: call eval() first. The last block_size tokens are the context.
+        Only ids below `vocab_size` are drawn, for a tokenizer that is smaller than the model's
+        padded vocabulary. The model is run in the mode it is in: call eval() first. The last
+        block_size tokens are the context.
         """
         for _ in range(new_tokens):
             logits = self(tokens[:, -self.config.block_size :])[

@@ -1,8 +1,8 @@
 """Make a wandb workspace and a report that show a sweep of this project: losses, stability, quality
 of dW, bytes.
 
-    python scripts/dashboard.py --entity me --project basis            # save both, print their addresses
-    python scripts/dashboard.py --entity me --project basis --dry-run  # build and print them, no network, no account
+    python scripts/dashboard.py --entity me --project basis  # save both, print their addresses
+    python scripts/dashboard.py --entity me --project basis --dry-run  # print them only
 
 Runs are told apart by the options of `GROUP_BY`; what else differs is the seed, which is averaged,
 the shade being the standard error. Needs `pip install wandb-workspaces` (the extra "dashboard").

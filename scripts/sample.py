@@ -1,6 +1,6 @@
 """Text from a trained model.
 
-    python scripts/sample.py runs/default --prompt "ROMEO:" --tokens 200 --temperature 0.8 --top-k 50 --seed 1
+    python scripts/sample.py runs/default --prompt "ROMEO:" --tokens 200 --top-k 50 --seed 1
 
 Takes a run folder; uses the checkpoint of lowest validation loss, or the newest with --latest. The
 tokenizer is the one the run's data was prepared with.

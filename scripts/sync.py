@@ -1,6 +1,6 @@
 """Rebuild the wandb mirror of finished runs from their run directories.
 
-    python scripts/sync.py runs/rank_sweep/*                  # offline: for `wandb leet`, or `wandb sync` later
+    python scripts/sync.py runs/rank_sweep/*   # offline: for `wandb leet`, or `wandb sync` later
     python scripts/sync.py runs/rank_sweep/* --mode online    # upload them
 
 `metrics.jsonl` is the truth about a run and wandb its mirror, so a mirror can always be made again:

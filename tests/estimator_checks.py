@@ -53,13 +53,12 @@ def bias_in_deviations(estimates: Tensor, exact: Tensor) -> tuple[float, float]:
 def assert_unbiased(estimates: Tensor, exact: Tensor) -> None:
     largest, typical = bias_in_deviations(estimates, exact)
     assert largest < 4.5
-    assert (
-        typical < 2.2
-    )  # entries of one draw hang together, so this is far from the root of a chi-square of all of them
+    # Entries of one draw hang together, so this is far from the root of a chi-square of all.
+    assert typical < 2.2
 
 
 def assert_variance(estimates: Tensor, exact: Tensor, expected: float, sharp: float = 0.04) -> None:
-    """E |dW^ - dW|^2 as derived, within 4.5 standard errors, and those below a share `sharp` of it."""
+    """E |dW^ - dW|^2 as derived, within 4.5 standard errors that are below a share `sharp`."""
     errors = (estimates - exact).square().sum((1, 2))
     standard_error = errors.std().item() / math.sqrt(len(errors))
     assert abs(errors.mean().item() - expected) < 4.5 * standard_error

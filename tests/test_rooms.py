@@ -1,6 +1,7 @@
 """Which room may import which: the map of the house, read from the imports of every file.
 
-    train.py eval.py scripts/ > experiments/ > bench/ > report/ > harness/ > models/ data/ > basis/ conf/
+    train.py eval.py scripts/ > experiments/ > bench/ > report/ > harness/ > models/ data/
+                              > basis/ conf/
 
 A room imports from rooms to its right only. bench/ stands between experiments/ and report/: its
 programs print tables of report/, and experiments take its clock and its plan of a step's bytes.

@@ -204,7 +204,7 @@ def test_configuration_and_class_agree(name: str) -> None:
     ],
 )
 def test_wrong_options_are_named(make, start: str) -> None:
-    """Those of ranges; wrong types: test_checks.py; the knob: test_configuration_and_class_agree."""
+    """Of ranges; wrong types: test_checks.py; the knob: test_configuration_and_class_agree."""
     with pytest.raises(ValueError, match=f"^{start}: must be"):
         make()
 

@@ -1,4 +1,4 @@
-"""The code for nearly normal numbers: its error against the theory, its bias, its bits, its bytes."""
+"""The code for nearly normal numbers: error against the theory, bias, bits, bytes."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Graphs of converted models: torch.export, torch.jit.trace and torch.fx take them as plain ones."""
+"""Graphs of converted models: torch.export, torch.jit.trace and torch.fx take them as plain."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""The layer: exact forward and dX, what is kept, autocast, compile, the edges, and clear refusals."""
+"""The layer: exact forward and dX, what is kept, autocast, compile, edges and refusals."""
 
 import copy
 

@@ -19,7 +19,7 @@ from models import GPT, GPTConfig
 
 @dataclass(frozen=True)
 class RunningMean(Estimator):
-    """X as the mean row that was learned, in every row: a poor method with an answer that is known."""
+    """X as the mean row that was learned, in every row: poor, with an answer that is known."""
 
     every: int = 1
 

@@ -183,7 +183,7 @@ def test_the_vocabulary_is_the_tokenizer_s_and_asked_for_where_the_text_decides(
 def test_sizes_between_two_long_ones_lie_on_a_line(
     option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within half a percent: the blocks of the head's rows differ by a few rows from size to size."""
+    """Within half a percent: the blocks of the head's rows differ by a few rows between sizes."""
     monkeypatch.setattr("basis.loss_head.BLOCK_BYTES", 4 * 211 * 40)  # 40 rows
     options = config(
         "method=basis",

@@ -124,7 +124,8 @@ def prepare_until(moment, options):
 
         nonlocal written
         written += 1
-        here = (moment == "mid-file" and written == 7) or (moment == "joining" and path.name == "val.bin")
+        joining = moment == "joining" and path.name == "val.bin"
+        here = (moment == "mid-file" and written == 7) or joining
         return real_write(path, half_of_it() if here else chunks, vocab_size)
 
     def write(self, folder):

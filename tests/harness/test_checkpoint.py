@@ -196,7 +196,7 @@ def test_saving_after_a_restart_further_back_removes_the_abandoned_future(tmp_pa
 
 
 # --- damage
-# -----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 def flip(path: Path, offset: int, mask: int = 1) -> None:

@@ -116,7 +116,7 @@ def test_exit_codes():
 
 
 # --- disabled
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------
 
 WITHOUT_WANDB = """
 import sys
@@ -129,7 +129,8 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 from harness.tracker import TrackerOptions, make_tracker
 
-with make_tracker(TrackerOptions(mode=sys.argv[1]), run_dir=Path(sys.argv[2]), run_id="a1", config={}) as tracker:
+options = TrackerOptions(mode=sys.argv[1])
+with make_tracker(options, run_dir=Path(sys.argv[2]), run_id="a1", config={}) as tracker:
     tracker.log({"step": 1, "train/loss": 2.0})
     tracker.summary({"val/loss": 2.0})
     assert tracker.url is None and tracker.folder is None

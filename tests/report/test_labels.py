@@ -127,8 +127,10 @@ def test_two_rows_are_never_called_alike(company: list[list[str]]) -> None:
 
 
 def test_of_equally_frequent_values_the_default_is_the_usual_one() -> None:
-    rows = [options("optim.lr=0.003", "precision=bfloat16", f"method.eps={eps}", f"steps={steps}") for eps, steps in
-            ((1e-8, 7), (1e-8, 8), (1e-6, 7), (1e-6, 8))]  # fmt: skip
+    rows = [
+        options("optim.lr=0.003", "precision=bfloat16", f"method.eps={eps}", f"steps={steps}")
+        for eps, steps in ((1e-8, 7), (1e-8, 8), (1e-6, 7), (1e-6, 8))
+    ]
     rows += [
         options("optim.lr=0.01", "method=quantized", f"model.n_layer={layers}")
         for layers in (2, 3, 4, 5)
