@@ -115,7 +115,7 @@ def test_a_split_budget_is_spent_and_no_other_split_has_less_error() -> None:
         assert summed_error(dict(zip(ERRORS, other.tolist(), strict=True))) > 0.999 * best
 
 
-@pytest.mark.parametrize("share", [1 / 4, 1 / 8])
+@pytest.mark.parametrize("share", [pytest.param(1 / 4, marks=pytest.mark.slow), 1 / 8])
 @pytest.mark.parametrize(
     "estimator",
     [basis.Quantized(4), basis.Transform(1.0), basis.Subspace(4), basis.RowSampling(4)],
