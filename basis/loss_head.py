@@ -112,7 +112,7 @@ class _Targets:
         at_target = y.gather(0, index)[0]
         largest = reduce_columns(torch.amax, y)
         sums = reduce_columns(torch.sum, y.sub_(largest).exp_())
-        # cross-entropy of a row: log sum exp(y) - y[target], with the largest logit taken out of exp
+        # cross-entropy of a row: log sum exp(y) - y[target], the largest logit taken out of exp
         losses = sums.log() + largest - at_target
         if self.counted is None:
             loss = losses.sum() / self.rows
@@ -305,12 +305,13 @@ def linear_cross_entropy(
     layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0,
     V), or `ignore_index`: such rows do not count in the mean, and their gradient is zero. Where no
     row counts the loss is NaN and the gradients are zero. `ignore_index=None` says that all rows
-    count, and saves a GPU a few launches. Without gradients to form, where the layer has a bias or hooks that must see its output (all
-    but `HeadHook`s), in float16 (whose small gradients live by a scaled loss, and the scale is not
-    known in forward), and for an input without rows or on the meta device, PyTorch's own functions
-    do it, from whole logits. weight: what `tied_embedding` returned, through which dW then flows.
-    Raises ValueError if the shapes do not fit, and for other targets; on a GPU, where a look would
-    wait for it, PyTorch's own assertion of the device meets these.
+    count, and saves a GPU a few launches. Without gradients to form, where the layer has a bias or
+    hooks that must see its output (all but `HeadHook`s), in float16 (whose small gradients live by
+    a scaled loss, and the scale is not known in forward), and for an input without rows or on the
+    meta device, PyTorch's own functions do it, from whole logits. weight: what `tied_embedding`
+    returned, through which dW then flows. Raises ValueError if the shapes do not fit, and for other
+    targets; on a GPU, where a look would wait for it, PyTorch's own assertion of the device meets
+    these.
     """
     if input.shape[:-1] != targets.shape:
         raise ValueError(
