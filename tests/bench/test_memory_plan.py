@@ -71,7 +71,14 @@ def test_plan_agrees_with_a_step_that_is_taken(
     )  # AdamW's step counters
 
 
-@pytest.mark.parametrize("kind", ["plain", "lean", "checkpoint"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        pytest.param("lean", marks=pytest.mark.slow),
+        pytest.param("checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_deep_models_are_extended_block_by_block(kind: str) -> None:
     more = (
         ["tokens_per_step=128"] if kind == "checkpoint" else []

@@ -212,6 +212,7 @@ def test_one_command_lists_runs_skips_and_reports(launch: Launch, tmp_path: Path
     assert "is one of --seeds" in clash.stderr
 
 
+@pytest.mark.slow
 def test_the_grid_is_extended_while_the_best_rate_is_its_last(
     launch: Launch, tmp_path: Path
 ) -> None:

@@ -85,7 +85,10 @@ def test_killed_and_resumed_equals_straight_to_the_last_bit(
     assert losses(killed) == losses(straight)
 
 
-@pytest.mark.parametrize("method", list(LEARNING))
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.slow) if "budget" in name else name for name in LEARNING],
+)
 def test_what_layers_have_learned_is_resumed_to_the_last_bit(
     method: str, data: Path, tmp_path: Path
 ) -> None:

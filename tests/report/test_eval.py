@@ -252,6 +252,7 @@ def test_one_bad_folder_is_named_and_the_rest_reported(runs: Path, tmp_path: Pat
     assert all(any(str(tmp_path / name) in complaint for complaint in complaints) for name in "abc")
 
 
+@pytest.mark.slow
 def test_command_line(runs: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "eval.py"), f"runs={runs}"]
     done = run_command([*command, f"out={tmp_path / 'out'}"], tmp_path)
