@@ -114,7 +114,13 @@ DYNAMIC = [
 ]
 
 
-@pytest.mark.parametrize("method", DYNAMIC, ids=str)
+QUICK = (DYNAMIC[0], DYNAMIC[-1])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow, id=str(m)) for m in DYNAMIC],
+)
 def test_a_graph_for_any_batch_has_the_gradients_of_eager_mode(method: object) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4))

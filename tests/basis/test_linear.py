@@ -182,6 +182,7 @@ def test_every_method_trains_under_autocast(name: str, dtype: torch.dtype) -> No
         assert (full - low_precision).norm() < 0.1 * full.norm()
 
 
+@pytest.mark.slow
 def test_compile_fullgraph_gives_the_same_gradients_and_keeps_as_little() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(IN, 64), nn.Tanh(), nn.Linear(64, OUT))
