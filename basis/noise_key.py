@@ -31,3 +31,14 @@ class HasNoiseKey(nn.Module):
     def fixed_or_fresh_key(self, device: torch.device) -> Tensor:
         """`noise_key` on `device`, or a new one."""
         return draw_key(device) if self.noise_key is None else self.noise_key.to(device)
+
+    def pass_without_grad(self, device: torch.device) -> None:
+        """For a forward without grad mode: move PyTorch's generator on, in training.
+
+        A reentrant checkpoint runs its first forward so, and restores the generator for the
+        recomputation, which draws the key. Had the generator not moved in between, all steps would
+        draw the same noise. In eval() nothing is drawn; use `basis.set_noise_key` there, or
+        checkpoints that are not reentrant.
+        """
+        if self.training and self.noise_key is None and not torch.is_grad_enabled():
+            draw_key(device)

@@ -137,6 +137,7 @@ class LeanAttention(StandIn, HasNoiseKey):
         if isinstance(q, Proxy):
             return cast(Tensor, self.node(q, k, v))
         if self.for_inference() or not torch.is_grad_enabled():
+            self.pass_without_grad(q.device)
             return cast(Tensor, self.attend(q, k, v))
         key = self.fixed_or_fresh_key(q.device)
         if torch.compiler.is_compiling() and isinstance(self.attend, SusAttention):

@@ -79,6 +79,8 @@ class LeanLayerNorm(StandIn, HasNoiseKey, nn.LayerNorm):
         if self.for_inference() or not (
             torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         ):
+            if self.weight.requires_grad:
+                self.pass_without_grad(input.device)
             return super().forward(input)
         key = self.fixed_or_fresh_key(input.device)
         device = input.device.type

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import basis
 from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
@@ -294,3 +295,19 @@ def test_compiled_lean_layers_are_near_and_keep_less(
     assert kept[True] < 0.8 * kept[False]
     error = sum(float((found[True][n] - g).square().sum()) for n, g in found[False].items()) ** 0.5
     assert 0 < error < 0.2 * sum(float(g.square().sum()) for g in found[False].values()) ** 0.5
+
+
+def test_reentrant_checkpoints_of_lean_layers_draw_new_noise_each_time() -> None:
+    torch.manual_seed(0)
+    norm = LeanLayerNorm(64)
+    x = torch.randn(8, 64, requires_grad=True)
+    grads = []
+    for _ in range(2):
+        norm.weight.grad = None
+        checkpoint(norm, x, use_reentrant=True).sin().sum().backward()
+        grads.append(norm.weight.grad)
+    assert not torch.equal(*grads)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        norm.eval()(x)
+    assert torch.equal(torch.get_rng_state(), state)
