@@ -204,15 +204,13 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, lists and scalars: the form of config.yaml."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            name: value.to_dict()
-            if isinstance(value, Method)
-            else asdict(value)
-            if is_dataclass(value) and not isinstance(value, type)
-            else value
-            for name, value in values.items()
-        }
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Method):  # the options that made it
+                values[name] = value.to_dict()
+            elif is_dataclass(value):
+                values[name] = asdict(value)  # type: ignore[arg-type]
+        return values
 
     def flat(self) -> dict[str, Any]:
         """Every option by dotted name: the one view that runs are compared and labelled by."""
