@@ -175,7 +175,7 @@ def test_the_example_method_works_as_written(data: Path, tmp_path: Path) -> None
         return run_command([sys.executable, *words], copy, PYTHONPATH=str(copy))
 
     chosen = ["tests/basis/test_estimators.py", "-k", "FirstRows or first_rows"]
-    tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen)
+    tested = run("-m", "pytest", "-n0", *chosen)
     assert tested.returncode == 0, tested.stdout
     assert int(re.findall(r"(\d+) passed", tested.stdout)[0]) >= 7, tested.stdout
     train = ["train.py", *overrides(data), "method=first_rows", "steps=2", "optim.warmup_steps=0"]
