@@ -9,18 +9,23 @@ whole training step.
 
 Written for a machine that is borrowed for minutes: neither Hydra nor any other package of the
 harness is imported, each table is written as soon as it has a new row (CSV and Markdown in --out),
-and what does not fit into --seconds is left out and named. A step is forward, the fused loss head,
-backward and AdamW, at 8,192 tokens in windows of the context. Each alternative takes turns with
-exact, plain in one process, so its ratio is free of the clock's drift; all of them sketch every
-dense layer.
+and what does not fit into --seconds is left out and named. A step is forward, loss, backward and
+AdamW, at 8,192 tokens in windows of the context. Each alternative takes turns with exact
+backpropagation from whole logits, as nanoGPT trains, in one process, so its ratio is free of the
+clock's drift. All methods are put into every dense layer, and all but the first row form logits and
+loss in the fused head.
 
-Exit codes: 0 everything measured, 1 something left out for lack of time.
+An alternative that fails, out of memory or at compilation, is a row that says so, and the others
+are measured.
+
+Exit codes: 0 everything measured, 1 something failed or was left out for lack of time.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +36,7 @@ from typing import Any
 import torch
 
 import basis
+from basis.estimator import Estimator
 from bench import bench_head, bench_layer
 from bench.step import Step, measure
 from bench.step import table as step_table
@@ -41,15 +47,42 @@ from harness.optim import OptimOptions
 from models import GPT, GPTConfig
 
 PARTS = ("step", "layer", "head")
-ALTERNATIVES: dict[
-    str, tuple[int | None, ActivationsOptions]
-] = {  # R, None for exact; what else is kept
-    "basis R=64, lean": (64, ActivationsOptions(name="lean")),
-    "basis R=64, plain": (64, ActivationsOptions()),
-    "exact, checkpoint": (None, ActivationsOptions(name="checkpoint")),
-    "exact, lean": (None, ActivationsOptions(name="lean")),
-    "basis R=512, plain": (512, ActivationsOptions()),
-    "basis R=64, checkpoint": (64, ActivationsOptions(name="checkpoint")),
+BASELINE = "exact, whole logits"
+PLAIN, LEAN = ActivationsOptions(), ActivationsOptions(name="lean")
+CHECKPOINT = ActivationsOptions(name="checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternative:
+    """A row of the table of steps: the method of every dense layer (None: exact), what else is
+    kept, and whether whole logits are formed.
+    """
+
+    method: Estimator | None = None
+    kept: ActivationsOptions = PLAIN
+    plain_loss: bool = False
+
+
+ALTERNATIVES = {  # in the order in which time is given to them
+    "exact, plain": Alternative(),
+    "exact, checkpoint": Alternative(kept=CHECKPOINT),
+    "basis R=64, plain": Alternative(basis.BalancedSketch(64)),
+    "basis R=64, lean": Alternative(basis.BalancedSketch(64), LEAN),
+    "exact, lean": Alternative(kept=LEAN),
+    "exact, checkpoint, selective": Alternative(
+        kept=ActivationsOptions(name="checkpoint", selective=True)
+    ),
+    "quantized 3.75 bits, plain": Alternative(basis.Quantized(3.75)),
+    "transform 4 bits, plain": Alternative(basis.Transform(4.0)),
+    "basis R=64, checkpoint": Alternative(basis.BalancedSketch(64), CHECKPOINT),
+    "basis R=512, plain": Alternative(basis.BalancedSketch(512)),
+    "exact, checkpoint, whole logits": Alternative(kept=CHECKPOINT, plain_loss=True),
+}
+COMPILED = {  # torch.compile decides what is computed again
+    f"exact, memory budget {share:g}": Alternative(
+        kept=ActivationsOptions(name="budget", budget=share)
+    )
+    for share in (0.5, 0.25, 0.75)
 }
 
 
@@ -84,31 +117,32 @@ SIZES = {
 }
 
 
-def make_step(size: Size, context: int, name: str, runtime: Runtime) -> Step:
-    """The training step of an alternative ("exact, plain" or one of ALTERNATIVES)."""
-    rank, kept = ALTERNATIVES.get(name, (None, ActivationsOptions()))
+def make_step(size: Size, context: int, alternative: Alternative, runtime: Runtime) -> Step:
+    """The training step of an alternative."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT(dataclasses.replace(size.model, block_size=context))
-    if rank is not None:
-        basis.convert(model, basis.BalancedSketch(rank), include=["*"])
-    activations.apply(model, kept)
+    if alternative.method is not None:
+        basis.convert(model, alternative.method, include=["*"])
+    activations.apply(model, alternative.kept)
     return Step(
         model,
-        kept,
+        alternative.kept,
         OptimOptions(name="adamw", lr=6e-4),
         runtime,
         windows=max(size.tokens // context, 1),
+        plain_loss=alternative.plain_loss,
     )
 
 
 class Clock:
-    """Time that is left, and what was left out for lack of it."""
+    """Time that is left, what was left out for lack of it, and what failed."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.perf_counter() + seconds
         self.longest = 0.0
         self.left_out: list[str] = []
+        self.failed: list[str] = []
 
     def run(self, name: str, work: Callable[[], None]) -> None:
         """Do `work`, unless what is left is less than the longest piece so far took."""
@@ -124,21 +158,46 @@ class Clock:
 def measure_steps(
     size: Size, contexts: list[int], runtime: Runtime, clock: Clock, *, turns: int, out: Path
 ) -> None:
-    """Tables step.csv and step.md, a pair of rows more for each alternative."""
+    """Tables step.csv and step.md, rewritten after each alternative: its row, after one of the
+    baseline that was timed in turns with it. Of a baseline that fails there is one row, and the
+    alternatives are timed alone.
+    """
     rows: list[dict[str, Any]] = []
+    alternatives = ALTERNATIVES | (COMPILED if runtime.compile else {})
     for context in contexts:
-        exact: list[Step] = []
+        where = f"context {context:,}"
+        baseline: list[Step] = []
 
-        def pair(name: str, context: int = context, exact: list[Step] = exact) -> None:
-            if not exact:
-                exact.append(make_step(size, context, "exact, plain", runtime))
-            steps = {"exact, plain": exact[0], name: make_step(size, context, name, runtime)}
-            labelled = {f"{title}, context {context:,}": step for title, step in steps.items()}
-            rows.extend(measure(labelled, turns=turns, progress=False))
+        def timed(steps: dict[str, Step]) -> list[dict[str, Any]]:
+            return measure(steps, turns=turns, progress=False)
+
+        def begin(context: int = context, where: str = where, base: list[Step] = baseline) -> None:
+            step = make_step(size, context, Alternative(plain_loss=True), runtime)
+            timed({f"{BASELINE}, {where}": step})
+            base.append(step)
+
+        def work(
+            name: str, context: int = context, where: str = where, base: list[Step] = baseline
+        ) -> None:
+            steps = {f"{name}, {where}": make_step(size, context, alternatives[name], runtime)}
+            if base:
+                rows.extend(timed({f"{BASELINE}, {where}": base[0]} | steps))
+            else:  # nothing to compare with
+                rows.extend({**row, "ratio": None} for row in timed(steps))
+
+        for name in (BASELINE, *alternatives):
+            title = f"{name}, {where}"
+            try:
+                clock.run(title, begin if name == BASELINE else partial(work, name))
+            except RuntimeError as error:  # out of memory and what a compiler raises are such
+                clock.failed.append(title)
+                reason = str(error).strip().partition("\n")[0][:160] or type(error).__name__
+                rows.append({"step": title, "failed": f"{type(error).__name__}: {reason}"})
+                torch._dynamo.reset()
+            gc.collect()  # what a traceback or a graph still holds of the last model
+            if runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
             step_table(rows).write(out / "step.csv")
-
-        for name in ALTERNATIVES:
-            clock.run(f"step, context {context:,}, {name}", partial(pair, name))
         torch._dynamo.reset()
 
 
@@ -205,4 +264,6 @@ def main(argv: list[str] | None = None) -> int:
             clock.run(part, layer if part == "layer" else head)
     for name in clock.left_out:
         print(f"left out for lack of time: {name}", file=sys.stderr)
-    return 1 if clock.left_out else 0
+    for name in clock.failed:
+        print(f"failed: {name}, see {options.out / 'step.md'}", file=sys.stderr)
+    return 1 if clock.left_out or clock.failed else 0

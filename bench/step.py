@@ -63,9 +63,7 @@ class Step:
         self.loss = loss
         self.compiled = loss
         if runtime.compile:
-            self.compiled = (
-                torch.compile(loss) if plain_loss else activations.compiled(self.model, kept)
-            )
+            self.compiled = activations.compiled(loss, kept)
         self.count = 0
         self.share = sum(map(self.looks, _LATE)) / len(_LATE)
         self.looking = self.share == 1.0
@@ -198,6 +196,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "kept": Column("kept for backward"),
         "peak": Column("peak beyond parameters, gradients, optimiser"),
     }
+    columns["failed"] = Column("failed")
     columns |= {
         name: Column(name) for name in ("precision", "compile", "machine", "torch", "commit")
     }

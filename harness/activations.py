@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -115,8 +115,10 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     )
 
 
-def compiled(model: nn.Module, options: ActivationsOptions) -> Callable[..., Tensor]:
-    """torch.compile(model), with the activation memory budget if that was asked for."""
+def compiled(model: Callable[..., Tensor], options: ActivationsOptions) -> Callable[..., Tensor]:
+    """torch.compile(model), of a model or a function, with the activation memory budget if that
+    was asked for.
+    """
     if options.name != "budget":
         run: Callable[..., Tensor] = torch.compile(model)
         return run

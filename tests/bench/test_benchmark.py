@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import bench_head, bench_layer, bench_step
+from bench import bench_gpu, bench_head, bench_layer, bench_step
 from bench.timing import interleaved, summarise
 from experiments.sus import speed as bench_sus
 from harness.memory import format_bytes
@@ -136,7 +137,7 @@ def test_gpu_benchmark_runs_with_torch_and_numpy_alone(tmp_path) -> None:
     done = run()
     assert done.returncode == 0, done.stderr
     for name, first in {
-        "step": "exact, plain, context 64",
+        "step": "exact, whole logits, context 64",
         "layer": "exact",
         "head": "F.linear, F.cross_entropy",
     }.items():
@@ -147,6 +148,39 @@ def test_gpu_benchmark_runs_with_torch_and_numpy_alone(tmp_path) -> None:
     done = run("--seconds", "0", "--parts", "step", "layer")
     assert done.returncode == 1
     assert "left out for lack of time: layer" in done.stderr
+
+
+def test_an_alternative_that_fails_is_a_row_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Out of memory in one alternative, and in the baseline: the others are measured."""
+    names = ("exact, plain", "exact, checkpoint", "basis R=64, plain")
+    monkeypatch.setattr(bench_gpu, "ALTERNATIVES", {n: bench_gpu.ALTERNATIVES[n] for n in names})
+    real = bench_gpu.make_step
+    fails = bench_gpu.ALTERNATIVES["exact, checkpoint"]
+
+    def make_step(size: bench_gpu.Size, context: int, alternative: bench_gpu.Alternative, *rest):
+        if alternative == fails or (context == 16 and alternative.plain_loss):
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB\nmore lines")
+        return real(size, context, alternative, *rest)
+
+    monkeypatch.setattr(bench_gpu, "make_step", make_step)
+    quick = ["--size", "tiny", "--device", "cpu", "--precision", "float32", "--turns", "2"]
+    options = [*quick, "--parts", "step", "--contexts", "64", "16", "--out", str(tmp_path)]
+    assert bench_gpu.main(options) == 1
+    with (tmp_path / "step.csv").open() as file:
+        rows = {row["step"]: row for row in csv.DictReader(file)}
+    failed = {name for name, row in rows.items() if row["failed"]}
+    assert failed == {
+        "exact, checkpoint, context 64",
+        "exact, checkpoint, context 16",
+        "exact, whole logits, context 16",
+    }
+    assert all(rows[n]["failed"] == "OutOfMemoryError: tried to allocate 3 GiB" for n in failed)
+    assert float(rows["basis R=64, plain, context 64"]["ratio"]) > 0
+    assert rows["basis R=64, plain, context 16"]["ratio"] == ""  # nothing to compare with
+    assert float(rows["basis R=64, plain, context 16"]["milliseconds"]) > 0
+    assert "failed: exact, checkpoint, context 64" in capsys.readouterr().err
 
 
 def test_attention_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
