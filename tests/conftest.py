@@ -3,7 +3,9 @@ as many workers of pytest-xdist as help.
 """
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start. Tests compare runs of this
@@ -42,3 +44,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     a module.
     """
     return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests() -> Iterator[None]:
+    """Forget what a test has compiled: torch.compile gives up where one function has been compiled
+    for too many layers in a process, in whatever tests.
+    """
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

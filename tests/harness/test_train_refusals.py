@@ -235,7 +235,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
     )
     assert done.returncode == 0, done.stdout
     other = [
-        a.replace("tracker.mode=disabled", "tracker.mode=offline").replace("/run", "/other")
+        a.replace("tracker.mode=disabled", "tracker.mode=offline").replace(
+            "hydra.run.dir=" + str(tmp_path / "run"), "hydra.run.dir=" + str(tmp_path / "other")
+        )
         for a in arguments[1:]
     ]
     refused = run_command(
