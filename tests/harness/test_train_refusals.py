@@ -235,10 +235,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
     )
     assert done.returncode == 0, done.stdout
     other = [
-        a.replace("tracker.mode=disabled", "tracker.mode=offline").replace(
-            "hydra.run.dir=" + str(tmp_path / "run"), "hydra.run.dir=" + str(tmp_path / "other")
-        )
-        for a in arguments[1:]
+        a.replace("tracker.mode=disabled", "tracker.mode=offline")
+        for a in command(data, f"hydra.run.dir={tmp_path / 'other'}")[1:]
     ]
     refused = run_command(
         [sys.executable, "-c", program, *other], tmp_path, PYTHONPATH=str(REPOSITORY)
