@@ -265,13 +265,8 @@ def test_units_of_a_gpt2_block(sketched: bool, lean: bool, low: bool, most: floa
 
 # Dynamo's own look at .grad, where the hooks of the attention break the graph.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(
-    "attention",
-    [
-        pytest.param((), marks=pytest.mark.slow, id="norm and gelu"),
-        pytest.param(CausalAttention, id="all"),
-    ],
-)
+@pytest.mark.parametrize("attention", [(), CausalAttention], ids=["norm and gelu", "all"])
+@pytest.mark.slow  # a graph with lean layers that is quick to make: test_fullgraph.py
 def test_compiled_lean_layers_are_near_and_keep_less(
     attention: type[nn.Module] | tuple[()],
 ) -> None:
