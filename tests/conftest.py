@@ -28,6 +28,19 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+# Before triton is imported: without a GPU its kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, and shown as such, where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """The number for `-n auto`: none for the tests of a single file, otherwise one for each core.
