@@ -166,4 +166,6 @@ class LeanAttention(StandIn, HasNoiseKey):
             return kept if isinstance(kept, Tensor) else restore(*kept)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return cast(Tensor, self.attend(q, k, v))
+            # No call after this one: PyTorch 2.11 would try to compile it, and warn.
+            attended: Tensor = self.attend(q, k, v)
+        return attended

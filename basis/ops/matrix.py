@@ -41,7 +41,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     it chose. (For the CPU, float16 autocast refuses to join bfloat16 tensors.)
     """
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # The meta device has no autocast. torch.amp.is_autocast_available knows that, but torch 2.11
+    # cannot trace it.
+    if not x.is_meta and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
