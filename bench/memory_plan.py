@@ -5,7 +5,9 @@ The step is the harness's own: the model of the configuration with its method an
 forward, loss head, backward, and the optimiser's state. What is alive is followed operator by
 operator; counts and categories are those of memory.py. Transient memory inside kernels is not seen,
 nor what an allocator loses to fragmentation, nor, on CUDA, the context and the workspaces of
-cuBLAS. Attention is the CPU's flash kernel, whose bytes are those of CUDA's.
+cuBLAS. Attention is the CPU's flash kernel, whose bytes are those of CUDA's. The loss head takes
+its rows as on the configuration's device (`device=cuda` may be planned anywhere; auto is the one
+that is here).
 
 A plan takes seconds for any size, because what is alike is gone through once or twice.
 
@@ -16,10 +18,11 @@ largest. What stands between is no larger, since bytes change by the same amount
 block. To extend the two peaks instead would be wrong where a deep model's peak is at another
 operator than a shallow one's.
 
-*Rows of the loss head.* Of its blocks of rows (131,072 tokens of GPT-2 have 394) the first two and
-the last are taken. A block writes its rows of dX and adds to dW where they already exist, so those
-between need no more than the second did and leave nothing behind but a number or two each, of 4
-bytes. An estimator that must see dY whole collects the blocks: all are taken.
+*Rows of the loss head.* Of its blocks of rows (131,072 tokens of GPT-2 have 394 on a CPU) the
+first two and the last are taken. A block writes its rows of dX and adds to dW where they already
+exist, so those between need no more than the second did and leave nothing behind but, on a CPU, a
+number or two each, of 4 bytes. An estimator that must see dY whole collects the blocks: all are
+taken.
 
 `largest` searches for the longest context or the largest micro-batch that fits. Bytes grow along a
 convex curve of straight pieces in either, but for small steps, so a few sizes are enough; `peaks`
@@ -41,7 +44,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import basis
-from basis import loss_head
+from basis import head_blocks
 from harness import activations, memory
 from harness.build import apply_method
 from harness.config import Config
@@ -89,6 +92,12 @@ def make_model(config: Config, device: str = "cpu") -> GPT:
 
 
 FEW_BLOCKS = 4
+
+
+def _kind(config: Config) -> str:
+    """The kind of device that the configuration's step would run on."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    return here if config.device == "auto" else config.device
 
 
 def plan(config: Config) -> StepBytes:
@@ -184,7 +193,8 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
             f"method.name={config.method.name}: it has no backward, and keeps nothing for one"
         )
     low = config.precision == "bfloat16"
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    blocks = nullcontext() if every_block else head_blocks.skipping_blocks()
+    with head_blocks.blocks_of(_kind(config)), blocks, FakeTensorMode(allow_non_fake_inputs=True):
         model = make_model(config)
         optimizer = make_optimizer(model, config.optim)
         tokens = torch.zeros(config.micro_batch_size, config.model.block_size, dtype=torch.int64)
@@ -194,18 +204,17 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
                 return model(tokens, tokens)
 
         basis.set_noise_key(model, seed=0, step=0)
-        with nullcontext() if every_block else loss_head.skipping_blocks():
-            kept = memory.saved_bytes(model, forward) if categories else {}
-            ends = [0]
-            with memory.LiveBytes(memory.held_tensors(model, optimizer)) as live:
-                for _ in range(min(config.micro_batches, 2)):
-                    basis.set_noise_key(model, seed=0, step=0)
-                    ends.append(len(live.series))
-                    loss = forward()
-                    ends.append(len(live.series))
-                    loss.backward()
-                    del loss
-                    ends.append(len(live.series))
+        kept = memory.saved_bytes(model, forward) if categories else {}
+        ends = [0]
+        with memory.LiveBytes(memory.held_tensors(model, optimizer)) as live:
+            for _ in range(min(config.micro_batches, 2)):
+                basis.set_noise_key(model, seed=0, step=0)
+                ends.append(len(live.series))
+                loss = forward()
+                ends.append(len(live.series))
+                loss.backward()
+                del loss
+                ends.append(len(live.series))
         passes = [live.series[start:end] for start, end in itertools.pairwise(ends)]
         return _Walk(
             memory.tensor_bytes(model.parameters()), memory.optimizer_bytes(optimizer), passes, kept
@@ -225,7 +234,9 @@ def peaks(config: Config, option: str, limit: int) -> Callable[[int], int]:
     that do not have the same operators at both, are planned one by one.
     """
     assert config.model.vocab_size is not None, "plan a resolved configuration"
-    rows_per_block = max(loss_head.BLOCK_BYTES // (4 * config.model.vocab_size), 1)
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    with head_blocks.blocks_of(_kind(config)):
+        rows_per_block = head_blocks.most_rows(config.model.vocab_size, dtype, torch.device("cpu"))
     rows_per_unit = config.micro_batch_size if option == "block_size" else config.model.block_size
     first = -(-MANY_BLOCKS * rows_per_block // rows_per_unit)
 

@@ -2,6 +2,8 @@
 must lead around it.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,20 +11,28 @@ from torch import Tensor, nn
 
 from basis import BalancedSketch, Exact, linear_cross_entropy
 from basis.estimator import Estimator
+from basis.head_blocks import SIZES, Sizes, blocks_of
 from basis.linear import SketchedLinear
 
 ROWS, IN, CLASSES = 12, 8, 37
 
 
+@pytest.fixture(params=["cpu", "cuda"], ids=["vocabulary-major", "row-major"], autouse=True)
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with the blocks of either device, on the CPU."""
+    with blocks_of(request.param):
+        yield request.param
+
+
 @pytest.fixture(
-    params=[64 * 2**20, 5 * 4 * CLASSES, 1],
-    ids=["one block", "blocks of 4 rows", "row by row"],
-    autouse=True,
+    params=[ROWS, 4, 1], ids=["one block", "blocks of 4 rows", "row by row"], autouse=True
 )
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Every test runs with the logits whole and in blocks."""
-    monkeypatch.setattr("basis.loss_head.BLOCK_BYTES", request.param)
-    return {64 * 2**20: ROWS, 5 * 4 * CLASSES: 4, 1: 1}[request.param]
+    rows = request.param
+    for kind in SIZES:
+        monkeypatch.setitem(SIZES, kind, Sizes(1, least=rows))
+    return rows
 
 
 def head(

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import basis
 from basis import BalancedSketch
 from basis.diagnostics.monitor import Monitor
+from basis.head_blocks import SIZES, Sizes
 
 
 def mlp() -> nn.Sequential:
@@ -71,7 +72,7 @@ def test_many_probes_are_near_the_true_values() -> None:
 def test_a_fused_head_stays_fused_and_is_seen(
     block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("basis.loss_head.BLOCK_BYTES", block_bytes)
+    monkeypatch.setitem(SIZES, "cpu", Sizes(block_bytes))
     torch.manual_seed(0)
     body, head = nn.Linear(6, 10), nn.Linear(10, 30, bias=False)
     model, x, targets = nn.ModuleDict({"body": body, "head": head}), batch(0), torch.arange(24) % 30

@@ -1,0 +1,379 @@
+"""What the loss head does with its rows, a block at a time: the logits Y = W X^T of a block, from
+them dY in their place, and what dY adds to dX and to dW (loss_head.py says what for).
+
+From X (B, N), W (V, N), targets and the left factor L (B, k) of a method come
+
+    loss            the mean of log sum exp(y) - y[target], 0-dimensional
+    dX   (B, N)     dY W, exact
+    P    (V, k)     dY^T L; without L but with `whole`, dY^T (V, B) itself
+    |dY|^2          0-dimensional, if a method asks for it
+    sums (V,)       of dY's rows, if a method asks for them
+
+in one of two ways, by the device.
+
+*CPU: small blocks, vocabulary-major.* At most 64 MiB of logits, float32 at least: larger blocks
+gain nothing. Y lies as W X^T; its product, the one with L and the one that forms dW then read W and
+Y row by row; with few rows (B = 64) that is up to twice as fast as X W^T on a CPU.
+
+*CUDA: large blocks, row-major, in the run's precision.* A product of few rows leaves most of a GPU
+idle (dX of 333 rows has fewer tiles than there are multiprocessors), so a block has 2,048 rows at
+least and as many as 400 MiB hold: 4,096 at V = 50,257 in bfloat16. Under autocast Y is bfloat16, as
+the logits of an unfused head are; its softmax is taken in float32, row by row, and rounded once, to
+dY. There is one buffer: all blocks write their logits into it, and dY over them. dX is written
+where it stays, and P added up in float32 inside the product (`addmm` with `out_dtype`), without
+a copy in low precision. Rows of Y and W are padded to a multiple of 64 classes, since a row of
+50,257 bfloat16 numbers starts at an odd address for three in four; the padding is zero in W and in
+dY. W is cast anyway, so padding it costs no copy.
+
+Held meanwhile, beside dX and P: one block, W in the run's precision, a few numbers a row. In
+float32 on CUDA W is not copied and nothing is padded.
+
+In a graph of torch.compile the walk is one operator, `basis::head_sums`: unrolled, 16,384 rows of
+GPT-2 were 49 blocks in the graph, each with buffers of its own, and 2 GB more at the peak. Where
+the CPU has one block alone it stays visible, for the compiler to fuse. Observers (`HeadHook`) are
+functions of the host and need the loop itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from basis.ops.matrix import frobenius_norm, reduce_columns, tall_product, without_autocast
+from basis.ops.softmax import add_product, softmax_gradient_
+
+BlockObserver = Callable[[slice, Tensor], None]
+"""Called with some rows and their dY^T (V, block), which it must leave as it is."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of a block: as many as `bytes` of logits hold, a multiple of `step`, `least` or more."""
+
+    bytes: int
+    least: int = 1
+    step: int = 1
+
+    def most_rows(self, row_bytes: int) -> int:
+        return max(self.bytes // row_bytes // self.step * self.step, self.least)
+
+
+SIZES = {"cpu": Sizes(64 * 2**20), "cuda": Sizes(400 * 2**20, 2048, 128)}
+"""By kind of device; any that is not a CPU is taken for CUDA."""
+
+_PADDING = 64  # classes
+
+_skipping_blocks = False
+_kind: str | None = None
+
+
+@contextmanager
+def skipping_blocks() -> Iterator[None]:
+    """Within, a head goes through the first two and the last of its blocks of rows only.
+
+    For programs that count what a step holds (bench/memory_plan.py) on tensors without values: all
+    blocks between those hold the same bytes. The loss and the gradients are meaningless. A head
+    whose method needs dY whole takes all blocks, since it collects them.
+    """
+    global _skipping_blocks
+    before, _skipping_blocks = _skipping_blocks, True
+    try:
+        yield
+    finally:
+        _skipping_blocks = before
+
+
+@contextmanager
+def blocks_of(kind: str) -> Iterator[None]:
+    """Within, heads take their rows as on "cpu" or "cuda", wherever their tensors are: for plans,
+    and for tests of the one on the other.
+    """
+    global _kind
+    before, _kind = _kind, kind
+    try:
+        yield
+    finally:
+        _kind = before
+
+
+def _by_rows(device: torch.device) -> bool:
+    return (_kind or device.type) != "cpu"
+
+
+def _padded(classes: int, dtype: torch.dtype) -> int:
+    """Classes in a row of a row-major block."""
+    return -(-classes // _PADDING) * _PADDING if dtype.itemsize <= 2 else classes
+
+
+def most_rows(classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a whole block of logits, for inputs of `dtype` and V = `classes`."""
+    if _by_rows(device):
+        return SIZES["cuda"].most_rows(_padded(classes, dtype) * dtype.itemsize)
+    return SIZES["cpu"].most_rows(4 * classes)
+
+
+def _blocks(x: Tensor, classes: int, whole: bool) -> list[slice]:
+    """The rows of `x` in as few and as equal blocks as may be."""
+    rows, most = x.shape[0], most_rows(classes, x.dtype, x.device)
+    step = SIZES["cuda" if _by_rows(x.device) else "cpu"].step
+    size = -(-rows // -(-rows // most))
+    size = -(-size // step) * step
+    blocks = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    if _skipping_blocks and not whole and len(blocks) > 3:
+        return [*blocks[:2], blocks[-1]]
+    return blocks
+
+
+class _Targets:
+    """The classes of all rows (B,), and what each row counts for in the mean."""
+
+    def __init__(self, targets: Tensor, ignore_index: int | None, dtype: torch.dtype) -> None:
+        self.classes, self.rows, self.dtype = targets, len(targets), dtype
+        self.counted: Tensor | None = None
+        if ignore_index is not None:
+            self.counted = targets != ignore_index
+            self.classes = targets.where(self.counted, 0)
+            self.number = self.counted.sum()
+            self.shares = self.counted.to(dtype) / self.number.clamp(min=1)  # 1 / number or 0
+
+    def mean(self, losses: Tensor, block: slice) -> Tensor:
+        """What the losses of the block's rows contribute to the mean."""
+        if self.counted is None:
+            return losses.sum() / self.rows
+        # Not times 0: the loss of a row that is ignored may be infinite.
+        return losses.where(self.counted[block], 0.0).sum() / self.number
+
+    def loss_and_gradient(self, y: Tensor, block: slice) -> Tensor:
+        """The block's part of the loss from its logits y (V, block), which become dY^T."""
+        # y, the one large tensor, is overwritten: logits, then their exponentials, then dY^T.
+        index = self.classes[None, block]
+        at_target = y.gather(0, index)[0]
+        largest = reduce_columns(torch.amax, y)
+        sums = reduce_columns(torch.sum, y.sub_(largest).exp_())
+        # cross-entropy of a row: log sum exp(y) - y[target], the largest logit taken out of exp
+        losses = sums.log() + largest - at_target
+        if self.counted is None:
+            # softmax / rows in all places, and -1 / rows at the target
+            y.mul_(1.0 / (sums * self.rows))
+            y.scatter_add_(0, index, y.new_full(index.shape, -1.0 / self.rows))
+        else:
+            shares = self.shares[block]
+            y.mul_(shares / sums).scatter_add_(0, index, -shares[None])
+        return self.mean(losses, block)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The module's table. product, squares and sums are empty where they were not asked for."""
+
+    loss: Tensor
+    grad_x: Tensor
+    product: Tensor
+    squares: Tensor
+    sums: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.loss, self.grad_x, self.product, self.squares, self.sums
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What dW needs. whole: dY^T, if there is no left factor. squares, sums: of dY, see there."""
+
+    whole: bool = False
+    squares: bool = False
+    sums: bool = False
+
+
+def head_sums(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int | None,
+    left: Tensor | None,
+    wanted: Wanted,
+    observers: tuple[BlockObserver, ...] = (),
+) -> Sums:
+    """The module's table for x (B, N), of the run's precision; weight (V, N); targets (B,); left
+    (B, k). P and sums are in the precision of the weight, of CUDA's blocks in float32 at least.
+    """
+    form = _by_row if _by_rows(x.device) else _by_class
+    if torch.compiler.is_compiling() and not observers:
+        if _by_rows(x.device) or x.shape[0] > most_rows(weight.shape[0], x.dtype, x.device):
+            flags = (wanted.whole, wanted.squares, wanted.sums)
+            return Sums(*_operator(x, weight, targets, ignore_index, left, *flags))
+        return form(x, weight, targets, ignore_index, left, wanted, ())
+    with without_autocast(x):
+        return form(x, weight, targets, ignore_index, left, wanted, observers)
+
+
+def _by_class(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int | None,
+    left: Tensor | None,
+    wanted: Wanted,
+    observers: tuple[BlockObserver, ...],
+) -> Sums:
+    """`head_sums` in vocabulary-major blocks of float32, for the CPU."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    count, w = _Targets(targets, ignore_index, precise), weight.to(x.dtype)
+    grad_x = x.new_empty(x.shape)
+    product: Tensor | None = None
+    losses: list[Tensor] = []
+    squares: list[Tensor] = []
+    sums: list[Tensor] = []
+    whole: list[Tensor] = []
+    for block in _blocks(x, weight.shape[0], wanted.whole):
+        # (V, N) (N, block) -> (V, block). The softmax of low-precision logits is taken in float32.
+        y = (w @ x[block].t()).to(precise)
+        losses.append(count.loss_and_gradient(y, block))
+        grad_y = y.to(x.dtype)
+        del y
+        grad_x[block] = tall_product(grad_y, w)
+        if wanted.whole:
+            whole.append(grad_y)
+        if left is not None:
+            part = left[block].to(grad_y.dtype)  # (V, block) (block, k)
+            if product is None:  # summed up in the precision of the weight
+                product = (grad_y @ part).to(weight.dtype)
+            elif product.dtype == grad_y.dtype:
+                product.addmm_(grad_y, part)
+            else:
+                product.add_(grad_y @ part)
+        if wanted.squares:
+            squares.append(frobenius_norm(grad_y).square())
+        if wanted.sums:
+            sums.append(grad_y.sum(1).to(weight.dtype))
+        for observe in observers:
+            observe(block, grad_y)
+        del grad_y  # before the next block's logits are made
+    if wanted.whole:
+        product = torch.cat(whole, 1)
+    return Sums(
+        torch.stack(losses).sum(),
+        grad_x,
+        x.new_empty(0) if product is None else product,
+        torch.stack(squares).sum() if squares else x.new_empty(0),
+        torch.stack(sums).sum(0) if sums else x.new_empty(0),
+    )
+
+
+def _by_row(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int | None,
+    left: Tensor | None,
+    wanted: Wanted,
+    observers: tuple[BlockObserver, ...],
+) -> Sums:
+    """`head_sums` in row-major blocks of the run's precision, for CUDA."""
+    (rows, width), classes = x.shape, weight.shape[0]
+    precise = torch.promote_types(x.dtype, torch.float32)
+    count = _Targets(targets, ignore_index, precise)
+    shares = x.new_full((rows,), 1.0 / rows, dtype=precise)
+    if count.counted is not None:
+        shares = count.shares
+    padded = _padded(classes, x.dtype)
+    w = weight.to(x.dtype)
+    if padded > classes:
+        w = x.new_empty(padded, width)
+        w[:classes] = weight  # cast and copied at once
+        w[classes:] = 0
+    blocks = _blocks(x, classes, wanted.whole)
+    buffer = x.new_empty(rows if wanted.whole else blocks[0].stop, padded)
+    grad_x = x.new_empty(x.shape)
+    losses, squares = x.new_zeros(2, rows, dtype=precise)
+    product, sums = x.new_empty(0), x.new_empty(0)  # two: an operator's results share no memory
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+    if left is not None:
+        product = x.new_zeros(padded, left.shape[1], dtype=sum_dtype)
+    if wanted.sums:
+        sums = x.new_zeros(padded, dtype=sum_dtype)
+    for block in blocks:
+        y = buffer[block] if wanted.whole else buffer[: block.stop - block.start]
+        torch.mm(x[block], w.t(), out=y)  # (block, N) (N, V) -> (block, V)
+        rows_of = (t[block] for t in (count.classes, shares, losses, squares))
+        softmax_gradient_(y, classes, *rows_of)
+        torch.mm(y, w, out=grad_x[block])  # y is dY now: (block, V) (V, N) -> (block, N)
+        if left is not None:
+            add_product(product, y.t(), left[block].to(y.dtype))  # (V, block) (block, k)
+        if wanted.sums:
+            sums += y.sum(0, dtype=sum_dtype)
+        for observe in observers:
+            observe(block, y[:, :classes].t())
+    return Sums(
+        count.mean(losses, slice(0, rows)),
+        grad_x,
+        buffer[:, :classes].t() if wanted.whole else product[:classes],
+        squares.sum() if wanted.squares else x.new_empty(0),
+        sums[:classes],
+    )
+
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("basis::head_sums", mutates_args=())
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int | None,
+    left: Tensor | None,
+    whole: bool,
+    squares: bool,
+    sums: bool,
+) -> Tensors:
+    """`head_sums` as one operator of a compiled graph."""
+    wanted = Wanted(whole, squares, sums)
+    return head_sums(x, weight, targets, ignore_index, left, wanted).tensors()
+
+
+@_operator.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int | None,
+    left: Tensor | None,
+    whole: bool,
+    squares: bool,
+    sums: bool,
+) -> Tensors:
+    by_rows, classes = _by_rows(x.device), weight.shape[0]
+    precise = torch.promote_types(x.dtype, torch.float32)
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32) if by_rows else weight.dtype
+    product = x.new_empty(0)
+    if whole and by_rows:
+        product = x.new_empty(x.shape[0], _padded(classes, x.dtype))[:, :classes].t()
+    elif whole:
+        product = x.new_empty(classes, x.shape[0])
+    elif left is not None:
+        product = x.new_empty(classes, left.shape[1], dtype=sum_dtype)
+    return (
+        x.new_empty((), dtype=precise),
+        x.new_empty(x.shape),
+        product,
+        x.new_empty((), dtype=precise) if squares else x.new_empty(0),
+        x.new_empty(classes, dtype=sum_dtype) if sums else x.new_empty(0),
+    )
+
+
+@register_flop_formula(torch.ops.basis.head_sums)
+def _flops(
+    x: Any, weight: Any, targets: Any, ignore_index: Any, left: Any, *_: Any, **__: Any
+) -> int:
+    """FLOPs from shapes: Y, dX and P. Else a compiler that may compute again what costs little
+    would take the head for free.
+    """
+    (rows, width), classes = x, weight[0]
+    return 2 * rows * classes * (2 * width + (0 if left is None else left[1]))
