@@ -20,7 +20,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 
     Raises ValueError that begins with `name`, also below `least`.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise ValueError(f"{name}={value!r}: must be a whole number")
     if least is not None and value < least:
         raise ValueError(f"{name}={value}: must be at least {least}")

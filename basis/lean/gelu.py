@@ -25,6 +25,7 @@ from torch.fx import Proxy
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.ops.bits import pack, unpack
+from basis.ops.tables import table
 
 Levels = tuple[float, ...]
 DEVIATION = 1.5
@@ -104,14 +105,16 @@ class _FewBitGELU(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         packed, _ = ctx.saved_tensors
-        levels = torch.tensor(ctx.levels, dtype=grad_output.dtype, device=grad_output.device)
+        levels = table(ctx.levels, grad_output, grad_output.dtype)
         per_byte = 8 // ctx.bits
         every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
-        table = levels[unpack(every_byte, ctx.bits, 256 * per_byte).int()].view(
+        by_byte = levels[unpack(every_byte, ctx.bits, 256 * per_byte).int()].view(
             256, per_byte
         )  # the levels in a byte
         slope = (
-            F.embedding(packed.int(), table).view(-1)[: grad_output.numel()].view(grad_output.shape)
+            F.embedding(packed.int(), by_byte)
+            .view(-1)[: grad_output.numel()]
+            .view(grad_output.shape)
         )
         return slope.mul_(grad_output), None, None, None, None
 

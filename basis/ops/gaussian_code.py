@@ -42,6 +42,7 @@ from torch import Tensor
 from basis.ops.bits import to_bytes
 from basis.ops.matrix import in_eager_mode, row_blocks
 from basis.ops.noise import pi, random_bits
+from basis.ops.tables import table
 
 BLOCK = 64
 MOST_BLOCKS = 64
@@ -178,9 +179,7 @@ def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
     0.1% over 8 bits, and variances are 1e-12 of the largest at least. Raises no error for more
     planes than 8 K: asserted.
     """
-    errors = torch.tensor(
-        [left_out, *(d / (1.0 - d) for d in DISTORTIONS[1:])], device=variances.device
-    )
+    errors = table((left_out, *(d / (1.0 - d) for d in DISTORTIONS[1:])), variances)
     by_bit = torch.cummin(errors[:-1] - errors[1:], 0).values * torch.linspace(
         1.0, 0.999, MOST_BITS, device=variances.device
     )
@@ -208,7 +207,7 @@ def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
     rows, number, length = z.shape
     owner, place = planes // MOST_BITS, (planes % MOST_BITS).to(torch.uint8)[:, None, None]
     bits = bits_by_row(planes, rows)
-    steps = torch.tensor(best_steps(), device=z.device)[bits][:, None]
+    steps = table(best_steps(), z)[bits][:, None]
     levels = torch.pow(2.0, bits)[:, None]
     packed: list[Tensor] = []
     scales: list[Tensor] = []
