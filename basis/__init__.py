@@ -30,7 +30,7 @@ Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16
 
 from typing import TYPE_CHECKING
 
-from basis.convert import convert, revert, set_noise_key, sketched_layers
+from basis.convert import convert, revert, sketched_layers
 from basis.diagnostics.quality import gradient_quality
 from basis.estimators import (
     BalancedSketch,
@@ -46,6 +46,7 @@ from basis.estimators import (
 )
 from basis.lean import Lean
 from basis.loss_head import linear_cross_entropy
+from basis.noise_key import set_noise_key
 from basis.sus import SUS
 
 __all__ = [

@@ -7,7 +7,6 @@ weights and the state_dict all stay as they were. Patterns are shell patterns ov
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,35 +15,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from basis.checks import whole_number
 from basis.diagnostics.budget import BudgetError
 from basis.estimator import Estimator
-from basis.exchange import Exchange, StandIn
+from basis.exchange import Exchange, StandIn, plain_name
 from basis.linear import WANTED, SketchedLinear
-from basis.noise_key import HasNoiseKey
-from basis.ops.noise import fold
-
-# Modules that hold the real one under a name of their own, by class name (so that none of them need
-# be imported).
-_WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-}
-
-
-def plain_name(model: nn.Module, name: str) -> str:
-    """A module's name in `model` without the parts that torch.compile, DDP, FSDP and checkpoint
-    wrappers put in.
-    """
-    parts, module = [], model
-    for part in name.split(".") if name else []:
-        if _WRAPPERS.get(type(module).__name__) != part:
-            parts.append(part)
-        module = getattr(module, part)
-    return ".".join(parts)
+from basis.shared_noise import Passes
 
 
 @dataclass(frozen=True)
@@ -188,6 +163,10 @@ def convert(
                 raise ValueError(f"include={names[name]!r}: {error}") from None
     for name in chosen:
         _replace(model, name, made[id(found[name])])
+    layers = [layer for _, layer in sketched_layers(model)]
+    passes = Passes(len(layers))
+    for place, layer in enumerate(layers):
+        layer.passes = (passes, place)
     return [names[name] for name in chosen]
 
 
@@ -243,48 +222,6 @@ def sketched_layers(model: nn.Module) -> Iterator[tuple[str, SketchedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, SketchedLinear):
             yield plain_name(model, name), module
-
-
-def set_noise_key(
-    model: nn.Module,
-    *,
-    seed: int,
-    step: int,
-    micro_batch: int = 0,
-    process: int = 0,
-    rank: int | None = None,
-) -> None:
-    """Fix the noise of every sketched, lean and SUS module as a function of seed, step,
-    micro_batch, process and the module's name.
-
-    Call it before each forward of a training step. Recomputing or resuming with the same numbers
-    draws the same noise, and a layer's noise does not depend on which other layers are sketched. It
-    also decides which layers learn in that forward: those whose method learns at `step`, in its
-    first micro-batch. process: the number of this process where several train one model, so that
-    each has noise of its own. rank: the older name of `process`, deprecated.
-
-    Raises ValueError, beginning with the name, for what is no whole number from 0 on.
-    """
-    if rank is not None:
-        warnings.warn("set_noise_key: rank is now called process", DeprecationWarning, stacklevel=2)
-        process = rank
-    given = {"seed": seed, "step": step, "micro_batch": micro_batch, "process": process}
-    seed, step, micro_batch, process = (
-        whole_number(name, value, least=0) for name, value in given.items()
-    )
-    for name, module in model.named_modules():
-        if isinstance(module, SketchedLinear):
-            module.learning = (
-                micro_batch == 0
-                and not module.frozen
-                and module.estimator.learns_at(step - module.first_step)
-            )
-        if isinstance(module, HasNoiseKey):
-            parameter = next(module.parameters(), None)
-            module.set_noise_key(
-                fold(seed, step, micro_batch, process, plain_name(model, name)),
-                None if parameter is None else parameter.device,
-            )
 
 
 @contextmanager

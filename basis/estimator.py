@@ -35,6 +35,12 @@ A method may have an option that depends on how many rows its inputs have:
 
     for_inputs(rows)                  -> the method for such inputs
 
+A method whose noise costs more to draw than to use may let all layers of a micro-batch share some
+of it (shared_noise.py):
+
+    shared_noise(shared, place, rows, like)
+                                      -> named tensors, which `compress` finds in its state
+
 Where methods are compared at equal bytes, one option of each is turned until its bytes fit. That is
 its `knob`, and
 
@@ -53,6 +59,7 @@ import torch
 from torch import Tensor
 
 from basis.checks import check_types
+from basis.shared_noise import SharedNoise
 
 State = Mapping[str, Tensor]
 """What a layer has learned so far, by name."""
@@ -86,6 +93,9 @@ class Estimator(abc.ABC):
     uses_noise: ClassVar[bool] = True
     """False if `key` is never looked at; layers then draw none."""
 
+    shares_noise: ClassVar[bool] = False
+    """True if `shared_noise` may return something; layers then share what they draw."""
+
     knob: ClassVar[str | None] = None
     """The option that decides how many bytes are kept, if there is one: what budget.py turns."""
 
@@ -117,12 +127,20 @@ class Estimator(abc.ABC):
         """
         return float(self._texts[option])
 
+    def shared_noise(self, shared: SharedNoise, place: int, rows: int, like: Tensor) -> State:
+        """What the layer at `place` uses of the noise that layers share, for an input of `rows`
+        rows with the dtype and on the device of `like`. Empty, the default: it draws by its key
+        alone.
+        """
+        return {}
+
     @abc.abstractmethod
     def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         """What to keep of `x` (B, N) for backward.
 
         key: an int64 tensor from which all noise is drawn, see ops/noise.py. state: what the layer
-        has learned, the tensors of `initial_state`; empty for a method that doesn't learn. To keep
+        has learned, the tensors of `initial_state`, and what it shares with others, those of
+        `shared_noise`; empty for a method with neither, and where nothing is shared. To keep
         tensors of `state` costs no bytes.
         """
 

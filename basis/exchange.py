@@ -133,6 +133,29 @@ def refuse_hooks(module: nn.Module) -> None:
         )
 
 
+# Modules that hold the real one under a name of their own, by class name (so that none of them need
+# be imported).
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """A module's name in `model` without the parts that torch.compile, DDP, FSDP and checkpoint
+    wrappers put in.
+    """
+    parts, module = [], model
+    for part in name.split(".") if name else []:
+        if _WRAPPERS.get(type(module).__name__) != part:
+            parts.append(part)
+        module = getattr(module, part)
+    return ".".join(parts)
+
+
 class Exchange(abc.ABC):
     """Which modules are replaced, and by what. Frozen dataclasses, whose fields are its options."""
 

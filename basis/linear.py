@@ -27,8 +27,9 @@ from basis.estimators.balanced_sketch import BalancedSketch
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.noise_key import HasNoiseKey
-from basis.ops.matrix import cast_for_autocast, has_values, without_autocast
+from basis.ops.matrix import cast_for_autocast, has_values, in_eager_mode, without_autocast
 from basis.ops.noise import draw_key, encode_hashing
+from basis.shared_noise import Passes, SharedNoise
 from basis.state import Learning, learned_from_scratch, pack_state, unpack_state
 
 WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"
@@ -188,6 +189,9 @@ class SketchedLinear(StandIn, HasNoiseKey, Learning, nn.Linear):
     Raises TypeError if `estimator` is none.
     """
 
+    passes: tuple[Passes, int]
+    """Where no key is set: what this layer shares with others, and its place among them."""
+
     def __init__(
         self,
         in_features: int,
@@ -202,6 +206,7 @@ class SketchedLinear(StandIn, HasNoiseKey, Learning, nn.Linear):
             raise TypeError(f"sketched linear: estimator must be {WANTED}, got {estimator!r}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.estimator = estimator
+        self.passes = (Passes(1), 0)
         self.forget()
 
     def reset_parameters(self) -> None:
@@ -240,7 +245,9 @@ class SketchedLinear(StandIn, HasNoiseKey, Learning, nn.Linear):
 
     @property
     def own_names(self) -> frozenset[str]:
-        return frozenset({"estimator", *(f"estimator_{name}" for name in self._state_names)})
+        return frozenset(
+            {"estimator", "passes", *(f"estimator_{name}" for name in self._state_names)}
+        )
 
     def key_for(self, input: Tensor) -> Tensor:
         """The key of a forward now, on the input's device: `noise_key`, else a fresh one if this
@@ -248,24 +255,60 @@ class SketchedLinear(StandIn, HasNoiseKey, Learning, nn.Linear):
         """
         if self.noise_key is not None:
             return self.noise_key.to(input.device)
-        if (
+        if self._draws():
+            return draw_key(input.device)
+        return torch.zeros((), dtype=torch.int64, device=input.device)
+
+    def _draws(self) -> bool:
+        """Whether a forward now takes noise from PyTorch's generator if no key is set.
+
+        Not only in grad mode: a reentrant checkpoint runs its first forward without, and its
+        recomputation must find that the generator has moved on, else all steps would share one key.
+        """
+        return (
             self.estimator.uses_noise
             and self.weight.requires_grad
             and (self.training or torch.is_grad_enabled())
-        ):
-            # Before the look at the grad mode: a reentrant checkpoint runs its first forward
-            # without, and its recomputation must find that the generator has moved on, else all
-            # steps and layers would share one key.
-            return draw_key(input.device)
-        return torch.zeros((), dtype=torch.int64, device=input.device)
+        )
+
+    def prepare(self, input: Tensor) -> tuple[Tensor, State]:
+        """Key and state for a forward now on `input` (..., N), in the precision in which it will
+        be sketched: what the layer has learned, after a look at the input if this is a step to
+        learn at, and what it shares with other layers.
+        """
+        wanted = wants_weight_grad(self.weight) and has_values(input)
+        shared, key = self._shared_with(input), None
+        drawn: State = {}
+        if shared is not None and wanted:
+            noise, place = shared
+            rows = input.numel() // input.shape[-1]
+            drawn = self.estimator.shared_noise(noise, place, rows, input)
+            if drawn and self.noise_key is None:
+                key = noise.key  # another one would not be looked at
+        if key is None:
+            key = self.key_for(input)
+        return key, {**(self.learn(input, key) if wanted else self.state), **drawn}
+
+    def _shared_with(self, input: Tensor) -> tuple[SharedNoise, int] | None:
+        """The noise that this layer shares with others in a forward now, and its place; None where
+        it draws by its own key.
+        """
+        if not self.estimator.shares_noise:
+            return None
+        if self.noise_key is not None:
+            return self._fixed_noise
+        passes, place = self.passes
+        if passes.layers == 1 or not self._draws() or not in_eager_mode(input):
+            return None  # for one layer 8 bytes and a second draw are less than a kept hashing
+        return passes.noise(place, input.device), place
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return cast(Tensor, self.node(input))
         if self.for_inference():
             return F.linear(input, self.weight, self.bias)
-        key = self.key_for(input)
-        state = self.learn(input, key) if wants_weight_grad(self.weight) else self.state
+        input = cast_for_autocast(input)
+        key, state = self.prepare(input)
         return sketched_linear(input, self.weight, self.bias, key, self.estimator, state)
 
     def extra_repr(self) -> str:

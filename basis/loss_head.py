@@ -241,8 +241,8 @@ def linear_cross_entropy(
     wanted = wants_weight_grad(layer.weight)
     state: State = {}
     if isinstance(layer, SketchedLinear):
-        estimator, key = layer.estimator, layer.key_for(input)
-        state = layer.learn(input, key) if wanted else layer.state
+        estimator = layer.estimator
+        key, state = layer.prepare(x)
     else:
         estimator, key = _EXACT, torch.zeros((), dtype=torch.int64, device=input.device)
     x = x.flatten(0, -2)

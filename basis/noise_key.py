@@ -1,22 +1,50 @@
-"""Modules whose noise can be fixed: sketched layers, and lean layers that round at random.
+"""Where the noise of a training step comes from: one number, from which each module makes its own.
 
-`noise_key` decides the noise; while it is None, each training forward draws a key from PyTorch's
-default generator. `basis.set_noise_key` sets it for a whole model. It is no buffer: it is not
-saved, and DistributedDataParallel does not overwrite it with rank 0's.
+`basis.set_noise_key(model, seed=, step=, ...)` folds these numbers into one integer on the host,
+the base key. All that follows is arithmetic of tensors where the model is, about thirty operations
+for all modules together: nothing is copied from the host, and a CUDA graph that has recorded
+`assign_keys` draws new noise once its base key is filled with another number. A module's key mixes
+the base key with its name, so its noise does not depend on which other modules there are.
+
+Modules whose noise can be fixed are sketched layers, and lean and SUS ones that round or choose at
+random. `noise_key` decides the noise; while it is None, each training forward draws a key from
+PyTorch's default generator. It is no buffer: it is not saved, and DistributedDataParallel does not
+overwrite it with rank 0's.
+
+Sketched layers may also share noise (shared_noise.py): what is drawn for all of them is a function
+of the base key too.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor, nn
 
-from basis.ops.noise import draw_key
+from basis.checks import whole_number
+from basis.exchange import plain_name
+from basis.ops.noise import combine, draw_key, fold
+from basis.shared_noise import SharedNoise
 
 
 class HasNoiseKey(nn.Module):
     """Mixin of modules that draw noise in a training forward."""
 
-    noise_key: Tensor | None = None
+    _noise_key: Tensor | None = None
+    _fixed_noise: tuple[SharedNoise, int] | None = None
+    """What layers share under the present `noise_key`, and this one's place among them."""
+
+    @property
+    def noise_key(self) -> Tensor | None:
+        """int64, 0-dimensional, or a hashing (`encode_hashing`); None: each forward draws one."""
+        return self._noise_key
+
+    @noise_key.setter
+    def noise_key(self, key: Tensor | None) -> None:
+        self._noise_key = key
+        self._fixed_noise = None
 
     def set_noise_key(self, key: int | Tensor, device: torch.device | None = None) -> None:
         """Fix the noise: an integer in [0, 2^63) is a seed, a tensor of B codes an explicit hashing
@@ -42,3 +70,89 @@ class HasNoiseKey(nn.Module):
         """
         if self.training and self.noise_key is None and not torch.is_grad_enabled():
             draw_key(device)
+
+
+def base_key(*, seed: int, step: int, micro_batch: int = 0, process: int = 0) -> int:
+    """The integer in [0, 2^62) from which all noise of a micro-batch follows.
+
+    Raises ValueError, beginning with the name, for what is no whole number from 0 on.
+    """
+    given = {"seed": seed, "step": step, "micro_batch": micro_batch, "process": process}
+    return fold(*(whole_number(name, value, least=0) for name, value in given.items()))
+
+
+def _identities(names: tuple[str, ...], device: torch.device) -> Tensor:
+    """A number for each name, int64 on `device`."""
+    return torch.tensor([fold(name) for name in names], dtype=torch.int64).to(device)
+
+
+_known_identities = functools.lru_cache(maxsize=64)(_identities)  # no copies after the first
+
+
+def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int = 0) -> None:
+    """Give every sketched, lean and SUS module of `model` its key, by arithmetic on `base`, a
+    0-dimensional int64 tensor.
+
+    step, micro_batch: they decide which layers learn in the next forward: those whose method learns
+    at `step`, in its first micro-batch. Modules on another device than `base` get copies.
+    """
+    from basis.linear import SketchedLinear
+
+    modules: list[HasNoiseKey] = []
+    names: list[str] = []
+    places: dict[str, int] = {}  # of dense layers, sketched or not: their noise is the same then
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | HasNoiseKey):
+            plain = plain_name(model, name)
+            if isinstance(module, nn.Linear):
+                places.setdefault(plain, len(places))
+            if isinstance(module, HasNoiseKey):
+                modules.append(module)
+                names.append(plain)
+    if not modules:
+        return
+    with torch.no_grad():
+        identify = _known_identities if type(base) is Tensor else _identities  # fake tensors
+        identities = identify((*names, "shared by layers"), base.device)
+        *keys, shared_key = combine(base, identities).unbind()
+    shared = SharedNoise(shared_key, len(places))
+    for module, name, key in zip(modules, names, keys, strict=True):
+        parameter = next(module.parameters(), None)
+        module.noise_key = key if parameter is None else key.to(parameter.device)
+        if isinstance(module, SketchedLinear):
+            module._fixed_noise = (shared, places[name]) if len(places) > 1 else None
+            module.learning = (
+                micro_batch == 0
+                and not module.frozen
+                and module.estimator.learns_at(step - module.first_step)
+            )
+
+
+def set_noise_key(
+    model: nn.Module,
+    *,
+    seed: int,
+    step: int,
+    micro_batch: int = 0,
+    process: int = 0,
+    rank: int | None = None,
+) -> None:
+    """Fix the noise of every sketched, lean and SUS module as a function of seed, step,
+    micro_batch, process and the module's name.
+
+    Call it before each forward of a training step. Recomputing or resuming with the same numbers
+    draws the same noise, and a layer's noise does not depend on which other layers are sketched. It
+    also decides which layers learn in that forward: those whose method learns at `step`, in its
+    first micro-batch. process: the number of this process where several train one model, so that
+    each has noise of its own. rank: the older name of `process`, deprecated.
+
+    Raises ValueError, beginning with the name, for what is no whole number from 0 on.
+    """
+    if rank is not None:
+        warnings.warn("set_noise_key: rank is now called process", DeprecationWarning, stacklevel=2)
+        process = rank
+    key = base_key(seed=seed, step=step, micro_batch=micro_batch, process=process)
+    parameter = next(model.parameters(), None)
+    device = None if parameter is None else parameter.device
+    base = torch.full((), key, dtype=torch.int64, device=device)
+    assign_keys(model, base, step=int(step), micro_batch=int(micro_batch))

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from basis.convert import plain_name
+from basis.exchange import plain_name
 from basis.linear import SketchedLinear
 from basis.loss_head import BlockObserver, HeadHook
 from basis.ops.noise import fold, normal_rows

@@ -42,6 +42,7 @@ from basis.checks import whole_number
 from basis.convert import sketched_layers
 from basis.estimator import Estimator, State
 from basis.ops.noise import fold
+from basis.shared_noise import SharedNoise
 from basis.state import pack_state, unpack_state
 
 TOTAL = "all"
@@ -140,6 +141,8 @@ class _Recorder(Estimator):
         self.uses_noise = estimator.uses_noise  # type: ignore[misc]  # of this object, as of the one it stands for
         self.quality: Quality | None = None
         self.learned: State | None = None
+        self.shares_noise = estimator.shares_noise  # type: ignore[misc]
+        self.shared: State = {}
 
     def learns_at(self, step: int) -> bool:
         return self.estimator.learns_at(step)
@@ -148,10 +151,13 @@ class _Recorder(Estimator):
         self.learned = self.estimator.learn(state, x, key)
         return state
 
+    def shared_noise(self, shared: SharedNoise, place: int, rows: int, like: Tensor) -> State:
+        self.shared = self.estimator.shared_noise(shared, place, rows, like)
+        return self.shared
+
     def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
-        state = (
-            state if self.learned is None else self.learned
-        )  # still kept: a recomputed forward doesn't learn
+        # What was learned is still kept: a recomputed forward doesn't learn.
+        state = {**state, **(self.learned or {})}
         self.state_names, *tensors = pack_state(state)
         return x, key, *tensors
 
@@ -163,10 +169,13 @@ class _Recorder(Estimator):
             )
         x, key, *learned = kept
         state = unpack_state(self.state_names, *learned)
+        learned_state = {name: state[name] for name in state if name not in self.shared}
 
         def estimate(with_key: Tensor) -> Tensor:
+            # Noise that layers share belongs to the layer's own key.
+            known = state if with_key is key else learned_state
             return self.estimator.weight_grad(
-                self.estimator.compress(x, with_key, state), grad_y
+                self.estimator.compress(x, with_key, known), grad_y
             ).float()
 
         with torch.autocast(

@@ -1,14 +1,13 @@
 """BASIS: a balanced count sketch of X, with norms restored (V. Khasia, arXiv 2604.16324, Algorithm
 1).
 
-Forward draws a signed hashing of the B rows into R bins, S[r, b] = signs[b] * [bins[b] = r], and
-keeps
+Forward takes a signed hashing of the B rows into R bins (ops/hashing.py),
+S[r, b] = signs[b] * [bins[b] = r], and keeps
 
     X~ = S X                    R x N instead of B x N (Balanced Hashing: equal bins, or one off)
     X^ = X~ |X| / (|X~| + eps)  same norm as X              (Invariant Scalar; Frobenius norms)
 
-Backward draws the same hashing again from its key, sketches dY alike, and multiplies R rows instead
-of B:
+Backward takes the same hashing, sketches dY alike, and multiplies R rows instead of B:
 
     dW^ = (1 - shrinkage)^2 dY^^T X^                        M x N, 2 R N M FLOPs instead of 2 B N M
 
@@ -41,10 +40,12 @@ whose second part is exact. The variance above then has X - 1 m^T in the place o
 without what m's direction contributes; the Invariant Scalars are those of X - 1 m^T and of dY, and
 shrinkage spares the exact part. dY is not centred.
 
-Kept: R N elements in the precision of X (with `center` N more), and the 8-byte key. FLOPs besides
-the product: B (N + M) multiply-adds for the norms and as many for the sketches (in a loss head,
-where dY lies column by column, 2 R B M for its sketch). State between steps: none. The published
-code also uses shrinkage = 0.01 unless told otherwise.
+Kept: R N elements in the precision of X (with `center` N more), and an 8-byte key, or a part of
+the hashing that all layers of a micro-batch have in common: 8 B + 4 R bytes for all of them. In
+eager mode that is twelve operations a layer beyond the exact ones. FLOPs besides the product: B (N
++ M) multiply-adds for the norms and as many for the sketches (in a loss head, where dY lies column
+by column, 2 R B M for its sketch). State between steps: none. The published code also uses
+shrinkage = 0.01 unless told otherwise.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ import torch
 from torch import Tensor
 
 from basis.estimator import Estimator, Factors, State
-from basis.ops.matrix import frobenius_norm, sign_matrix, signed_bin_sums
-from basis.ops.noise import draw_hashing
+from basis.ops.hashing import Hashing, as_state, from_state, own_hashing, shared_hashing
+from basis.ops.matrix import at_least_float32, frobenius_norms
+from basis.shared_noise import SharedNoise
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class BalancedSketch(Estimator):
     """
 
     knob: ClassVar[str] = "rank"
+    shares_noise: ClassVar[bool] = True
 
     rank: int
     hashing: str = "balanced"
@@ -93,53 +96,71 @@ class BalancedSketch(Estimator):
         if not self.eps > 0.0:
             raise ValueError(f"eps={self.eps}: must be positive")
 
+    def shared_noise(self, shared: SharedNoise, place: int, rows: int, like: Tensor) -> State:
+        if self._is_permutation(rows):
+            return {}
+        rank = min(self.rank, rows)
+        return as_state(shared_hashing(shared, place, rows, like, rank, self.hashing))
+
     def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
+        """The sketch; what the hashing can be had from again, the key or what layers share; with
+        `center` the mean.
+        """
+        shared = from_state(state) if key.ndim == 0 else None
+        source = (key,) if shared is None else shared
         if not self.center:
-            return self.sketch(x, key), key
-        mean = x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-        return self.sketch(x - mean, key), key, mean
+            return self.sketch(x, *source), *source
+        mean = x.mean(0, dtype=at_least_float32(x.dtype)).to(x.dtype)
+        return self.sketch(x - mean, *source), *source, mean
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
-        sketched_x, key, *mean = kept
-        result = self.sketch(grad_y, key).t() @ sketched_x
-        return torch.addr(result, grad_y.sum(0), mean[0]) if mean else result
+        sketched_x, source, mean = self._parts(kept)
+        result = self.sketch(grad_y, *source).t() @ sketched_x
+        return result if mean is None else torch.addr(result, grad_y.sum(0), mean)
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
-        sketched_x, key, *means = kept
-        mean = means[0] if means else None
-        rank = sketched_x.shape[0]
-        if self._is_permutation(rows, key):
+        sketched_x, source, mean = self._parts(kept)
+        hashing = self._hashing(rows, sketched_x, *source)
+        if hashing is None:
             return Factors(sketched_x, None, lambda norm, _: self._scale(norm, norm), mean)
-        bins, signs = draw_hashing(key, rows, rank, self.hashing)
-        return Factors(
-            sign_matrix(bins, signs, rank, sketched_x.dtype).t(), sketched_x, self._scale, mean
-        )
+        return Factors(hashing.matrix(sketched_x.dtype).t(), sketched_x, self._scale, mean)
+
+    def _parts(self, kept: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """The sketch, the source of the hashing and the mean of what `compress` has kept."""
+        sketch, *source = kept
+        mean = source.pop() if self.center else None
+        return sketch, tuple(source), mean
 
     def _scale(self, norm: Tensor, sketched_norm: Tensor) -> Tensor:
         """What a sketch is multiplied by, from |X| and |X~|."""
         share = 1.0 - self.constant("shrinkage")
         if self.invariant_scalars:
-            return share * norm / (sketched_norm + self.constant("eps"))
+            # share |X| / (|X~| + eps), with the share in the denominator: one operation less
+            return norm / torch.rsub(sketched_norm, self.constant("eps") / share, alpha=-1 / share)
         return torch.full_like(norm, share)
 
-    def _is_permutation(self, rows: int, key: Tensor) -> bool:
+    def _is_permutation(self, rows: int) -> bool:
         """Whether every row has a bin for itself: S is a signed permutation then, which S^T S takes
         away again.
         """
-        return self.rank >= rows and self.hashing == "balanced" and key.ndim == 0
+        return self.rank >= rows and self.hashing == "balanced"
 
-    def sketch(self, x: Tensor, key: Tensor) -> Tensor:
+    def _hashing(self, rows: int, like: Tensor, *source: Tensor) -> Hashing | None:
+        """The hashing of `rows` rows, with signs in the dtype of `like`; None for a permutation."""
+        if len(source) > 1:
+            return Hashing(*source)
+        (key,) = source
+        if key.ndim == 0 and self._is_permutation(rows):
+            return None
+        return own_hashing(key, rows, like, min(self.rank, rows), self.hashing)
+
+    def sketch(self, x: Tensor, *source: Tensor) -> Tensor:
         """X^ of Algorithm 1 for `x` (B, N), times 1 - shrinkage: (min(R, B), N) in the dtype of
-        `x`.
+        `x`. source: a key, or the tensors of a Hashing.
         """
-        rows = x.shape[0]
-        rank = min(self.rank, rows)
-        if self._is_permutation(rows, key):
-            sketch = x
-        else:
-            bins, signs = draw_hashing(key, rows, rank, self.hashing)
-            sketch = signed_bin_sums(x, bins, signs, rank)
+        hashing = self._hashing(x.shape[0], x, *source)
+        sketch = x if hashing is None else hashing.sums(x)
         if self.invariant_scalars:
-            return (sketch * self._scale(frobenius_norm(x), frobenius_norm(sketch))).to(x.dtype)
+            return (sketch * self._scale(*frobenius_norms(x, sketch))).to(x.dtype)
         shrinkage = self.constant("shrinkage")
         return sketch if shrinkage == 0.0 else sketch * (1.0 - shrinkage)

@@ -30,8 +30,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from basis.estimator import Estimator, Factors, State
-from basis.ops.matrix import sign_matrix, signed_bin_sums
-from basis.ops.noise import draw_hashing
+from basis.ops.hashing import Hashing, as_state, from_state, own_hashing, shared_hashing
+from basis.shared_noise import SharedNoise
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class CountSketch(Estimator):
     """
 
     knob: ClassVar[str] = "rank"
+    shares_noise: ClassVar[bool] = True
 
     rank: int
 
@@ -51,32 +52,39 @@ class CountSketch(Estimator):
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}: must be at least 1")
 
+    def shared_noise(self, shared: SharedNoise, place: int, rows: int, like: Tensor) -> State:
+        if self.rank >= rows:
+            return {}
+        return as_state(shared_hashing(shared, place, rows, like, self.rank, "uniform"))
+
     def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
-        return self.sketch(x, key), key
+        shared = from_state(state) if key.ndim == 0 else None
+        source = (key,) if shared is None else shared
+        return self.sketch(x, *source), *source
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
-        sketched_x, key = kept
-        return self.sketch(grad_y, key).t() @ sketched_x
+        sketched_x, *source = kept
+        return self.sketch(grad_y, *source).t() @ sketched_x
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
-        sketched_x, key = kept
-        if self._keeps_all(rows, key):
+        sketched_x, *source = kept
+        hashing = self._hashing(rows, sketched_x, *source)
+        if hashing is None:
             return Factors(sketched_x)
-        rank = sketched_x.shape[0]
-        return Factors(
-            sign_matrix(*draw_hashing(key, rows, rank, "uniform"), rank, sketched_x.dtype).t(),
-            sketched_x,
-        )
+        return Factors(hashing.matrix(sketched_x.dtype).t(), sketched_x)
 
-    def _keeps_all(self, rows: int, key: Tensor) -> bool:
-        """Whether S is the identity: there are as many bins as rows, and nobody has said which is
-        whose.
+    def _hashing(self, rows: int, like: Tensor, *source: Tensor) -> Hashing | None:
+        """The hashing of `rows` rows, with signs in the dtype of `like`; None where S is the
+        identity: there are as many bins as rows, and nobody has said which is whose.
         """
-        return self.rank >= rows and key.ndim == 0
+        if len(source) > 1:
+            return Hashing(*source)
+        (key,) = source
+        if key.ndim == 0 and self.rank >= rows:
+            return None
+        return own_hashing(key, rows, like, min(self.rank, rows), "uniform")
 
-    def sketch(self, x: Tensor, key: Tensor) -> Tensor:
-        """S x, (min(R, B), N), for `x` (B, N)."""
-        if self._keeps_all(x.shape[0], key):
-            return x
-        rank = min(self.rank, x.shape[0])
-        return signed_bin_sums(x, *draw_hashing(key, x.shape[0], rank, "uniform"), rank)
+    def sketch(self, x: Tensor, *source: Tensor) -> Tensor:
+        """S x, (min(R, B), N), for `x` (B, N). source: a key, or the tensors of a Hashing."""
+        hashing = self._hashing(x.shape[0], x, *source)
+        return x if hashing is None else hashing.sums(x)

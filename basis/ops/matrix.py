@@ -1,5 +1,5 @@
-"""Work on the rows of a matrix that several methods share: precision, signed sums by bin, norms,
-blocks of rows, sums down a tall matrix.
+"""Work on the rows of a matrix that several methods share: precision, norms, blocks of rows, sums
+down a tall matrix.
 
 A matrix here is X (B, N) or dY (B, M), rows being tokens. In a loss head dY lies in memory column
 by column; what is faster there is told apart by the strides.
@@ -18,11 +18,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _CACHED = 1 << 18  # numbers: a megabyte of float32
 _HELD = 1 << 22
+_EXACT = 1 << 16  # numbers whose squares one float32 sum adds up without losing digits
 _PIECE = 1024  # rows of a tall matrix that one core reduces
 
 
@@ -60,27 +60,9 @@ def transposed(x: Tensor) -> bool:
     return x.stride(0) == 1 and x.stride(1) > 1
 
 
-def sign_matrix(bins: Tensor, signs: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """S (rank, B): signs[b] where bins[b] is the row, else 0."""
-    matrix = torch.zeros(rank, len(bins), dtype=dtype, device=bins.device)
-    return matrix.scatter_(0, bins[None], signs[None].to(dtype))
-
-
-def signed_bin_sums(x: Tensor, bins: Tensor, signs: Tensor, rank: int) -> Tensor:
-    """S x, shape (rank, N): row r is the sum of signs[b] * x[b] over the rows b with bins[b] = r.
-
-    PyTorch's embedding_bag is this very operation, weighted sums of rows by bag: x is read once, B
-    N additions whatever R is, low precision summed in float32, the same order of additions every
-    time. A transposed view, as a loss head gives, would be walked through across the grain; there a
-    product with S does it, at 2 R B N FLOPs.
-    """
-    if transposed(x):
-        return (x.t() @ sign_matrix(bins, signs, rank, x.dtype).t()).t()  # in the memory order of x
-    sorted_bins, order = bins.sort(stable=True)
-    first = torch.searchsorted(
-        sorted_bins, torch.arange(rank, device=bins.device)
-    )  # where each bin begins in `order`
-    return F.embedding_bag(order, x, first, mode="sum", per_sample_weights=signs[order].to(x.dtype))
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """`torch.promote_types(dtype, torch.float32)`, which PyTorch dispatches as an operation."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -91,9 +73,7 @@ def row_norms(x: Tensor) -> Tensor:
     float32; a norm is then off by 0.2% at most, in either direction.
     """
     fast = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return torch.linalg.vector_norm(
-        x, dim=1, dtype=x.dtype if fast else torch.promote_types(x.dtype, torch.float32)
-    )
+    return torch.linalg.vector_norm(x, dim=1, dtype=x.dtype if fast else at_least_float32(x.dtype))
 
 
 def frobenius_norm(x: Tensor) -> Tensor:
@@ -103,7 +83,21 @@ def frobenius_norm(x: Tensor) -> Tensor:
     digits on the CPU.
     """
     norms = row_norms(x.t() if transposed(x) else x)
-    return torch.linalg.vector_norm(norms.to(torch.promote_types(x.dtype, torch.float32)))
+    return torch.linalg.vector_norm(norms.to(at_least_float32(x.dtype)))
+
+
+def frobenius_norms(x: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
+    """`frobenius_norm` of both, in as few operations as there can be in eager mode: a sketch's norm
+    comes with that of what it is a sketch of.
+    """
+    if not in_eager_mode(x):
+        return frobenius_norm(x), frobenius_norm(small)
+    if x.device.type == "cpu":
+        x = row_norms(x.t() if transposed(x) else x)
+        if small.numel() > _EXACT:
+            small = row_norms(small.t() if transposed(small) else small)
+    norm, small_norm = torch._foreach_norm((x, small), 2, at_least_float32(x.dtype))
+    return norm, small_norm
 
 
 def in_eager_mode(x: Tensor) -> bool:

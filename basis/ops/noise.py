@@ -130,6 +130,15 @@ def derive(key: Tensor, index: int) -> Tensor:
     return low ^ (high << 30)
 
 
+def combine(key: Tensor, identities: Tensor) -> Tensor:
+    """A key for each of `identities` (n,), int64: (n,) keys in [0, 2^62), each a function of the
+    0-dimensional `key` and its identity alone.
+    """
+    words = torch.stack((identities & _MASK, identities >> 32))  # (2, n)
+    low, high = _mix(_mix(words ^ (key & _MASK)) ^ ((key >> 32) & _MASK))
+    return low ^ ((high & (_MASK >> 2)) << 32)
+
+
 def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """`count` numbers in [0, 1): multiples of 2^-24 in float32, of 2^-52 in float64."""
     if dtype == torch.float64:
@@ -173,24 +182,3 @@ def normal_rows(key: Tensor, rows: slice, width: int) -> Tensor:
     )  # not 0, whose log is infinite
     second = bits[:, half:].to(torch.float32).mul_(2.0**-32)
     return box_muller(first, second)[:, :width]
-
-
-def draw_hashing(key: Tensor, rows: int, rank: int, hashing: str) -> tuple[Tensor, Tensor]:
-    """Bins (rows, int64 in [0, rank)) and signs (rows, int64, +1 or -1) that belong to `key`.
-
-    `hashing="balanced"`: a random permutation of arange(rows) mod rank, so that bin sizes differ by
-    one at most (BASIS, Algorithm 1, line 3). `"uniform"`: an independent bin for each row, as in a
-    plain count sketch. A key of one dimension already holds the answer and `hashing` is not looked
-    at.
-    """
-    if key.ndim == 1:
-        return key >> 1, 1 - 2 * (key & 1)
-    bits = random_bits(key, rows)
-    signs = 1 - 2 * (bits & 1)
-    bits = bits >> 1
-    if hashing == "uniform":
-        return (bits * rank) >> _BITS, signs
-    assert hashing == "balanced", hashing
-    order = torch.argsort(bits, stable=True)
-    slots = torch.arange(rows, dtype=torch.int64, device=key.device) % rank
-    return torch.empty_like(slots).scatter_(0, order, slots), signs

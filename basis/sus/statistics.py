@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from basis.convert import plain_name
+from basis.exchange import plain_name
 from basis.ops.matrix import cast_for_autocast
 from basis.sus.attention import SusAttention
 from basis.sus.blocks import Heads, causal_probabilities

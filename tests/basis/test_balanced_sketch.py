@@ -10,8 +10,9 @@ import torch
 from reference_trace import relative_error
 
 from basis import BalancedSketch
-from basis.ops.matrix import frobenius_norm, signed_bin_sums
-from basis.ops.noise import draw_hashing, encode_hashing, fold
+from basis.ops.hashing import draw_hashing, own_hashing
+from basis.ops.matrix import frobenius_norm
+from basis.ops.noise import encode_hashing, fold
 
 ROWS, IN, OUT = 24, 5, 4
 
@@ -141,11 +142,12 @@ def test_zeros_give_zero_not_nan(zero: str) -> None:
 def test_both_routes_to_the_sums_agree(rank: int) -> None:
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
     bins, signs = draw_hashing(torch.tensor(9), 40, rank, "uniform")
+    hashing = own_hashing(torch.tensor(9), 40, x, rank, "uniform")
     expected = reference.sketch_matrix(bins, signs, rank) @ x.double()
-    torch.testing.assert_close(
-        signed_bin_sums(x, bins, signs, rank).double(), expected, rtol=1e-6, atol=1e-6
-    )
-    low = signed_bin_sums(x.bfloat16(), bins, signs, rank)
+    column_by_column = x.t().contiguous().t()
+    for one in (x, column_by_column):
+        torch.testing.assert_close(hashing.sums(one).double(), expected, rtol=1e-6, atol=1e-6)
+    low = hashing.sums(x.bfloat16())
     assert (
         relative_error(low, reference.sketch_matrix(bins, signs, rank) @ x.bfloat16().double())
         < 3e-3

@@ -17,7 +17,7 @@ from estimator_checks import (
 )
 
 from basis import BalancedSketch
-from basis.ops.noise import draw_hashing
+from basis.ops.hashing import draw_hashing
 
 COUNT = 3000
 

@@ -13,7 +13,8 @@ from basis import BalancedSketch, Exact
 from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from basis.linear import SketchedLinear, basis_linear
-from basis.ops.noise import draw_hashing, encode_hashing, fold
+from basis.ops.hashing import draw_hashing
+from basis.ops.noise import encode_hashing, fold
 
 ROWS, IN, OUT, RANK = 48, 16, 24, 6
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from basis.ops.hashing import draw_hashing
 from basis.ops.noise import (
     Dither,
     derive,
-    draw_hashing,
     encode_hashing,
     fold,
     normal_rows,

@@ -1,0 +1,188 @@
+"""Signed hashing of rows: which of R bins each of B rows goes into, and with which sign.
+
+    S[r, b] = sign of b where r is the bin of b, else 0        S x: sums of signed rows by bin
+
+*Drawn.* B distinct random integers are sorted, which gives a random permutation of the rows. Its
+places are cut into R bins, one after the other: of equal size, or one off (balanced; BASIS,
+Algorithm 1, line 3), or of the sizes that independent bins would have (uniform). Each place has a
+sign.
+
+*Shared.* All layers with B rows use one permutation in a micro-batch (shared_noise.py), so one sort
+serves them all, at any R. Signs are not shared: one table of signs is B + L long for L layers, and
+layer l has the B that begin at l, which costs no operation and no byte. So each layer by itself has
+the hashing of the paper. Errors of two layers, sums over pairs of rows in one bin with the product
+of their signs, meet in expectation only where two pairs of places are the same places of the table:
+then the rows are others, shifted by the distance of the layers in a random permutation. With the
+same signs they would be the same rows, whose gradients have much to do with each other.
+
+*Kept.* For bins, the rows in the order of their places (`order`, int32), where bins begin and the
+table: 8 bytes a row and 4 a bin, for all layers together. A layer that draws for itself keeps its
+8-byte key and draws again in backward.
+
+*Used.* PyTorch's embedding_bag is sums of weighted rows by bag: X is read once, B N additions
+whatever R is, low precision summed in float32, the same order of additions every time. On CUDA, up
+to rank 128, S is made as a matrix, by pointwise work that a compiler fuses, and multiplied: 2 R B N
+FLOPs, less time than it takes to read X. Instead of the order that needs the place of each row
+(`slot`). Above, bin_sums.py has a kernel. All agree to rounding, on all devices.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from basis.estimator import State
+from basis.ops.matrix import transposed
+from basis.ops.noise import random_bits
+from basis.shared_noise import SharedNoise
+
+MATRIX_RANK = 128
+"""Up to which rank S is a matrix on the devices of MATRIX_DEVICES. 2 R FLOPs a number take as long
+as reading its 2 bytes at about 170 FLOPs a byte, an H100's 600 TFLOP/s by 3.5 TB/s.
+"""
+MATRIX_DEVICES = frozenset({"cuda"})
+
+_BITS = 31  # of a random integer, those that a uniform bin is made of
+_SIGNS = 1 << 31  # the number of the first integer that signs are made of; bins take those before
+
+
+def _multiplies(device: torch.device, rank: int) -> bool:
+    """Whether S is used as a matrix."""
+    return device.type in MATRIX_DEVICES and rank <= MATRIX_RANK
+
+
+class Hashing(NamedTuple):
+    """A drawn hashing of B rows into R bins.
+
+    places: (B,), int32: the rows in the order of their places; or int64: the place of each row.
+    first: (R,) int32, the first place of each bin. signs: (B,) of places, +1 or -1, floating point.
+    """
+
+    places: Tensor
+    first: Tensor
+    signs: Tensor
+
+    @property
+    def by_row(self) -> bool:
+        """Whether `places` says for each row where it is; a saved hashing says so by its dtype."""
+        return self.places.dtype == torch.int64
+
+    def sums(self, x: Tensor) -> Tensor:
+        """S x, (R, N), for `x` (B, N), in its dtype.
+
+        A transposed view, as a loss head gives, would be walked through across the grain; there a
+        product with S does it, at 2 R B N FLOPs.
+        """
+        if transposed(x):
+            return (x.t() @ self.matrix(x.dtype).t()).t()  # in the memory order of x
+        if self.by_row:
+            return self.matrix(x.dtype) @ x
+        signs = self.signs.to(x.dtype)
+        return F.embedding_bag(self.places, x, self.first, mode="sum", per_sample_weights=signs)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """S (R, B)."""
+        rows, rank = len(self.places), len(self.first)
+        signs = self.signs.to(dtype)
+        if self.by_row:
+            slot, first = self.places[None], self.first[:, None]
+            last = F.pad(self.first[1:], (0, 1), value=rows)[:, None]
+            inside = (slot >= first) & (slot < last)
+            return torch.where(inside, signs[self.places][None], 0.0)
+        matrix = torch.zeros(rank * rows, dtype=dtype, device=signs.device)
+        return matrix.scatter_(0, self._bins() * rows + self.places, signs).view(rank, rows)
+
+    def _bins(self) -> Tensor:
+        """The bin of each place, (B,) int64."""
+        place = torch.arange(len(self.places), dtype=torch.int32, device=self.first.device)
+        return torch.searchsorted(self.first, place, right=True) - 1
+
+    def by_rows(self) -> tuple[Tensor, Tensor]:
+        """The bin and the sign of each row, (B,) int64."""
+        slot = self.places if self.by_row else self.places.argsort()
+        return self._bins()[slot], self.signs[slot].to(torch.int64)
+
+
+def _permutation(key: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Sorted random integers (rows,) and a random permutation, int64."""
+    values, slot = random_bits(key, rows).sort()
+    return values, slot
+
+
+def _rows_in_order(slot: Tensor) -> Tensor:
+    """The inverse of a permutation, int32."""
+    rows = torch.arange(len(slot), dtype=torch.int32, device=slot.device)
+    return torch.empty_like(rows).scatter_(0, slot, rows)
+
+
+def _begin(values: Tensor, rank: int, hashing: str) -> Tensor:
+    """Where bins begin, (rank,) int32, for the sorted random integers of the rows."""
+    rows = len(values)
+    bins = torch.arange(rank, device=values.device)
+    if hashing == "uniform":  # as many as independent bins have, which sorting does not change
+        uniform = ((values >> 1) * rank) >> _BITS
+        return torch.searchsorted(uniform, bins, out_int32=True)
+    assert hashing == "balanced", hashing
+    size, larger = rows // rank, rows % rank  # the first bins have one row more
+    return (bins * size + bins.clamp_max(larger)).to(torch.int32)
+
+
+def _sign_table(key: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    return (1 - 2 * (random_bits(key, count, start=_SIGNS) & 1)).to(dtype)
+
+
+def shared_hashing(
+    shared: SharedNoise, place: int, rows: int, like: Tensor, rank: int, hashing: str
+) -> Hashing:
+    """The hashing of `rows` rows into `rank` bins of the layer at `place`, with signs in the dtype
+    and on the device of `like`.
+    """
+    device, dtype = like.device, like.dtype
+    values, slot = shared.once(("slot", rows), device, lambda key: _permutation(key, rows))
+    (first,) = shared.once(
+        ("first", rows, rank, hashing), device, lambda _: (_begin(values, rank, hashing),)
+    )
+    (table,) = shared.once(
+        ("signs", rows, dtype),
+        device,
+        lambda key: (_sign_table(key, rows + shared.layers, dtype),),
+    )
+    places = slot
+    if not _multiplies(device, rank):
+        (places,) = shared.once(("order", rows), device, lambda _: (_rows_in_order(slot),))
+    return Hashing(places, first, table.narrow(0, place, rows))
+
+
+def own_hashing(key: Tensor, rows: int, like: Tensor, rank: int, hashing: str) -> Hashing:
+    """The hashing of a layer that draws by its own `key`, otherwise as `shared_hashing`.
+
+    A key of one dimension is the hashing, one code per row (`encode_hashing`); `hashing` is then
+    not looked at.
+    """
+    if key.ndim == 0:
+        return shared_hashing(SharedNoise(key, 0), 0, rows, like, rank, hashing)
+    bins, order = (key >> 1).sort(stable=True)
+    first = torch.searchsorted(bins, torch.arange(rank, device=key.device), out_int32=True)
+    signs = (1 - 2 * (key[order] & 1)).to(like.dtype)
+    return Hashing(order.to(torch.int32), first, signs)
+
+
+def draw_hashing(key: Tensor, rows: int, rank: int, hashing: str) -> tuple[Tensor, Tensor]:
+    """Bins (rows, int64 in [0, rank)) and signs (rows, int64, +1 or -1) that belong to `key`, for
+    who wants to see them.
+    """
+    like = torch.empty(0, device=key.device)
+    return own_hashing(key, rows, like, rank, hashing).by_rows()
+
+
+def as_state(hashing: Hashing) -> State:
+    """A hashing as what `Estimator.shared_noise` returns."""
+    return hashing._asdict()
+
+
+def from_state(state: State) -> Hashing | None:
+    """What `as_state` made; None for a layer that draws by its own key."""
+    return Hashing(**{name: state[name] for name in Hashing._fields}) if "places" in state else None
