@@ -48,9 +48,9 @@ def test_sketches_replace_linear_inputs() -> None:
     exact = saved_bytes(*model_and_forward("exact"))
     sketched = saved_bytes(*model_and_forward("basis"))
     assert sketched["linear inputs"] == 0
-    assert sketched["sketches"] == LAYERS * (
-        4 * 4 * (C + C + C + 4 * C) + 4 * 8
-    )  # R rows of float32, and a key a layer
+    # The hashing that all share: rows in order, a sign for each and each layer, 4 bins' beginnings.
+    hashing = 4 * (ROWS + ROWS + (4 * LAYERS + 1) + 4)
+    assert sketched["sketches"] == LAYERS * 4 * 4 * (C + C + C + 4 * C) + hashing
     unchanged = ("attention", "norms", "activations", "loss head", "other")
     assert {name: sketched[name] for name in unchanged} == {name: exact[name] for name in unchanged}
 
