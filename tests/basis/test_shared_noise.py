@@ -78,9 +78,9 @@ def test_a_layer_with_shared_noise_has_the_bias_and_variance_of_its_own(
 ) -> None:
     x, dy = checks.data()
     estimator = basis.BalancedSketch(rank, hashing=hashing, invariant_scalars=False)
-    estimates = estimates_at(estimator, place=3, count=4000)
+    estimates = estimates_at(estimator, place=3, count=2500)
     checks.assert_unbiased(estimates, dy.t() @ x)
-    checks.assert_variance(estimates, dy.t() @ x, oracle.variance(x, dy, rank, hashing), sharp=0.06)
+    checks.assert_variance(estimates, dy.t() @ x, oracle.variance(x, dy, rank, hashing), sharp=0.08)
 
 
 def estimates_at(estimator: Estimator, place: int, count: int) -> Tensor:
@@ -100,7 +100,7 @@ def test_errors_of_layers_have_nothing_to_do_with_each_other() -> None:
     the same error.
     """
     x, dy = checks.data()
-    count = 4000
+    count = 2500
     errors = {place: estimates_at(PLAIN, place, count) - dy.t() @ x for place in (0, 1, 5)}
 
     def correlation(one: Tensor, other: Tensor) -> float:
