@@ -19,7 +19,7 @@ from basis.diagnostics.budget import BudgetError
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn, plain_name
 from basis.linear import WANTED, SketchedLinear
-from basis.shared_noise import Passes
+from basis.ops.shared_noise import Passes
 
 
 @dataclass(frozen=True)

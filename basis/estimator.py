@@ -36,7 +36,7 @@ A method may have an option that depends on how many rows its inputs have:
     for_inputs(rows)                  -> the method for such inputs
 
 A method whose noise costs more to draw than to use may let all layers of a micro-batch share some
-of it (shared_noise.py):
+of it (ops/shared_noise.py):
 
     shared_noise(shared, place, rows, like)
                                       -> named tensors, which `compress` finds in its state
@@ -59,7 +59,7 @@ import torch
 from torch import Tensor
 
 from basis.checks import check_types
-from basis.shared_noise import SharedNoise
+from basis.ops.shared_noise import SharedNoise
 
 State = Mapping[str, Tensor]
 """What a layer has learned so far, by name."""

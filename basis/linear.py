@@ -29,7 +29,7 @@ from basis.first_order import first_order, in_transform, link, refuse_nested_tra
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast, has_values, in_eager_mode, without_autocast
 from basis.ops.noise import draw_key, encode_hashing
-from basis.shared_noise import Passes, SharedNoise
+from basis.ops.shared_noise import Passes, SharedNoise
 from basis.state import Learning, learned_from_scratch, pack_state, unpack_state
 
 WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"

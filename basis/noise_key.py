@@ -11,8 +11,8 @@ random. `noise_key` decides the noise; while it is None, each training forward d
 PyTorch's default generator. It is no buffer: it is not saved, and DistributedDataParallel does not
 overwrite it with rank 0's.
 
-Sketched layers may also share noise (shared_noise.py): what is drawn for all of them is a function
-of the base key too.
+Sketched layers may also share noise (ops/shared_noise.py): what is drawn for all of them is a
+function of the base key too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from basis.checks import whole_number
 from basis.exchange import plain_name
 from basis.ops.noise import combine, draw_key, fold
-from basis.shared_noise import SharedNoise
+from basis.ops.shared_noise import SharedNoise
 
 
 class HasNoiseKey(nn.Module):

@@ -42,7 +42,7 @@ from basis.checks import whole_number
 from basis.convert import sketched_layers
 from basis.estimator import Estimator, State
 from basis.ops.noise import fold
-from basis.shared_noise import SharedNoise
+from basis.ops.shared_noise import SharedNoise
 from basis.state import pack_state, unpack_state
 
 TOTAL = "all"

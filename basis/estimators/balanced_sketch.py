@@ -59,7 +59,7 @@ from torch import Tensor
 from basis.estimator import Estimator, Factors, State
 from basis.ops.hashing import Hashing, as_state, from_state, own_hashing, shared_hashing
 from basis.ops.matrix import at_least_float32, frobenius_norms
-from basis.shared_noise import SharedNoise
+from basis.ops.shared_noise import SharedNoise
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,16 @@ FLOPs, less time than it takes to read X. Instead of the order that needs the pl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from basis.estimator import State
 from basis.ops.matrix import transposed
 from basis.ops.noise import random_bits
-from basis.shared_noise import SharedNoise
+from basis.ops.shared_noise import SharedNoise
 
 MATRIX_RANK = 128
 """Up to which rank S is a matrix on the devices of MATRIX_DEVICES. 2 R FLOPs a number take as long
@@ -178,11 +178,11 @@ def draw_hashing(key: Tensor, rows: int, rank: int, hashing: str) -> tuple[Tenso
     return own_hashing(key, rows, like, rank, hashing).by_rows()
 
 
-def as_state(hashing: Hashing) -> State:
+def as_state(hashing: Hashing) -> dict[str, Tensor]:
     """A hashing as what `Estimator.shared_noise` returns."""
     return hashing._asdict()
 
 
-def from_state(state: State) -> Hashing | None:
+def from_state(state: Mapping[str, Tensor]) -> Hashing | None:
     """What `as_state` made; None for a layer that draws by its own key."""
     return Hashing(**{name: state[name] for name in Hashing._fields}) if "places" in state else None

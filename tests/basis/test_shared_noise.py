@@ -21,7 +21,7 @@ from basis.estimator import Estimator
 from basis.linear import SketchedLinear
 from basis.ops import hashing as hashing_module
 from basis.ops.hashing import Hashing, own_hashing, shared_hashing
-from basis.shared_noise import SharedNoise
+from basis.ops.shared_noise import SharedNoise
 from models import GPT, GPTConfig
 
 PLAIN = basis.BalancedSketch(5, invariant_scalars=False)

@@ -4,16 +4,17 @@ A hashing of B rows takes a sort of B integers and some thirty small operations,
 Drawn in each layer, forward and backward, they were most of what a sketched layer adds to an exact
 one. Since dX is exact, layers do not see each other's noise: each dW is unbiased whether or not its
 noise is shared. What sharing can do is correlate the errors of different layers; a method that
-shares says how it keeps them apart (ops/hashing.py: the bins are shared, the signs are not).
+shares says how it keeps them apart (hashing.py: the bins are shared, the signs are not).
 
 A method asks for what it shares in `Estimator.shared_noise`, by a name: the first layer that asks
 has it drawn, the others get the same tensors. They are kept once until backward, however many
 layers save them.
 
-Where keys were assigned (noise_key.py), what is shared is a function of the base key. Elsewhere it
-is drawn from PyTorch's default generator once for each pass through the layers: a layer that comes
-round again begins the next pass (`Passes`). Under torch.compile nothing is remembered: a graph
-draws by the key wherever it is asked to, and its compiler joins what is the same.
+Where keys were assigned (basis/noise_key.py), what is shared is a function of the base key.
+Elsewhere it is drawn from PyTorch's default generator once for each pass through the layers: a
+layer that comes round again begins the next pass (`Passes`). Under torch.compile nothing is
+remembered: a graph draws by the key wherever it is asked to, and its compiler joins what is the
+same.
 """
 
 from __future__ import annotations
