@@ -13,7 +13,7 @@ is the kind of the layer whose forward was running:
 | attention | the attention module: q, k, v, output, log-sum-exp, dropout |
 | norms | LayerNorm, RMSNorm: input and statistics |
 | activations | GELU and its like: their input or output |
-| loss head | the model itself: dX and dW of the head, formed with the loss (basis/loss_head.py) |
+| loss head | the model itself: dX and dW of the head, or dW's factors (basis/loss_head.py) |
 | weight copies | autocast: a low-precision weight, which SketchedLinear makes again |
 | other | embeddings (token indices), dropout, anything else |
 

@@ -13,6 +13,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from basis.ops import kernels
 from basis.ops.matrix import in_eager_mode
@@ -31,6 +32,9 @@ def softmax_gradient_(
     Written to `losses` and `squares`, (B,), of the same precision: log sum exp(y) - y[target], and
     the squared norms of dY's rows.
     """
+    if isinstance(y, FakeTensor) and not torch.compiler.is_compiling():
+        y.zero_()  # there are no values; a plan of CUDA's bytes takes the kernel, which holds none
+        return
     fast = _plain if y.dtype == torch.float64 else _kernel
     kernels.attempt(fast, _plain, y, classes, targets, shares, losses, squares)
 

@@ -64,13 +64,13 @@ def found_by(layer: SketchedLinear, x: Tensor, targets: Tensor) -> list[Tensor]:
 
 
 def test_rows_of_a_block_by_vocabulary() -> None:
-    SIZES["cuda"] = Sizes(400 * 2**20, 2048, 128)  # as the module has them; put back by the fixture
+    SIZES["cuda"] = Sizes(200 * 2**20, 2048, 128)  # as the module has them; put back by the fixture
     device = torch.device("cpu")
-    assert most_rows(50257, BF16, device) == 4096
-    assert 4096 * 50304 * 2 < 420e6
+    assert most_rows(50257, BF16, device) == 2048
+    assert most_rows(32000, BF16, device) == 3200
     assert most_rows(50257, torch.float32, device) == 2048
     assert most_rows(128_256, BF16, device) == 2048
-    assert most_rows(65, BF16, device) > 1_000_000
+    assert most_rows(65, BF16, device) > 500_000
     with blocks_of("cpu"):
         assert most_rows(50257, BF16, device) == 333  # 64 MiB of float32
 
