@@ -33,9 +33,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# BASIS_REHEARSAL=1: tests in tests/gpu run on the CPU instead, to see that they run at all.
+REHEARSAL = os.environ.get("BASIS_REHEARSAL") == "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, and shown as such, where there is no CUDA device."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not REHEARSAL:
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -49,6 +53,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """
     named = {argument.partition("::")[0] for argument in config.args}
     return 0 if len(named) == 1 and named.pop().endswith(".py") else None
+
+
+@pytest.fixture
+def device() -> str:
+    """The device of tests that need CUDA; in a rehearsal the CPU."""
+    return "cpu" if REHEARSAL else "cuda"
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ serves a real GPU (tests/gpu) and a machine without one, where a *pretend device
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +83,14 @@ def _place() -> str:
             return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "PyTorch"
+
+
+@contextmanager
+def refusing_to_wait() -> Iterator[None]:
+    """Within, CUDA raises RuntimeError where an operator would wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -78,9 +78,10 @@ class Steps:
     in all, the noise is a function of that number.
     """
 
-    def __init__(self, case: Case, model: GPT, *, optim: str = "sgd", batch: int = 1) -> None:
+    def __init__(self, case: Case, model: GPT, *, optim: str = "sgd") -> None:
         self.case = case
         self.model = model
+        self.run: Any = model  # or a compiled form of it
         if case.method not in ("exact", ZEROTH_ORDER):
             estimator = ESTIMATORS[case.method.partition(",")[0]](**METHODS[case.method])
             basis.convert(model, estimator)
@@ -91,7 +92,7 @@ class Steps:
         self.optimizer = make_optimizer(model, OptimOptions(name=optim, lr=0.01))
         generator = torch.Generator().manual_seed(1)
         classes = model.head.out_features
-        size = (batch, model.config.block_size + 1)
+        size = (1, model.config.block_size + 1)
         tokens = torch.randint(classes, size, generator=generator)
         self.tokens = tokens.to(model.head.weight.device)
 
@@ -101,7 +102,7 @@ class Steps:
 
         def loss() -> Tensor:
             basis.set_noise_key(self.model, seed=0, step=number)
-            found: Tensor = self.model(inputs, targets)
+            found: Tensor = self.run(inputs, targets)
             return found
 
         if self.case.method == ZEROTH_ORDER:
