@@ -37,13 +37,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from harness import command_line, memory, rundir
 from harness.checkpoint import CheckpointError
+from harness.command_line import StopRequest
 from harness.config import load
 from harness.metrics import Stopwatch, read_metrics
 from harness.optim import learning_rate, momentum_norm
 from harness.provenance import provenance
 from harness.run import NonFiniteError, Run, validation_loss
 from harness.set_up import set_up
-from harness.signals import StopRequest
 
 log = logging.getLogger("train")
 

@@ -7,19 +7,20 @@ in which a run meets them:
 them and makes the frozen `Config`; `method` holds the estimator of dW, made once, with the layers
 it is for and its byte budget. `activations`, `attention`, `optim`, `rank_control`, `tracker` each
 declare and check the options of one group, next to the code that uses them. `command_line` turns
-what Hydra refuses into one line.
+what Hydra refuses into one line, and lets Ctrl-C save first.
 
 *Values to a run.* `set_up` puts a run together in the order in which it can be refused. It asks
 `device` where to compute, `rundir` whether the folder holds another run, `build` for text and model
 and `layer_budgets` for the knob of each layer, where a budget is divided by measured errors.
 
 *The run.* `run` is the state between two steps: the loss of a micro-batch, measurements, saving and
-resuming. `zeroth_order` replaces backward, `rank_control` changes the rank, `memory` counts bytes.
+resuming. `step` takes a step, or replays it as a CUDA graph; `zeroth_order` replaces backward,
+`rank_control` changes the rank, `memory` counts bytes.
 
 *What it leaves.* `rundir` names the files; `metrics` writes metrics.jsonl, the source of truth;
 `checkpoint` and `manifest` write states that a kill cannot damage unseen; `run_id` holds the run's
 id and labels; `tracker` mirrors the metrics to wandb; `provenance` says command, commit and
-machine. `signals` lets Ctrl-C save first, `sweep` lists the failed jobs of a sweep.
+machine. `sweep` lists the failed jobs of a sweep.
 
 *Afterwards.* `trained` reads a trained model back.
 

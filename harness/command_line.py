@@ -1,10 +1,16 @@
-"""How train.py and eval.py answer on a command line: a refusal is one message, nothing is left.
+"""How train.py and eval.py answer on a command line: a refusal is one message, nothing is left, and
+a signal to stop lets a run save first.
 
 Hydra has a printer of its own for errors: a traceback for many of the user's mistakes, and a hint
 at HYDRA_FULL_ERROR under each refusal. `run` takes its place. A mistake in the user's options (an
 error of Hydra or OmegaConf, or a CompactHydraException, which is what train.py and eval.py raise
 for theirs) becomes one message on stderr and exit code 1. Any other error of the program is a fault
 of ours and keeps its traceback. With HYDRA_FULL_ERROR=1 in the environment every error does.
+
+A batch system sends SIGTERM or SIGUSR1 minutes before it kills, a person presses Ctrl-C (SIGINT)
+or closes the terminal (SIGHUP). None of these should cost a run the steps since its last
+checkpoint. So the signal only sets a flag (`StopRequest`), which the loop looks at between steps.
+After a second signal the process ends at once.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 from hydra.errors import CompactHydraException, HydraException
@@ -26,6 +33,7 @@ from harness import sweep
 STARTED = time.time()
 FULL_ERROR = "HYDRA_FULL_ERROR"
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run(main: Callable[[], Any]) -> int:
@@ -98,3 +106,34 @@ def remove_if_empty(folder: Path) -> None:
 def made_now(path: Path) -> bool:
     """Whether this process made or changed the file or folder."""
     return path.exists() and path.stat().st_mtime >= STARTED
+
+
+class StopRequest:
+    """A context manager that catches SIGNALS. `code` is None until one came, then 128 + its number,
+    the exit code that the run should end with.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.code is not None:
+            raise KeyboardInterrupt
+        self.code = 128 + number
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started by nohup: the run shall survive its terminal
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -47,7 +47,7 @@ from experiments.arena.plan import (
     next_rate,
     write_ledger,
 )
-from harness.signals import StopRequest
+from harness.command_line import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TUNING_SEED = 1000

@@ -16,8 +16,8 @@ from tiny import REPOSITORY, command, overrides
 import conf
 import train
 from harness import command_line
+from harness.command_line import StopRequest
 from harness.config import configuration
-from harness.signals import StopRequest
 
 
 @pytest.fixture
