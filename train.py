@@ -44,6 +44,7 @@ from harness.optim import learning_rate, momentum_norm
 from harness.provenance import provenance
 from harness.run import NonFiniteError, Run, validation_loss
 from harness.set_up import set_up
+from harness.step import CaptureError, make_step
 
 log = logging.getLogger("train")
 
@@ -52,9 +53,10 @@ OmegaConf.register_new_resolver("run_name", rundir.run_name, replace=True)
 
 def train(run: Run) -> dict[str, Any]:
     """Take the steps that are left. Returns the final numbers, which summary.json holds too."""
-    config, model, optimizer = run.config, run.model, run.optimizer
+    config, optimizer = run.config, run.optimizer
     table = run.measure_memory()
     describe(run, table)
+    take_step = make_step(run)
     progress = tqdm(
         total=config.steps,
         initial=run.step,
@@ -75,8 +77,6 @@ def train(run: Run) -> dict[str, Any]:
         clock, last_logged = Stopwatch(), run.step
         while run.step < config.steps and stop.code is None:
             lr = learning_rate(config.optim, run.step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             done = run.step + 1
             log_now, eval_now, save_now, look_now = (
                 due(done, g.every, config.steps)
@@ -86,28 +86,9 @@ def train(run: Run) -> dict[str, Any]:
             if look_now and config.diagnostics.every:
                 with clock.paused():
                     row = run.gradient_quality() | run.kept_entries()
-            losses = []
-            with run.watching(log_now):
-                for micro_batch in range(config.micro_batches):
-                    if run.zeroth_order is not None:
-                        loss = run.zeroth_order_gradient(micro_batch, config.micro_batches)
-                    else:
-                        loss = run.micro_batch_loss(run.step, micro_batch)
-                        (loss / config.micro_batches).backward()
-                    losses.append(loss.detach())
-            grad_norm = None
-            if config.optim.grad_clip is not None:
-                grad_norm = torch.nn.utils.clip_grad_norm_(
-                    model.parameters(), config.optim.grad_clip
-                )
-            elif log_now:  # a pass over all gradients, so only where it is shown
-                grad_norm = torch.nn.utils.get_total_norm(
-                    p.grad for p in model.parameters() if p.grad is not None
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss, grad_norm = take_step(lr, log_now)
             run.step = done
-            run.pending.append(torch.stack(losses).mean())
+            run.pending.append(loss)
             progress.update()
 
             if log_now or eval_now or save_now:
@@ -130,7 +111,8 @@ def train(run: Run) -> dict[str, Any]:
                 }
                 row |= run.readings()
                 if run.runtime.device.type == "cuda":
-                    row["mem/peak_bytes"] = torch.cuda.max_memory_allocated()
+                    peak = torch.cuda.max_memory_allocated()
+                    row["mem/peak_bytes"] = max(peak, take_step.peak_bytes)
             # A step's time includes logging; diagnostics, evaluation, rank and checkpoint are not
             # part of it.
             with clock.paused():
@@ -214,7 +196,8 @@ def describe(run: Run, table: dict[str, int]) -> None:
         f"{run.model.parameter_count():,}",
         run.runtime.device,
         config.precision,
-        ", compiled" if run.runtime.compile else "",
+        (", compiled" if run.runtime.compile else "")
+        + (", steps as CUDA graphs" if run.runtime.cuda_graph else ""),
         config.method.name,
         sketch,
         f"{config.steps - run.step:,}",
@@ -336,11 +319,15 @@ def execute(values: DictConfig, folder: Path) -> None:
         except NonFiniteError as error:
             summary |= {"status": "diverged", "reason": str(error), "diverged_at": error.step}
             raise CompactHydraException(str(error)) from error
+        except CaptureError as error:
+            summary["reason"] = str(error)
+            raise CompactHydraException(str(error)) from error
         except torch.OutOfMemoryError as error:
             summary["reason"] = "out of memory"
             raise CompactHydraException(
                 f"out of memory on {run.runtime.device}: halve micro_batch_size (tokens_per_step "
                 "stays), sketch more layers (method.include=['*']), or set precision=bfloat16"
+                + (" or cuda_graph=false" if run.runtime.cuda_graph else "")
             ) from error
         except (KeyboardInterrupt, SystemExit):
             summary["status"] = "interrupted"

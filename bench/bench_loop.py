@@ -7,6 +7,12 @@ Alternates fresh processes, harness then bare, and prints the median seconds per
 their ratio per round, with the first fifth of the steps left out. The bare loop is what a careful
 person writes by hand: batches read in order from the token file, forward, backward, optimiser step,
 and nothing logged. The harness's time is with its logging, without evaluation.
+
+    python scripts/bench_loop.py device=cuda method=basis method.rank=32 --steps 2000
+
+On CUDA, where a step is launch-bound or cuda_graph=true, the bare loop is a hand-written CUDA graph
+of the step, with the text on the device: what it takes is the device's time, and the rest is the
+harness's.
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+STRETCH = 20
+"""Steps of which the mean is taken: train.py's log.every."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +94,7 @@ def bare_run(overrides: list[str], steps: int) -> float:
     """
     command = [
         sys.executable,
-        str(Path(__file__).resolve()),
+        str(REPOSITORY / "scripts" / "bench_loop.py"),
         *overrides,
         "--bare",
         "--steps",
@@ -94,10 +102,9 @@ def bare_run(overrides: list[str], steps: int) -> float:
     ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
-    stretch = 20
     means = [
-        statistics.fmean(seconds[i : i + stretch])
-        for i in range(steps // 5, steps - stretch + 1, stretch)
+        statistics.fmean(seconds[i : i + STRETCH])
+        for i in range(steps // 5, steps - STRETCH + 1, STRETCH)
     ]
     return statistics.median(means)
 
@@ -106,36 +113,63 @@ def bare_loop(overrides: list[str], steps: int) -> list[float]:
     """Seconds of each step of a hand-written loop."""
     import torch
 
-    import basis
+    from basis.noise_key import assign_keys, base_key
     from harness.build import build_model, training_text
     from harness.config import configuration
+    from harness.device import resolve
     from harness.optim import make_optimizer
+    from harness.step import CudaGraphs
 
     config = configuration(overrides)
-    plain = (
-        config.micro_batches == 1,
-        config.precision == "float32",
-        not config.compile,
-        config.device != "cuda",
+    runtime = resolve(
+        config.device,
+        config.precision,
+        config.compile,
+        cuda_graph=config.cuda_graph,
+        small=config.captured_by_default,
     )
-    if not all(plain) or config.optim.grad_clip is not None or config.optim.schedule != "constant":
+    cuda = runtime.device.type == "cuda"
+    plain = config.micro_batches == 1 and config.precision == "float32" and not runtime.compile
+    if not plain or config.optim.grad_clip is not None or config.optim.schedule != "constant":
         raise ValueError(
-            "bench_loop: the bare loop knows one micro-batch, float32, eager, constant rate, no "
-            "clipping, on the CPU"
+            "bench_loop: the bare loop knows one micro-batch, float32, compile=false, constant "
+            "rate, no clipping"
         )
     config, prepared, _ = training_text(config, progress=True)
     tokens = prepared.train
     model, _ = build_model(config)
+    model.to(runtime.device)
     optimizer = make_optimizer(model, config.optim)
+    for group in optimizer.param_groups:
+        group["capturable"] = runtime.cuda_graph  # AdamW's; SGD has no such option, nor need of it
     length, width = config.model.block_size + 1, config.micro_batch_size
     text = torch.from_numpy(tokens.read(0, length * width * steps)).view(steps, width, length)
-    seconds = []
-    for step in range(steps):
-        start = time.perf_counter()
-        basis.set_noise_key(model, seed=config.seed, step=step)
-        loss = model(text[step, :, :-1], text[step, :, 1:])
-        loss.backward()
+    text = text.to(runtime.device)
+    window, key = text[0].clone(), torch.zeros((), dtype=torch.int64, device=runtime.device)
+
+    def take(step: int) -> None:
+        assign_keys(model, key, step=step)
+        model(window[:, :-1].contiguous(), window[:, 1:].contiguous()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    warm_up, replay = 3, None
+    graphs = CudaGraphs(runtime.device) if runtime.cuda_graph else None
+    seconds = []
+    runtime.synchronize()
+    for step in range(steps):
+        start = time.perf_counter()
+        window.copy_(text[step])
+        key.fill_(base_key(seed=config.seed, step=step))
+        if graphs is None:
+            take(step)
+        elif step < warm_up:
+            graphs.aside(lambda step=step: take(step))  # type: ignore[misc]
+        else:
+            if replay is None:
+                replay, _ = graphs.record(lambda step=step: take(step))  # type: ignore[misc]
+            replay()
+        if cuda and step % STRETCH == 0:
+            runtime.synchronize()  # as often as train.py does
         seconds.append(time.perf_counter() - start)
     return seconds

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -87,9 +88,13 @@ class Sampler:
 
         A pure function of (seed, step, micro_batch, rank); `paper` order ignores the seed.
         """
+        return _split(self.windows(step, micro_batch))
+
+    def windows(self, step: int, micro_batch: int = 0) -> npt.NDArray[np.int64]:
+        """The text of `batch`: int64 (batch_size, block_size + 1)."""
         if step < 0 or not 0 <= micro_batch < self.micro_batches:
             raise IndexError(f"step {step}, micro-batch {micro_batch} of {self.micro_batches}")
-        return _split(self.tokens.read_windows(self.starts(step, micro_batch), self.block_size + 1))
+        return self.tokens.read_windows(self.starts(step, micro_batch), self.block_size + 1)
 
     def starts(self, step: int, micro_batch: int = 0) -> list[int]:
         """Where in the file the windows of `batch` start: batch_size token indices."""

@@ -33,7 +33,7 @@ import conf
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
 from harness.attention import OF_SUS, AttentionOptions
-from harness.device import DEVICES, PRECISIONS
+from harness.device import DEVICES, PRECISIONS, launch_bound
 from harness.method import Method, make_method, method_schema
 from harness.optim import OptimOptions
 from harness.rank_control import AdaptiveRankOptions
@@ -115,6 +115,7 @@ class Config:
     device: str = "auto"
     precision: str = "float32"
     compile: bool | None = None
+    cuda_graph: bool | None = None
     deterministic: bool = False
     micro_batch_size: int = 1
     tokens_per_step: int | None = None
@@ -149,6 +150,8 @@ class Config:
             raise ValueError(
                 f"precision={self.precision!r}: must be one of {', '.join(PRECISIONS)}"
             )
+        if self.cuda_graph and (why := self._not_captured()):
+            raise ValueError(f"cuda_graph=true: {why}; give cuda_graph=null or false")
         if self.optim.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps}: must not exceed "
@@ -185,6 +188,26 @@ class Config:
                     f"{option}={value}: method=zeroth_order has no backward, so it changes "
                     f"nothing; give {option}={neutral}"
                 )
+
+    def _not_captured(self) -> str | None:
+        """Why no CUDA graph can hold a step, None if one can."""
+        if self.method.zeroth_order is not None:
+            return "method=zeroth_order draws its directions by numbers of the host, step by step"
+        if getattr(self.method.estimator, "energy", None) is not None:
+            return "method.energy asks the device at each step how many directions to use"
+        return None
+
+    @property
+    def captured_by_default(self) -> bool:
+        """Whether cuda_graph=null is true on CUDA: where a step is launch-bound, not under a budget
+        that torch.compile keeps.
+        """
+        rows = self.micro_batch_size * self.model.block_size
+        return (
+            self._not_captured() is None
+            and self.activations.name != "budget"
+            and launch_bound(self.model, rows)
+        )
 
     @property
     def micro_batches(self) -> int:

@@ -1,17 +1,22 @@
-"""Where and how a run computes: device, precision and compilation, decided in one place from one
-table.
+"""Where and how a run computes: device, precision, compilation and CUDA graphs, decided in one
+place from one table.
 
-| device | precisions | compile by default |
-|---|---|---|
-| cuda | float32, bfloat16 (autocast) where the card has it | yes |
-| cpu | float32, bfloat16 (autocast) | no: it takes a minute, and small models gain little |
+| device | precisions | compile by default | cuda_graph by default |
+|---|---|---|---|
+| cuda | float32, bfloat16 (autocast) if the card has it | without a graph | if launch-bound |
+| cpu | float32, bfloat16 (autocast) | no: it takes a minute and gains little | no |
+
+A step is launch-bound if starting its operations takes longer than computing them, `launch_bound`.
+The rule knows the sizes of the model alone, not the card, nor the method: runs that are compared
+take the same way, and a run may go on with another card. A graph removes what compilation would
+gain there, and takes a second to make instead of a minute; `compile=true` has both.
 
 Parameters, gradients and optimiser state are float32 always; `precision=bfloat16` is autocast
 around forward. `float32` on CUDA allows TF32 in matrix products unless `deterministic=true`.
 
 Bit-wise reproducible: on the CPU always, for the same machine, thread count, versions and
-`compile`. On CUDA with `deterministic=true`. Between devices, or with and without compile, losses
-agree only to rounding.
+`compile`. On CUDA with `deterministic=true`. Between devices, or with and without compile or
+cuda_graph, losses agree only to rounding.
 """
 
 from __future__ import annotations
@@ -26,8 +31,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.tokens import LARGEST_VOCABULARY
+from models import GPTConfig
+
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
+LAUNCH_SECONDS = 5e-6
+"""What starting an operation takes the host."""
+LAUNCHES = (30, 40)
+"""Operations of a micro-batch, forward and backward with exact gradients: in a block, and beside
+the blocks."""
+FLOPS = 1e14
+"""Floating-point operations that a card does in a second, a low guess."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +52,16 @@ class Runtime:
     device: torch.device
     precision: str
     compile: bool
+    cuda_graph: bool = False
 
     def describe(self) -> dict[str, str | bool]:
         """What was decided, in words that a summary can hold and a resumed run can compare."""
-        return {"device": self.device.type, "precision": self.precision, "compile": self.compile}
+        return {
+            "device": self.device.type,
+            "precision": self.precision,
+            "compile": self.compile,
+            "cuda_graph": self.cuda_graph,
+        }
 
     def forward(self, model: Callable[..., Tensor], *batch: Tensor) -> Tensor:
         """`model(*batch)`, computed on the run's device and in its precision."""
@@ -61,11 +82,32 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
 
+def launch_bound(model: GPTConfig, rows: int) -> bool:
+    """Whether a step of `model`, `rows` tokens in a micro-batch, is launch-bound.
+
+    FLOPs of forward and backward: 6 for each weight and token in dense layers (12 C^2 weights in a
+    block, C V in the head), 6 T C for each token in causal attention. An unknown vocabulary counts
+    as the largest that there can be.
+    """
+    layers, width = model.n_layer, model.n_embd
+    head = width * (model.vocab_size or LARGEST_VOCABULARY)
+    block = 12 * width * width + model.block_size * width
+    flops = 6 * rows * (layers * block + head)
+    launches = LAUNCHES[0] * layers + LAUNCHES[1]
+    return launches * LAUNCH_SECONDS > flops / FLOPS
+
+
 def resolve(
-    device: str, precision: str, compile: bool | None, *, deterministic: bool = False
+    device: str,
+    precision: str,
+    compile: bool | None,
+    *,
+    deterministic: bool = False,
+    cuda_graph: bool | None = False,
+    small: bool = False,
 ) -> Runtime:
-    """The table above. Raises ValueError naming the option if this machine lacks what was asked
-    for.
+    """The table above. small: whether cuda_graph=None means true on CUDA. Raises ValueError naming
+    the option if this machine lacks what was asked for.
     """
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
@@ -73,6 +115,12 @@ def resolve(
             "device='cuda': PyTorch finds no CUDA device here; use device=cpu or device=auto"
         )
     kind = "cuda" if cuda and device != "cpu" else "cpu"
+    if cuda_graph and kind != "cuda":
+        raise ValueError(
+            f"cuda_graph=true: needs device=cuda; with device={device} this run computes on the "
+            "CPU, so give cuda_graph=null or false"
+        )
+    captured = kind == "cuda" and (small if cuda_graph is None else cuda_graph)
     if (
         precision == "bfloat16"
         and kind == "cuda"
@@ -88,7 +136,9 @@ def resolve(
         torch.backends.cuda.matmul.allow_tf32 = not deterministic
     else:
         keep_freed_memory()
-    return Runtime(torch.device(kind), precision, kind == "cuda" if compile is None else compile)
+    if compile is None:
+        compile = kind == "cuda" and not captured
+    return Runtime(torch.device(kind), precision, compile, captured)
 
 
 def keep_freed_memory() -> None:

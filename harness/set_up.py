@@ -59,7 +59,12 @@ def set_up(config: Config, folder: Path) -> Run:
     mend, before writing.
     """
     runtime = resolve(
-        config.device, config.precision, config.compile, deterministic=config.deterministic
+        config.device,
+        config.precision,
+        config.compile,
+        deterministic=config.deterministic,
+        cuda_graph=config.cuda_graph,
+        small=config.captured_by_default,
     )
     if config.activations.name == "budget" and not runtime.compile:
         raise ValueError("activations=budget: a budget is kept by torch.compile; give compile=true")
@@ -107,17 +112,19 @@ def set_up(config: Config, folder: Path) -> Run:
         )
     if loaded:  # it knows the vocabulary, which config.yaml of an older version may not
         rundir.check_same_options(folder, flat_options(loaded.state["config"]), config)
-    if loaded and loaded.state["runtime"] != runtime.describe():
-        before, now = loaded.state["runtime"], runtime.describe()
+    if loaded:
+        # older versions knew no graphs
+        before, now = {"cuda_graph": False} | loaded.state["runtime"], runtime.describe()
         changes = "; ".join(
             f"{option}: {before[option]} -> {now[option]}"
             for option in now
             if before[option] != now[option]
         )
-        raise ValueError(
-            f"{folder} holds a run that computes elsewhere ({changes}); losses would not continue "
-            "bit for bit"
-        )
+        if changes:
+            raise ValueError(
+                f"{folder} holds a run that computes elsewhere ({changes}); losses would not "
+                "continue bit for bit"
+            )
 
     knobs: dict[str, Any] = {}
     if config.method.varies_by_layer:

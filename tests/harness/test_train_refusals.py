@@ -27,6 +27,21 @@ REFUSED = [
     (["micro_batch_size=0"], "micro_batch_size=0"),
     (["eval.batches=0"], "eval.batches=0"),
     (["diagnostics.masks=1"], "diagnostics.masks=1"),
+    (["cuda_graph=maybe"], "cuda_graph"),
+    (
+        ["cuda_graph=true", "device=cpu"],
+        "cuda_graph=true: needs device=cuda; with device=cpu this run computes on the CPU, so give "
+        "cuda_graph=null or false",
+    ),
+    (
+        ["cuda_graph=true", "method=zeroth_order"],
+        "cuda_graph=true: method=zeroth_order draws its directions by numbers of the host",
+    ),
+    (
+        ["cuda_graph=true", "method=subspace", "method.energy=0.9"],
+        "cuda_graph=true: method.energy asks the device at each step how many directions to use; "
+        "give cuda_graph=null or false",
+    ),
     (["diagnostics.monitor=true", "compile=true"], "diagnostics.monitor=true: hooks on layers"),
     (
         ["diagnostics.monitor=true", "method=zeroth_order"],
