@@ -45,6 +45,7 @@ from basis.estimator import Estimator, Factors, State
 from basis.estimators.exact import Exact
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.head_blocks import BlockObserver, Sums, Wanted, head_sums
+from basis.lean.recompute import RecomputingLinear
 from basis.linear import SketchedLinear, wants_weight_grad
 from basis.ops.matrix import (
     cast_for_autocast,
@@ -228,7 +229,8 @@ def linear_cross_entropy(
     hooked = (
         others or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
-    fusible = type(layer) in (nn.Linear, SketchedLinear) and layer.bias is None and not hooked
+    kinds = (nn.Linear, RecomputingLinear, SketchedLinear)
+    fusible = type(layer) in kinds and layer.bias is None and not hooked
     needs_grad = torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
     x = cast_for_autocast(input)
     if not fusible or not needs_grad or x.dtype == torch.float16 or not has_values(x):

@@ -5,13 +5,15 @@ and changes the model from outside.
 |---|---|---|
 | plain | PyTorch's own: everything in full precision | |
 | lean | LayerNorm input and attention in 8 bits, GELU in 2 | elementwise passes, biased gradients |
+| recompute | LayerNorm's and GELU's outputs are computed again in backward | elementwise passes |
 | checkpoint | a block keeps its input and is computed again in backward | a forward |
+| checkpoint, boundary | that input in 8 or 4 bits | a forward, noisy gradients |
 | checkpoint, selective | products and attention are kept, the rest is computed again | little |
 | budget | torch.compile keeps this share of bytes, computes the rest again | up to a forward |
 
-lean stands in basis/lean/, and each of its parts can be switched off; checkpoint is that of
-torch.utils. A block that is computed again draws the same sketch noise, since noise is a function
-of the step and the layer's name.
+lean, recompute and boundary stand in basis/lean/, and each part of lean can be switched off;
+checkpoint is that of torch.utils. A block that is computed again draws the same sketch noise, since
+noise is a function of the step and the layer's name.
 """
 
 from __future__ import annotations
@@ -31,20 +33,22 @@ from torch.utils.checkpoint import (
 
 import basis
 from basis.diagnostics.saved import announce
+from basis.lean import recompute
+from basis.lean.boundary import Boundary, check_bits, compiling_blocks
 from basis.lean.gelu import BITS
 from basis.sus import SusAttention
 from models import GPT
 from models.gpt import CausalAttention
 
-NAMES = ("plain", "lean", "checkpoint", "budget")
+NAMES = ("plain", "lean", "recompute", "checkpoint", "budget")
 
 
 @dataclass(frozen=True)
 class ActivationsOptions:
     """The group `activations`. Raises ValueError naming the option.
 
-    norm, attention and gelu_bits belong to lean, selective to checkpoint, budget (a share, 0 to 1)
-    to budget.
+    norm, attention and gelu_bits belong to lean, selective and boundary (8 or 4 bits, None: the
+    block's input as it is) to checkpoint, budget (a share, 0 to 1) to budget.
     """
 
     name: str = "plain"
@@ -52,6 +56,7 @@ class ActivationsOptions:
     attention: bool = True
     gelu_bits: int | None = 2
     selective: bool = False
+    boundary: int | None = None
     budget: float = 0.5
 
     def __post_init__(self) -> None:
@@ -62,6 +67,15 @@ class ActivationsOptions:
             raise ValueError(
                 f"activations.gelu_bits={self.gelu_bits}: must be one of {allowed}, or "
                 "null for plain GELU"
+            )
+        try:
+            check_bits(self.boundary)
+        except ValueError as error:
+            raise ValueError(f"activations.{error}") from None
+        if self.boundary is not None and self.selective:
+            raise ValueError(
+                f"activations.boundary={self.boundary}: not with activations.selective=true, which "
+                "keeps more than a block's input; give one of the two"
             )
         if not 0.0 <= self.budget <= 1.0:
             raise ValueError(f"activations.budget={self.budget}: must be in [0, 1]")
@@ -77,9 +91,15 @@ def apply(model: GPT, options: ActivationsOptions) -> None:
         )
         if lean != basis.Lean(norm=False, gelu_bits=None):  # else there is nothing to replace
             basis.convert(model, lean)
+    elif options.name == "recompute":
+        basis.convert(model, basis.Recompute())
     elif options.name == "checkpoint":
         for block in model.blocks:
-            block.forward = _checkpointed(block.forward, options.selective)
+            if options.boundary is None:
+                block.forward = _checkpointed(block.forward, options.selective)
+            else:  # a module of the block's, so that its noise has a name
+                block.boundary = Boundary(block.forward, options.boundary)
+                block.forward = block.boundary.forward
 
 
 def _checkpointed(
@@ -116,20 +136,28 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def compiled(model: Callable[..., Tensor], options: ActivationsOptions) -> Callable[..., Tensor]:
-    """torch.compile(model), of a model or a function, with the activation memory budget if that
-    was asked for.
+    """torch.compile(model), of a model or a function, told what to compute again if `options` leave
+    that to the compiler. With compressed boundaries each block is compiled by itself.
     """
-    if options.name != "budget":
-        run: Callable[..., Tensor] = torch.compile(model)
-        return run
+    if options.name == "checkpoint" and options.boundary is not None:
+
+        def run_by_blocks(*args: Any) -> Tensor:
+            with compiling_blocks():
+                return model(*args)
+
+        return run_by_blocks
+    within: Callable[..., Tensor] = torch.compile(model)
+    settings: dict[str, Any] = {}
+    if options.name == "budget":
+        settings = {"activation_memory_budget": options.budget}
+    elif options.name == "recompute":
+        settings = recompute.COMPILER
+    else:
+        return within
     import torch._functorch.config as functorch
 
-    def run_with_budget(*args: Any) -> Tensor:
-        with functorch.patch(
-            activation_memory_budget=options.budget
-        ):  # read when a graph is compiled
-            result: Tensor = within(*args)
-            return result
+    def run_with_settings(*args: Any) -> Tensor:
+        with functorch.patch(settings):  # read when a graph is compiled
+            return within(*args)
 
-    within = torch.compile(model)
-    return run_with_budget
+    return run_with_settings

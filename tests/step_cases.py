@@ -51,6 +51,7 @@ class Case:
     @property
     def name(self) -> str:
         kept = self.kept.name + (" selective" if self.kept.selective else "")
+        kept += "" if self.kept.boundary is None else f" {self.kept.boundary} bits"
         bits = f" {self.kept.gelu_bits}" if self.kept.name == "lean" else ""
         return f"{self.method}; {kept}{bits}; {'sus' if self.sus else 'exact'}"
 
@@ -61,6 +62,9 @@ KEPT = [
     ActivationsOptions(name="lean", gelu_bits=4),
     ActivationsOptions(name="checkpoint"),
     ActivationsOptions(name="checkpoint", selective=True),
+    ActivationsOptions(name="checkpoint", boundary=8),
+    ActivationsOptions(name="checkpoint", boundary=4),
+    ActivationsOptions(name="recompute"),
 ]
 CASES = [
     *(Case(method) for method in METHODS),

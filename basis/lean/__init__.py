@@ -13,6 +13,10 @@ Of the 16 B x T x C tensors that a GPT block keeps in float32, 10 are not inputs
 | attention: q, k, v, output | 4 | 1.06 | 8 bits, unbiased (attention.py) | noise, 1% |
 
 Modules are replaced in place and keep their parameters. Forward is exact in all of them.
+
+Beside them stand two ways to compute again: recompute.py, exact, for plain dense layers behind
+LayerNorm and GELU; and boundary.py, a checkpoint around a block that keeps its input in few bits,
+which does compute products twice.
 """
 
 from __future__ import annotations

@@ -202,7 +202,8 @@ def _contender(
 def _same_gradient(config: Config, exact: Config) -> bool:
     """Whether both, exact methods, take the same steps up to rounding."""
     kinds = [(c.method.name, c.steps, c.step_tokens, c.precision) for c in (config, exact)]
-    return kinds[0] == kinds[1] and config.activations.name != "lean"
+    noisy = config.activations.name == "lean" or config.activations.boundary is not None
+    return kinds[0] == kinds[1] and not noisy
 
 
 def _baselines(

@@ -39,6 +39,9 @@ from report.losses import Recomputed, paired
 from report.results import Group, RunResult, contender, model_and_text
 from report.statistics import Estimate, estimate
 
+AGAIN = ("recompute", "checkpoint", "budget")
+"""Activations under which a dense layer does not keep its input, or not it alone."""
+
 TOLERANCE = 0.1
 """How far, as a part of the budget, the measured share of X may be off before it is flagged."""
 
@@ -221,7 +224,7 @@ def _standing(
         loss=estimate([value(run) for run in ended]) if ended else None,
         by_seed={run.seed: value(run) for run in ended},
         above=None if group is exact else paired(group, exact, value),
-        dense=None if first.options["activations.name"] in ("checkpoint", "budget") else dense,
+        dense=None if first.options["activations.name"] in AGAIN else dense,
         kept=first.last("mem/saved_bytes"),
         state=first.last("mem/estimator_bytes"),
         share=share_of_inputs(first),
@@ -293,8 +296,11 @@ def label(
     ]
     parts = [" ".join(words)]
     if options["activations.name"] != exact["activations.name"]:
+        bits = options.get("activations.boundary")  # older runs do not have it
         parts.append(
-            options["activations.name"] + (" selective" if options["activations.selective"] else "")
+            options["activations.name"]
+            + (" selective" if options["activations.selective"] else "")
+            + (f" {bits} bits" if bits is not None else "")
         )
     if options["precision"] != exact["precision"]:
         parts.append(options["precision"])

@@ -21,7 +21,8 @@ METHODS = (
     "EMASketch"
 )
 FUNCTIONS = (
-    "convert revert set_noise_key sketched_layers gradient_quality linear_cross_entropy Lean SUS"
+    "convert revert set_noise_key sketched_layers gradient_quality linear_cross_entropy Lean "
+    "Recompute SUS"
 )
 
 

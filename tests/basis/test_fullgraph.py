@@ -28,6 +28,7 @@ QUICK = [("basis", "plain", "exact"), ("exact", "lean", "sus")]
 # Each pair of two of the three is in one of them.
 EVERY = [
     *((method, *rest) for method in METHODS for rest in (("plain", "exact"), ("lean", "sus"))),
+    *(("basis", "recompute", attention) for attention in ("exact", "sus")),
     ("exact", "plain", "sus"),
     ("exact", "lean", "exact"),
 ]
@@ -46,6 +47,8 @@ def model_for(method: str, activations: str, attention: str) -> GPT:
         basis.convert(model, basis.SUS(CausalAttention, c=4.0))
     if activations == "lean":
         basis.convert(model, basis.Lean(attention=(CausalAttention, SusAttention)))
+    if activations == "recompute":
+        basis.convert(model, basis.Recompute())
     basis.set_noise_key(model, seed=0, step=0)
     return model
 

@@ -36,6 +36,7 @@ METHODS = [
     basis.EMASketch(2, rows=15),
     basis.Lean(attention=Causal),
     basis.SUS(Causal, c=3),
+    basis.Recompute(),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -110,6 +111,7 @@ DYNAMIC = [
     basis.Transform(2.0),
     basis.EMASketch(2, rows=64),
     basis.Exact(),
+    basis.Recompute(),
     basis.Lean(),
 ]
 

@@ -36,7 +36,16 @@ def config(*overrides: str) -> Config:
 @pytest.mark.parametrize(
     "method", [["method=exact"], ["method=basis", "method.include=['*']", "method.rank=4"]]
 )
-@pytest.mark.parametrize("kind", ["plain", "lean", "checkpoint"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        "lean",
+        "recompute",
+        "checkpoint",
+        *(f"checkpoint activations.boundary={bits}" for bits in (8, 4)),
+    ],
+)
 @pytest.mark.parametrize(
     "more",
     [
@@ -52,7 +61,7 @@ def test_plan_agrees_with_a_step_that_is_taken(
     # As the kernel that a GPU has: it needs no memory of its own. The numbers do not matter here.
     in_place = lambda y, *_: y.zero_()  # noqa: E731
     monkeypatch.setattr(softmax, "_plain", in_place)
-    options = config(*method, f"activations={kind}", "micro_batch_size=4", *more)
+    options = config(*method, *f"activations={kind}".split(), "micro_batch_size=4", *more)
     plan = planning.plan(options)
     torch.manual_seed(0)
     model = GPT(options.model)

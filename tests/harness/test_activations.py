@@ -68,6 +68,56 @@ def test_parts_of_lean_can_be_switched_off(data: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "off") == losses(tmp_path / "plain")
 
 
+def test_recomputed_inputs_leave_every_number_as_it_was(data: Path, tmp_path: Path) -> None:
+    train_here(data, tmp_path / "plain", "method=exact")
+    train_here(data, tmp_path / "recompute", "method=exact", "activations=recompute")
+    plain, again = (losses(tmp_path / name) for name in ("plain", "recompute"))
+    for a, b in zip(plain, again, strict=True):
+        for name in ("train/loss", "val/loss", "grad_norm"):
+            assert a.get(name) == b.get(name)
+    named = weights(tmp_path / "recompute").items()
+    assert all(torch.equal(w, weights(tmp_path / "plain")[name]) for name, w in named)
+    assert plain[0]["mem/saved_bytes/linear inputs"] > 0
+    # attention's output is the one input of a dense layer that is no norm's or GELU's
+    assert again[0]["mem/saved_bytes/linear inputs"] == 0
+    assert again[0]["mem/saved_bytes"] < 0.75 * plain[0]["mem/saved_bytes"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_runs_with_compressed_boundaries_resume_and_stay_near(
+    bits: int, data: Path, tmp_path: Path
+) -> None:
+    options = [*METHOD, "activations=checkpoint", f"activations.boundary={bits}"]
+    train_here(data, tmp_path / "plain", *METHOD)
+    train_here(data, tmp_path / "run", *options)
+    plain, found = (losses(tmp_path / name) for name in ("plain", "run"))
+    assert found[0]["val/loss"] == plain[0]["val/loss"]
+    assert found[-1]["val/loss"] == pytest.approx(plain[-1]["val/loss"], rel=0.02)
+    assert found[-1]["val/loss"] != plain[-1]["val/loss"]
+    train_here(data, tmp_path / "again", *options, "steps=10")
+    train_here(data, tmp_path / "again", *options)
+    assert losses(tmp_path / "again")[-1]["val/loss"] == found[-1]["val/loss"]
+
+
+# Dynamo's own look at .grad of a block's input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [["activations=recompute"], ["activations=checkpoint", "activations.boundary=8"]],
+    ids=["recompute", "boundary"],
+)
+@pytest.mark.slow
+def test_compiled_runs_are_near_eager_ones_and_keep_as_little(
+    options: list[str], data: Path, tmp_path: Path
+) -> None:
+    for compile in ("true", "false"):
+        more = ["steps=4", "method=exact", *options, f"compile={compile}"]
+        train_here(data, tmp_path / compile, *more)
+    compiled, eager = (losses(tmp_path / name) for name in ("true", "false"))
+    assert compiled[0]["mem/saved_bytes"] <= 1.02 * eager[0]["mem/saved_bytes"]
+    assert compiled[-1]["val/loss"] == pytest.approx(eager[-1]["val/loss"], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_budget_under_compile_keeps_less(data: Path, tmp_path: Path) -> None:
     kept = {}
@@ -94,6 +144,11 @@ def test_budget_under_compile_keeps_less(data: Path, tmp_path: Path) -> None:
         (["activations=budget"], "activations=budget: a budget is kept by torch.compile"),
         (["activations=lean", "activations.gelu_bits=3"], "activations.gelu_bits=3"),
         (["activations=budget", "activations.budget=2"], "activations.budget=2"),
+        (["activations=checkpoint", "activations.boundary=5"], "activations.boundary=5: must be"),
+        (
+            ["activations=checkpoint", "activations.boundary=8", "activations.selective=true"],
+            "activations.boundary=8: not with activations.selective=true",
+        ),
         (["activations.name=thin"], "activations.name='thin'"),
     ],
 )

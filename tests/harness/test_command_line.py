@@ -32,7 +32,7 @@ def restored() -> Iterator[None]:
 
 REFUSED = [
     (["tracker=null"], "tracker=null: must be one of wandb"),
-    (["activations=null"], "activations=null: must be one of budget, checkpoint, lean, plain"),
+    (["activations=null"], "activations=null: must be one of budget, checkpoint, lean, plain, rec"),
     (["row=null"], "row=null: must be one of exact, none, r1"),
     (["model=3"], "model=3: must be one of char_small"),
     (["method=nope"], "method=nope: must be one of basis"),
