@@ -159,8 +159,14 @@ class BalancedSketch(Estimator):
         `x`. source: a key, or the tensors of a Hashing.
         """
         hashing = self._hashing(x.shape[0], x, *source)
-        sketch = x if hashing is None else hashing.sums(x)
         if self.invariant_scalars:
-            return (sketch * self._scale(*frobenius_norms(x, sketch))).to(x.dtype)
+            if hashing is None:
+                sketch, *norms = x, *frobenius_norms(x, x)
+            else:
+                explicit = len(source) == 1 and source[0].ndim == 1
+                balanced = self.hashing == "balanced" and not explicit
+                sketch, *norms = hashing.sums_and_norms(x, balanced=balanced)
+            return (sketch * self._scale(*norms)).to(x.dtype)
+        sketch = x if hashing is None else hashing.sums(x)
         shrinkage = self.constant("shrinkage")
         return sketch if shrinkage == 0.0 else sketch * (1.0 - shrinkage)

@@ -19,11 +19,14 @@ same signs they would be the same rows, whose gradients have much to do with eac
 table: 8 bytes a row and 4 a bin, for all layers together. A layer that draws for itself keeps its
 8-byte key and draws again in backward.
 
-*Used.* PyTorch's embedding_bag is sums of weighted rows by bag: X is read once, B N additions
-whatever R is, low precision summed in float32, the same order of additions every time. On CUDA, up
-to rank 128, S is made as a matrix, by pointwise work that a compiler fuses, and multiplied: 2 R B N
-FLOPs, less time than it takes to read X. Instead of the order that needs the place of each row
-(`slot`). Above, bin_sums.py has a kernel. All agree to rounding, on all devices.
+*Used.* In one of three ways, which agree to rounding:
+
+- PyTorch's embedding_bag is sums of weighted rows by bag: X is read once, B N additions whatever R
+  is, low precision summed in float32, the same order of additions every time.
+- On CUDA, in a graph of torch.compile, S of up to 128 rows is made as a matrix, by pointwise work
+  that the compiler fuses, and multiplied: 2 R B N FLOPs, less time than it takes to read X. Instead
+  of the order that needs the place of each row (`slot`).
+- On CUDA elsewhere, triton/bin_sums.py makes the sums and both norms in one read of X.
 """
 
 from __future__ import annotations
@@ -35,12 +38,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from basis.ops.matrix import transposed
+from basis.ops import kernels
+from basis.ops.matrix import frobenius_norms, transposed
 from basis.ops.noise import random_bits
 from basis.ops.shared_noise import SharedNoise
 
 MATRIX_RANK = 128
-"""Up to which rank S is a matrix on the devices of MATRIX_DEVICES. 2 R FLOPs a number take as long
+"""Up to which rank S is a matrix on the devices of MATRIX_DEVICES, if no kernel is at hand outside
+of a graph. 2 R FLOPs a number take as long
 as reading its 2 bytes at about 170 FLOPs a byte, an H100's 600 TFLOP/s by 3.5 TB/s.
 """
 MATRIX_DEVICES = frozenset({"cuda"})
@@ -49,9 +54,10 @@ _BITS = 31  # of a random integer, those that a uniform bin is made of
 _SIGNS = 1 << 31  # the number of the first integer that signs are made of; bins take those before
 
 
-def _multiplies(device: torch.device, rank: int) -> bool:
+def _multiplies(like: Tensor, rank: int) -> bool:
     """Whether S is used as a matrix."""
-    return device.type in MATRIX_DEVICES and rank <= MATRIX_RANK
+    small = like.device.type in MATRIX_DEVICES and rank <= MATRIX_RANK
+    return small and (torch.compiler.is_compiling() or not kernels.usable(like))
 
 
 class Hashing(NamedTuple):
@@ -82,6 +88,25 @@ class Hashing(NamedTuple):
             return self.matrix(x.dtype) @ x
         signs = self.signs.to(x.dtype)
         return F.embedding_bag(self.places, x, self.first, mode="sum", per_sample_weights=signs)
+
+    def sums_and_norms(self, x: Tensor, *, balanced: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """S x as `sums`, and the Frobenius norms |x| and |S x|, in float32 at least.
+
+        balanced: whether the bins are those of balanced hashing; a kernel then makes all three at
+        once where kernels are used.
+        """
+        if not balanced or self.by_row or transposed(x) or x.dtype == torch.float64:
+            return self._plain_sums_and_norms(x)
+        return kernels.attempt(self._kernel, self._plain_sums_and_norms, x)
+
+    def _plain_sums_and_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sums = self.sums(x)
+        return sums, *frobenius_norms(x, sums)
+
+    def _kernel(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from basis.ops.triton.bin_sums import bin_sums
+
+        return bin_sums(x, self.places, self.signs, len(self.first))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """S (R, B)."""
@@ -151,7 +176,7 @@ def shared_hashing(
         lambda key: (_sign_table(key, rows + shared.layers, dtype),),
     )
     places = slot
-    if not _multiplies(device, rank):
+    if not _multiplies(like, rank):
         (places,) = shared.once(("order", rows), device, lambda _: (_rows_in_order(slot),))
     return Hashing(places, first, table.narrow(0, place, rows))
 

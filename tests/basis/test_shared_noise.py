@@ -279,3 +279,29 @@ def test_a_model_under_autocast_has_signs_in_its_precision(dtype: torch.dtype) -
         model(torch.randn(24, 16))
     kinds = {t.dtype for t in kept if t.is_floating_point() and t.shape != (16, 16)}
     assert kinds == {dtype}
+
+
+@pytest.mark.parametrize("matrix", [False, True])
+def test_a_graph_has_the_noise_of_eager_mode_and_is_made_once(
+    matrix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the graph multiplies with a matrix, as on CUDA."""
+    model = model_of(4, 3, 24)
+    expected = []
+    for step in range(3):
+        basis.set_noise_key(model, seed=0, step=step)
+        expected.append(gradients(model))
+    if matrix:
+        monkeypatch.setattr(hashing_module, "MATRIX_DEVICES", {"cpu"})
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
+        graphs.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for step in range(3):
+        basis.set_noise_key(model, seed=0, step=step)
+        torch.testing.assert_close(gradients(model, compiled), expected[step])
+    assert len(graphs) == 1
