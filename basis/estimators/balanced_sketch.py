@@ -107,7 +107,7 @@ class BalancedSketch(Estimator):
         `center` the mean.
         """
         shared = from_state(state) if key.ndim == 0 else None
-        source = (key,) if shared is None else shared
+        source = (key,) if shared is None else shared.tensors
         if not self.center:
             return self.sketch(x, *source), *source
         mean = x.mean(0, dtype=at_least_float32(x.dtype)).to(x.dtype)

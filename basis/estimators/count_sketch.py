@@ -59,7 +59,7 @@ class CountSketch(Estimator):
 
     def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         shared = from_state(state) if key.ndim == 0 else None
-        source = (key,) if shared is None else shared
+        source = (key,) if shared is None else shared.tensors
         return self.sketch(x, *source), *source
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:

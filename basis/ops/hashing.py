@@ -32,7 +32,7 @@ table: 8 bytes a row and 4 a bin, for all layers together. A layer that draws fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ def _multiplies(like: Tensor, rank: int) -> bool:
     return small and (torch.compiler.is_compiling() or not kernels.usable(like))
 
 
-class Hashing(NamedTuple):
+@dataclass(frozen=True)
+class Hashing:
     """A drawn hashing of B rows into R bins.
 
     places: (B,), int32: the rows in the order of their places; or int64: the place of each row.
@@ -70,6 +71,11 @@ class Hashing(NamedTuple):
     places: Tensor
     first: Tensor
     signs: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What to keep of it: `Hashing(*tensors)` is the same one."""
+        return self.places, self.first, self.signs
 
     @property
     def by_row(self) -> bool:
@@ -96,17 +102,8 @@ class Hashing(NamedTuple):
         once where kernels are used.
         """
         if not balanced or self.by_row or transposed(x) or x.dtype == torch.float64:
-            return self._plain_sums_and_norms(x)
-        return kernels.attempt(self._kernel, self._plain_sums_and_norms, x)
-
-    def _plain_sums_and_norms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sums = self.sums(x)
-        return sums, *frobenius_norms(x, sums)
-
-    def _kernel(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from basis.ops.triton.bin_sums import bin_sums
-
-        return bin_sums(x, self.places, self.signs, len(self.first))
+            return _plain(x, self)
+        return kernels.attempt(_by_kernel, _plain, x, self)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """S (R, B)."""
@@ -129,6 +126,17 @@ class Hashing(NamedTuple):
         """The bin and the sign of each row, (B,) int64."""
         slot = self.places if self.by_row else self.places.argsort()
         return self._bins()[slot], self.signs[slot].to(torch.int64)
+
+
+def _plain(x: Tensor, hashing: Hashing) -> tuple[Tensor, Tensor, Tensor]:
+    sums = hashing.sums(x)
+    return sums, *frobenius_norms(x, sums)
+
+
+def _by_kernel(x: Tensor, hashing: Hashing) -> tuple[Tensor, Tensor, Tensor]:
+    from basis.ops.triton.bin_sums import bin_sums
+
+    return bin_sums(x, hashing.places, hashing.signs, len(hashing.first))
 
 
 def _permutation(key: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -203,11 +211,14 @@ def draw_hashing(key: Tensor, rows: int, rank: int, hashing: str) -> tuple[Tenso
     return own_hashing(key, rows, like, rank, hashing).by_rows()
 
 
+_NAMES = ("places", "first", "signs")
+
+
 def as_state(hashing: Hashing) -> dict[str, Tensor]:
     """A hashing as what `Estimator.shared_noise` returns."""
-    return hashing._asdict()
+    return dict(zip(_NAMES, hashing.tensors, strict=True))
 
 
 def from_state(state: Mapping[str, Tensor]) -> Hashing | None:
     """What `as_state` made; None for a layer that draws by its own key."""
-    return Hashing(**{name: state[name] for name in Hashing._fields}) if "places" in state else None
+    return Hashing(*(state[name] for name in _NAMES)) if _NAMES[0] in state else None
