@@ -140,8 +140,6 @@ def bare_loop(overrides: list[str], steps: int) -> list[float]:
     model, _ = build_model(config)
     model.to(runtime.device)
     optimizer = make_optimizer(model, config.optim)
-    for group in optimizer.param_groups:
-        group["capturable"] = runtime.cuda_graph  # AdamW's; SGD has no such option, nor need of it
     length, width = config.model.block_size + 1, config.micro_batch_size
     text = torch.from_numpy(tokens.read(0, length * width * steps)).view(steps, width, length)
     text = text.to(runtime.device)
@@ -167,6 +165,8 @@ def bare_loop(overrides: list[str], steps: int) -> list[float]:
             graphs.aside(lambda step=step: take(step))  # type: ignore[misc]
         else:
             if replay is None:
+                for group in optimizer.param_groups:
+                    group["capturable"] = True  # AdamW asks for it
                 replay, _ = graphs.record(lambda step=step: take(step))  # type: ignore[misc]
             replay()
         if cuda and step % STRETCH == 0:

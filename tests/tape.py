@@ -6,17 +6,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+import basis.state
+import harness.set_up
+from harness.device import Runtime, resolve
+from harness.step import CapturedStep
+
 BASIS = str(Path(__file__).resolve().parents[1] / "basis")
 
 LOOKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+
+
+def use_tapes(monkeypatch: pytest.MonkeyPatch, *, always: bool) -> None:
+    """Let runs of this process compute on the CPU and replay their steps from tapes: all runs, or
+    those that would on CUDA.
+    """
+
+    def resolved(*args: Any, cuda_graph: bool | None, small: bool, **others: Any) -> Runtime:
+        captured = small if cuda_graph is None else cuda_graph
+        return replace(resolve(*args, **others), cuda_graph=captured or always)
+
+    monkeypatch.setattr(harness.set_up, "resolve", resolved)
+    monkeypatch.setattr(CapturedStep, "graphs", Tapes)
+    monkeypatch.setattr(basis.state, "_is_captured", lambda _: Tape.active)
 
 
 class Tape(TorchDispatchMode):

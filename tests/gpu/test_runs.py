@@ -27,6 +27,7 @@ def test_resumed_to_the_last_bit(method: str, device: str, data: Path, tmp_path:
         f"device={device}",
         "deterministic=true",
         "compile=false",
+        "cuda_graph=false",  # test_cuda_graph.py
         "model.dropout=0.1" if "attention=sus" not in METHODS[method] else "model.dropout=0",
         "optim=adamw",
         "optim.schedule=constant",

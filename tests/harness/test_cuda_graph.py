@@ -3,7 +3,6 @@ again on the CPU (tape.py), so that all that Python does beside the operators is
 unnecessary.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -15,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from hydra.errors import CompactHydraException
-from tape import Tape, Tapes
+from tape import Tape, Tapes, use_tapes
 from tiny import losses, train_here, values_of
 
-import basis.state
 import harness.set_up
 import harness.step
 import train
@@ -49,16 +47,7 @@ COSINE = ["optim=adamw", "optim.schedule=cosine", "optim.warmup_steps=3", "optim
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Once called, runs of this process replay their steps from tapes."""
-
-    def start() -> None:
-        def with_graphs(*args: Any, **kwargs: Any) -> device.Runtime:
-            return dataclasses.replace(resolve(*args, **kwargs), cuda_graph=True)
-
-        monkeypatch.setattr(harness.set_up, "resolve", with_graphs)
-        monkeypatch.setattr(CapturedStep, "graphs", Tapes)
-        monkeypatch.setattr(basis.state, "_is_captured", lambda _: Tape.active)
-
-    return start
+    return lambda: use_tapes(monkeypatch, always=True)
 
 
 @pytest.fixture(autouse=True)
