@@ -98,7 +98,7 @@ def apply(model: GPT, options: ActivationsOptions) -> None:
             if options.boundary is None:
                 block.forward = _checkpointed(block.forward, options.selective)
             else:  # a module of the block's, so that its noise has a name
-                block.boundary = Boundary(block.forward, options.boundary)
+                block.boundary = Boundary(block, options.boundary)
                 block.forward = block.boundary.forward
 
 

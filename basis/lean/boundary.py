@@ -40,7 +40,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from basis.diagnostics.saved import announce
@@ -88,17 +88,24 @@ def compiling_blocks() -> Iterator[None]:
 
 
 class Boundary(HasNoiseKey):
-    """A checkpoint around `run`, a function of x (..., N), that keeps x in `bits` bits a number.
+    """A checkpoint around the forward that `block` has now, a function of x (..., N), that keeps x
+    in `bits` bits a number.
 
-    A module, so that `basis.set_noise_key` finds it; it has no parameters, and `run` is not part of
-    it. bits: 8 or 4. Raises ValueError, beginning with `boundary=`, for others.
+        block.boundary = Boundary(block, 8)
+        block.forward = block.boundary.forward
+
+    A module, so that `basis.set_noise_key` finds it; it has no parameters, and `block` is not part
+    of it. bits: 8 or 4. Raises ValueError, beginning with `boundary=`, for others.
     """
 
-    def __init__(self, run: Callable[[Tensor], Tensor], bits: int) -> None:
+    def __init__(self, block: nn.Module, bits: int) -> None:
         super().__init__()
         check_bits(bits)
         self.bits = bits
-        self._parts: tuple[Callable[..., Any], ...] = (run, encode, decode)
+        # Sketched layers draw noise of their own: where they share it, each has a place in it, a
+        # number that a graph takes for a constant, and there would be a graph for each block.
+        self._keyed = [module for module in block.modules() if isinstance(module, HasNoiseKey)]
+        self._parts: tuple[Callable[..., Any], ...] = (block.forward, encode, decode)
         self._compiled: tuple[Callable[..., Any], ...] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +113,8 @@ class Boundary(HasNoiseKey):
         if not torch.is_grad_enabled():
             self.pass_without_grad(x.device)
             return run(x)
+        for module in self._keyed:
+            module.noise_key = module.noise_key  # which ends the sharing
         bits, key = self.bits, self.fixed_or_fresh_key(x.device)
         with torch.no_grad(), without_autocast(x):
             kept = to_bits(x.detach(), bits, key)

@@ -157,7 +157,7 @@ def test_compiled_blocks_give_what_eager_ones_do_from_few_graphs(
 @pytest.mark.parametrize("bits", [3, 16, 0])
 def test_other_bits_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match=f"^boundary={bits}: must be one of 8, 4, or null"):
-        Boundary(lambda x: x, bits)
+        Boundary(torch.nn.Identity(), bits)
     with pytest.raises(ValueError, match=f"^activations.boundary={bits}: must be one of"):
         ActivationsOptions(name="checkpoint", boundary=bits)
     with pytest.raises(
