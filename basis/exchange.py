@@ -8,6 +8,7 @@ module back that it stands for. `convert` and `revert` know nothing else of eith
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -154,6 +155,24 @@ def plain_name(model: nn.Module, name: str) -> str:
             parts.append(part)
         module = getattr(module, part)
     return ".".join(parts)
+
+
+def plainly_named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` with plain names, in a walk that takes microseconds a module."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        wrapped = _WRAPPERS.get(type(module).__name__)
+        for child, inner in module._modules.items():
+            if inner is not None:
+                longer = f"{name}.{child}" if name else child
+                yield from walk(inner, name if child == wrapped else longer)
+
+    return walk(model, "")
 
 
 class Exchange(abc.ABC):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.checks import whole_number
-from basis.exchange import plain_name
+from basis.exchange import plainly_named
 from basis.ops.noise import combine, draw_key, fold
 from basis.ops.shared_noise import SharedNoise
 
@@ -101,14 +101,12 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     modules: list[HasNoiseKey] = []
     names: list[str] = []
     places: dict[str, int] = {}  # of dense layers, sketched or not: their noise is the same then
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | HasNoiseKey):
-            plain = plain_name(model, name)
-            if isinstance(module, nn.Linear):
-                places.setdefault(plain, len(places))
-            if isinstance(module, HasNoiseKey):
-                modules.append(module)
-                names.append(plain)
+    for name, module in plainly_named(model):
+        if isinstance(module, nn.Linear):
+            places.setdefault(name, len(places))
+        if isinstance(module, HasNoiseKey):
+            modules.append(module)
+            names.append(name)
     if not modules:
         return
     with torch.no_grad():
@@ -117,15 +115,19 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
         *keys, shared_key = combine(base, identities).unbind()
     shared = SharedNoise(shared_key, len(places))
     for module, name, key in zip(modules, names, keys, strict=True):
-        parameter = next(module.parameters(), None)
-        module.noise_key = key if parameter is None else key.to(parameter.device)
+        fixed = None
         if isinstance(module, SketchedLinear):
-            module._fixed_noise = (shared, places[name]) if len(places) > 1 else None
+            if len(places) > 1:
+                fixed = (shared, places[name])
             module.learning = (
                 micro_batch == 0
                 and not module.frozen
                 and module.estimator.learns_at(step - module.first_step)
             )
+        own = next((p for p in module._parameters.values() if p is not None), base)
+        key = key if own.device == base.device else key.to(own.device)
+        # Not by nn.Module's assignment, which takes as long as all the rest.
+        vars(module).update(_noise_key=key, _fixed_noise=fixed)
 
 
 def set_noise_key(

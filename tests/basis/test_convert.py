@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 import basis
 from basis import BalancedSketch
+from basis.exchange import plain_name, plainly_named
 from basis.linear import SketchedLinear
 from models import GPT, GPTConfig
 
@@ -187,6 +188,9 @@ def test_keys_depend_on_each_number_and_on_the_name_only() -> None:
     assert older == keys(everything, process=1)
     wrapped = nn.parallel.DataParallel(head)  # names inside a wrapper carry "module."
     assert keys(wrapped) == keys(head)
+    assert [name for name, _ in plainly_named(wrapped)][1:] == [
+        plain_name(head, name) for name, _ in head.named_modules()
+    ]
 
 
 def test_only_real_wrappers_are_left_out_of_names() -> None:
