@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | results | clean.  PYTHON=python3.12 picks the interpreter.
+# make demo | test | test-all | lint | results | gpu | clean.  PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
@@ -6,7 +6,7 @@ DEMO_STEPS ?= 1000
 QUIET_INSTALL := install -qq --disable-pip-version-check --root-user-action=ignore \
 	--constraint constraints.txt
 
-.PHONY: demo test test-all lint format results clean
+.PHONY: demo test test-all lint format results gpu clean
 
 demo: .venv/installed
 	$(BIN)/python train.py -m experiment=demo steps=$(DEMO_STEPS) method=exact
@@ -32,6 +32,10 @@ format: .venv/installed
 # Tables and figures of results/, rebuilt into runs/results and compared with what is committed.
 results: .venv/installed
 	$(BIN)/python scripts/results.py
+
+# On a lent or rented GPU, by the image's own torch. GPU="--minutes 20 --parts paper" chooses.
+gpu:
+	PYTHON=$(PYTHON) scripts/gpu_session.sh $(GPU)
 
 # The exact versions of constraints.txt. torch alone first: the plain version takes the build for this machine.
 .venv/installed: pyproject.toml constraints.txt
