@@ -74,7 +74,7 @@ __all__ = [
     "sketched_layers",
 ]
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 if not TYPE_CHECKING:  # a type checker is to know the names above alone
     from basis.moved import __getattr__  # noqa: F401

@@ -28,6 +28,9 @@ from basis.exchange import plainly_named
 from basis.ops.noise import combine, draw_key, fold
 from basis.ops.shared_noise import SharedNoise
 
+NOISE_VERSION = 3
+"""Changes whenever other noise follows from the same numbers: a run is then not continued."""
+
 
 class HasNoiseKey(nn.Module):
     """Mixin of modules that draw noise in a training forward."""

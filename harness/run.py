@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import basis
 from basis.convert import not_learning
 from basis.diagnostics.monitor import Monitor
+from basis.noise_key import NOISE_VERSION
 from basis.ops.noise import fold
 from data import Sampler, ValidationWindows
 from harness import activations, attention, memory
@@ -254,6 +255,7 @@ class Run:
                 "config": self.config.to_dict(),
                 "data": self.data_hashes,
                 "runtime": self.runtime.describe(),
+                "noise": NOISE_VERSION,
                 "seconds": self.wall_seconds(),
                 "knobs": self.knobs,
                 "adaptive_rank": None

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from basis.diagnostics.monitor import Monitor
+from basis.noise_key import NOISE_VERSION, HasNoiseKey
 from data import Sampler, validation_windows
 from data.tokens import TokenFile
 from harness import activations, rundir
@@ -124,6 +125,13 @@ def set_up(config: Config, folder: Path) -> Run:
             raise ValueError(
                 f"{folder} holds a run that computes elsewhere ({changes}); losses would not "
                 "continue bit for bit"
+            )
+        draws = any(isinstance(module, HasNoiseKey) for module in model.modules())
+        if draws and loaded.state.get("noise") != NOISE_VERSION:
+            raise ValueError(
+                f"{folder} holds a run whose noise was drawn by another version of basis; losses "
+                "would not continue: finish it with that version, give another hydra.run.dir, or "
+                "delete the folder"
             )
 
     knobs: dict[str, Any] = {}

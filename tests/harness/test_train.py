@@ -264,10 +264,9 @@ def test_bfloat16_trains_and_keeps_less(data: Path, tmp_path: Path) -> None:
     full, low = (losses(tmp_path / precision) for precision in ("float32", "bfloat16"))
     assert low[-1]["val/loss"] == pytest.approx(full[-1]["val/loss"], rel=0.05)
     kept = "mem/saved_bytes/sketches"
-    keys = (
-        8 * 2
-    )  # of the two sketched layers of the MLP; the head is done with its sketch in forward
-    assert low[0][kept] - keys == (full[0][kept] - keys) // 2
+    rows, rank = 16, 4
+    integers = 4 * rows + 4 * rank  # the rows in order and where bins begin, whatever the precision
+    assert low[0][kept] - integers == (full[0][kept] - integers) // 2
 
 
 @pytest.mark.slow

@@ -298,3 +298,18 @@ def test_a_resumed_run_must_compute_the_same_way(
     )
     with pytest.raises(CompactHydraException, match="device: cpu -> cuda; compile: False -> True"):
         train_here(data, tmp_path, "compile=null", "steps=30")
+
+
+def test_a_run_with_the_noise_of_another_version_is_not_continued(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method in ("basis", "exact"):
+        folder = tmp_path / method
+        with monkeypatch.context() as older:
+            older.setattr("harness.run.NOISE_VERSION", 2)
+            train_here(data, folder, f"method={method}", "steps=10")
+        if method == "exact":  # which has none
+            train_here(data, folder, f"method={method}", "steps=20")
+            continue
+        with pytest.raises(CompactHydraException, match="noise was drawn by another version"):
+            train_here(data, folder, f"method={method}", "steps=20")
