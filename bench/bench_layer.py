@@ -15,7 +15,7 @@ not autocast.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import basis
+from basis.estimator import Estimator
 from basis.linear import SketchedLinear
 from bench.output import csv_option, show
 from bench.timing import interleaved, machine
@@ -60,8 +61,11 @@ def measure(
     device: str = "auto",
     compile: bool = False,
     progress: bool = True,
+    others: Mapping[str, Estimator] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row per alternative for one size and precision."""
+    """A row per alternative for one size and precision. others: more methods than BASIS, by the
+    names of their rows.
+    """
     runtime = resolve(device, "float32", compile=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -72,8 +76,9 @@ def measure(
         )
     frozen.requires_grad_(False)
     layers: dict[str, nn.Linear] = {"exact": plain, "limit": frozen}
-    for rank in ranks:
-        layers[f"basis R={rank}"] = SketchedLinear.from_linear(plain, basis.BalancedSketch(rank))
+    methods = {f"basis R={rank}": basis.BalancedSketch(rank) for rank in ranks}
+    for name, method in (methods | dict(others or {})).items():
+        layers[name] = SketchedLinear.from_linear(plain, method)
     steps = {name: step(layer, x, grad_y, compile=compile) for name, layer in layers.items()}
     timings = interleaved(steps, turns=turns, synchronize=runtime.synchronize, progress=progress)
     lines = []
@@ -114,6 +119,7 @@ def table(lines: list[dict[str, Any]]) -> Table:
         "of_exact": Column("of exact", digits=2),
         "of_limit": Column("of limit", digits=2),
         "kept": Column("kept"),
+        "failed": Column("failed"),
     }
     columns |= {name: Column(name) for name in ("compile", "machine", "torch", "commit")}
     return Table("layer", "One dense layer, forward and backward", columns, lines)

@@ -14,6 +14,7 @@ weighted by how often each comes. The peak is that of a step that looks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,11 +48,13 @@ class Step:
         *,
         windows: int,
         plain_loss: bool = False,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """model: with method and activations in place. windows: of block_size tokens, in a step.
-        plain_loss: whole logits.
+        plain_loss: whole logits. around: makes the context in which each forward runs.
         """
         self.runtime = runtime
+        self.around = around
         with torch.random.fork_rng():
             tokens = torch.randint(
                 model.head.out_features, (windows, model.config.block_size + 1)
@@ -63,7 +66,7 @@ class Step:
         self.loss = loss
         self.compiled = loss
         if runtime.compile:
-            self.compiled = activations.compiled(loss, kept)
+            self.compiled = activations.compiled(_with_own_graphs(loss), kept)
         self.count = 0
         self.share = sum(map(self.looks, _LATE)) / len(_LATE)
         self.looking = self.share == 1.0
@@ -86,7 +89,8 @@ class Step:
         while self.count >= _LATE.start and self.looks(self.count) != self.looking:
             self.count += 1
         basis.set_noise_key(self.model, seed=0, step=self.count)
-        return self.runtime.forward(run or self.compiled, self.inputs, self.targets)
+        with self.around():
+            return self.runtime.forward(run or self.compiled, self.inputs, self.targets)
 
     def __call__(self) -> None:
         self.forward().backward()
@@ -115,6 +119,20 @@ class Step:
         return peak - fixed
 
 
+def _with_own_graphs(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`loss` as a function that has no graph yet.
+
+    Graphs belong to a function's code, and torch.compile does not see that another alternative of
+    the same code was compiled with other settings, a memory budget say: it would take its graph.
+    """
+
+    def run(inputs: Tensor, targets: Tensor) -> Tensor:
+        return loss(inputs, targets)
+
+    run.__code__ = run.__code__.replace()  # a copy
+    return run
+
+
 def _unfused(model: GPT) -> Callable[..., Tensor]:
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
@@ -127,19 +145,6 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row per step; the first one is what the others are compared with."""
     runtime = next(iter(steps.values())).runtime
-    if not runtime.compile:
-        return _measure(steps, runtime, turns, progress)
-    # All alternatives are graphs of one function, GPT.forward, and torch.compile gives up on a
-    # function that has many.
-    from torch._dynamo import config
-
-    with config.patch(recompile_limit=config.recompile_limit * len(steps)):
-        return _measure(steps, runtime, turns, progress)
-
-
-def _measure(
-    steps: Mapping[str, Step], runtime: Runtime, turns: int, progress: bool
-) -> list[dict[str, Any]]:
     for step in steps.values():
         step()  # the first look
         step.seek(looking=False)
@@ -174,6 +179,7 @@ def _measure(
                 "rate": round(tokens / mean),
                 "kept": format_bytes(kept),
                 "peak": None if peak is None else format_bytes(peak),
+                "peak_bytes": peak,
                 "precision": runtime.precision,
                 "compile": "yes" if runtime.compile else "no",
             }
@@ -200,5 +206,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
     columns |= {
         name: Column(name) for name in ("precision", "compile", "machine", "torch", "commit")
     }
+    columns["peak_bytes"] = Column("peak, bytes", data=True)
     columns["config"] = Column("options of method and activations", data=True)
     return Table("step", "A training step", columns, rows)

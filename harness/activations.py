@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -32,7 +34,7 @@ from torch.utils.checkpoint import (
 )
 
 import basis
-from basis.diagnostics.saved import announce
+from basis.diagnostics.saved import announce, is_observed
 from basis.lean import recompute
 from basis.lean.boundary import Boundary, check_bits, compiling_blocks
 from basis.lean.gelu import BITS
@@ -109,10 +111,19 @@ def _checkpointed(
     if selective:
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
 
+    def watched(x: Tensor) -> Tensor:
+        with _Products() as products:
+            result = forward(x)
+        announce(*products.results)  # now, as the block's: they are no layer's
+        return result
+
     def run(x: Tensor) -> Tensor:
+        inner = forward
         if torch.is_grad_enabled():
             announce(x)  # held by the checkpoint, unseen by hooks on saved tensors
-        result: Tensor = checkpoint(forward, x, use_reentrant=False, **contexts)
+            if selective and is_observed() and not torch.compiler.is_compiling():
+                inner = watched
+        result: Tensor = checkpoint(inner, x, use_reentrant=False, **contexts)
         return result
 
     return run
@@ -127,6 +138,22 @@ _PRODUCTS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
+
+
+class _Products(TorchDispatchMode):
+    """Collects the results of the operators that a selective checkpoint keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in _PRODUCTS:
+            self.results += (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

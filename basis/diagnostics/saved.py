@@ -23,6 +23,11 @@ def announce(*tensors: Tensor) -> None:
             observer(tensor)
 
 
+def is_observed() -> bool:
+    """Whether somebody listens, for code that has to do more than a call to find out what lives."""
+    return bool(_observers)
+
+
 @contextmanager
 def observe(observer: Callable[[Tensor], object]) -> Iterator[None]:
     """Call `observer` with each announced tensor."""

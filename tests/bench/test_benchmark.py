@@ -4,16 +4,19 @@ import csv
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import bench_gpu, bench_head, bench_layer, bench_step
+from bench.alternatives import ALTERNATIVES, offloading
 from bench.timing import interleaved, summarise
 from experiments.sus import speed as bench_sus
 from harness.memory import format_bytes
 
+CHECKPOINTS = ("exact, checkpoint", "exact, checkpoint, 8 bits", "exact, checkpoint, 4 bits")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -76,7 +79,8 @@ def test_head_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
         logits + 64 * 32 * 4 + 64 * 8 + 4
     )  # log_softmax, X, targets
     assert rows["basis exact"]["kept"] == format_bytes((64 + 1000) * 32 * 4)  # dX and dW
-    assert rows["basis R=4"]["kept"] == rows["basis exact"]["kept"]
+    # dX and the two factors of dW
+    assert rows["basis R=4"]["kept"] == format_bytes((64 * 32 + 4 * (1000 + 32)) * 4)
     assert "peak" in capsys.readouterr().out
 
 
@@ -144,10 +148,76 @@ def test_gpu_benchmark_runs_with_torch_and_numpy_alone(tmp_path) -> None:
         with (tmp_path / f"{name}.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert rows[0][name] == first
-        assert float(rows[0]["milliseconds"]) > 0
+        assert all(float(row["milliseconds"]) > 0 for row in rows)
+        if name == "step":
+            steps = [row["step"].removesuffix(", context 64") for row in rows[1::2]]
+            assert steps == [n for n, row in ALTERNATIVES.items() if not row.compiled]
+            kept = {row["step"].removesuffix(", context 64"): row["kept"] for row in rows}
+            assert kept["exact, offload"] == "0 B"
+            assert len({kept[n] for n in ("exact, plain", "exact, recompute", *CHECKPOINTS)}) == 5
+        elif name == "layer":
+            assert {row["layer"] for row in rows} > {"transform 4 bits", "quantized 3.75 bits"}
+            assert {int(row["B"]) for row in rows} == {64, 32}
+    assert not (tmp_path / "frontier.svg").exists()
     done = run("--seconds", "0", "--parts", "step", "layer")
     assert done.returncode == 1
-    assert "left out for lack of time: layer" in done.stderr
+    assert "left out for lack of time: layer 64 x 32 x 128, basis" in done.stderr
+
+
+# Dynamo's own look at .grad of a block's input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+def test_alternatives_are_compiled_each_by_its_own_settings(tmp_path: Path) -> None:
+    """The same model under four settings: a graph of one does not serve another."""
+    rows = [
+        "exact, plain",
+        "exact, memory budget 0.25",
+        "exact, FP8 saved",
+        "exact, checkpoint, 8 bits",
+    ]
+    options = ["--size", "tiny", "--device", "cpu", "--precision", "float32", "--turns", "2"]
+    options += ["--compile", "--parts", "step", "--out", str(tmp_path), "--rows", *rows]
+    assert bench_gpu.main(options) == 0
+    with (tmp_path / "step.csv").open() as file:
+        found = {row["step"].removesuffix(", context 64"): row for row in csv.DictReader(file)}
+    assert list(found)[1:] == rows
+    kept = {name: found[name]["kept"] for name in rows}
+    assert len(set(kept.values())) == len(rows)
+    assert {row["compile"] for row in found.values()} == {"yes"}
+
+
+def test_offloaded_tensors_come_back_as_they_were() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 64) for _ in range(3)]
+    x = torch.randn(128, 64)
+    found = []
+    for around in (nullcontext(), offloading({w.data_ptr() for m in layers for w in [m.weight]})):
+        y = x
+        with around:
+            for layer in layers:
+                y = torch.relu(layer(y))
+        y.sum().backward()
+        found.append([layer.weight.grad for layer in layers])
+        for layer in layers:
+            layer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--rows", "exact, nothing"], "--rows 'exact, nothing': must be among exact, plain;"),
+        (["--rows", "exact, FP8 saved"], "--rows 'exact, FP8 saved': torch.compile does this"),
+        (["--contexts", "0"], "--contexts must be at least 1"),
+    ],
+)
+def test_wrong_rows_of_the_gpu_benchmark_are_named(
+    wrong: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--out", str(tmp_path / "out"), "--device", "cpu", *wrong])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_alternative_that_fails_is_a_row_that_says_so(

@@ -43,6 +43,7 @@ def config(*overrides: str) -> Config:
         "lean",
         "recompute",
         "checkpoint",
+        "checkpoint activations.selective=true",
         *(f"checkpoint activations.boundary={bits}" for bits in (8, 4)),
     ],
 )
