@@ -41,11 +41,11 @@ without what m's direction contributes; the Invariant Scalars are those of X - 1
 shrinkage spares the exact part. dY is not centred.
 
 Kept: R N elements in the precision of X (with `center` N more), and an 8-byte key, or a part of
-the hashing that all layers of a micro-batch have in common: 8 B + 4 R bytes for all of them. In
-eager mode that is twelve operations a layer beyond the exact ones. FLOPs besides the product: B (N
-+ M) multiply-adds for the norms and as many for the sketches (in a loss head, where dY lies column
-by column, 2 R B M for its sketch). State between steps: none. The published code also uses
-shrinkage = 0.01 unless told otherwise.
+the hashing that all layers of a micro-batch have in common: 12 B + 4 R bytes for all of them. In
+eager mode that is twelve operations a layer beyond the exact ones, two more on a CPU where X or dY
+has more than 65,536 numbers. FLOPs besides the product: B (N + M) multiply-adds for the norms and
+as many for the sketches (in a loss head, where dY lies column by column, 2 R B M for its sketch).
+State between steps: none. The published code also uses shrinkage = 0.01 unless told otherwise.
 """
 
 from __future__ import annotations

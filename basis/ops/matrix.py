@@ -86,6 +86,13 @@ def frobenius_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms.to(at_least_float32(x.dtype)))
 
 
+def _in_parts(x: Tensor) -> Tensor:
+    """What has the norm of `x` and can be summed up at once: `x`, or the norms of its rows."""
+    if x.numel() <= _EXACT and x.dtype != torch.bfloat16:
+        return x
+    return row_norms(x.t() if transposed(x) else x)
+
+
 def frobenius_norms(x: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
     """`frobenius_norm` of both, in as few operations as there can be in eager mode: a sketch's norm
     comes with that of what it is a sketch of.
@@ -93,9 +100,7 @@ def frobenius_norms(x: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
     if not in_eager_mode(x):
         return frobenius_norm(x), frobenius_norm(small)
     if x.device.type == "cpu":
-        x = row_norms(x.t() if transposed(x) else x)
-        if small.numel() > _EXACT:
-            small = row_norms(small.t() if transposed(small) else small)
+        x, small = _in_parts(x), _in_parts(small)
     norm, small_norm = torch._foreach_norm((x, small), 2, at_least_float32(x.dtype))
     return norm, small_norm
 

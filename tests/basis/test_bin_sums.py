@@ -41,7 +41,7 @@ def test_sums_and_norms_are_those_of_the_formula(
         x = x.t().contiguous().t()
     hashing = own_hashing(checks.key(rank).to(DEVICE), rows, x, rank, "balanced")
     order = hashing.places if not hashing.by_row else hashing.places.argsort().to(torch.int32)
-    sums, norm, norm_of_sums = bin_sums(x, order, hashing.signs, rank)
+    sums, norm, norm_of_sums = bin_sums(x, order, hashing.signs_of_places(x.dtype), rank)
     bins, signs = hashing.by_rows()
     expected = oracle.sketch_matrix(bins.cpu(), signs.cpu(), rank) @ x.double().cpu()
     assert far_from(sums, expected) < 1e-5

@@ -48,10 +48,13 @@ def test_sketches_replace_linear_inputs() -> None:
     exact = saved_bytes(*model_and_forward("exact"))
     sketched = saved_bytes(*model_and_forward("basis"))
     assert sketched["linear inputs"] == 0
-    # The hashing that all share: rows in order, a sign for each and each layer, 4 bins' beginnings.
-    hashing = 4 * (ROWS + ROWS + (4 * LAYERS + 1) + 4)
+    # The hashing that all share: rows in order, two tables of signs, one of them longer by the
+    # number of layers, and where 4 bins begin.
+    hashing = 4 * (ROWS + ROWS + (ROWS + 4 * LAYERS + 1) + 4)
     assert sketched["sketches"] == LAYERS * 4 * 4 * (C + C + C + 4 * C) + hashing
-    unchanged = ("attention", "norms", "activations", "loss head", "other")
+    # Of the head dX, and what dW is formed of in backward: P (V, R) and Z (R, C).
+    assert sketched["loss head"] == UNIT + 4 * 4 * (V + C)
+    unchanged = ("attention", "norms", "activations", "other")
     assert {name: sketched[name] for name in unchanged} == {name: exact[name] for name in unchanged}
 
 
