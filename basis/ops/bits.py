@@ -2,16 +2,20 @@
 
 Codes are packed along the first dimension, so that the codes of some rows can be had without those
 of the others, and rows of any width lie side by side. The least number of codes that fills whole
-bytes is a unit: 8 of 1 bit, 4 of 2, 2 of 4, 8 of 3 (in 3 bytes), 4 of 6 (in 3), 8 of 5 or 7. A
-number of bits that is no power of two is split into such: 3 = 2 + 1, 7 = 4 + 2 + 1.
+bytes is a unit: 8 of 1 bit, 4 of 2, 2 of 4, 8 of 3 (in 3 bytes), 4 of 6 (in 3), 8 of 5 or 7. In a
+unit the bits of the codes follow each other, the first code's first: byte p holds bits 8 p to 8 p +
+7, and a code may lie in two bytes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from basis.ops.matrix import in_eager_mode
 
 
 def unit(bits: int) -> tuple[int, int]:
@@ -27,48 +31,55 @@ def to_bytes(codes: Tensor) -> Tensor:
     return codes.to(torch.int16).to(torch.uint8)
 
 
-def _parts(bits: int) -> list[tuple[int, int]]:
-    """The powers of two that add up to `bits`, each with the bits that come before it."""
-    sizes = [size for size in (8, 4, 2, 1) if bits & size]
-    return [(size, sum(sizes[:i])) for i, size in enumerate(sizes)]
+def join(codes: Sequence[Tensor], bits: int) -> Tensor:
+    """The bytes (n, bytes, ...) uint8 of `codes`: the first code of each of n units, the second,
+    and so on, each (n, ...) uint8 or int32.
+    """
+    made = []
+    for byte in range(unit(bits)[1]):
+        whole: Tensor | None = None
+        for place, code in enumerate(codes):
+            left = bits * place - 8 * byte  # where in the byte the code begins
+            if -bits < left < 8:
+                piece = code << left if left > 0 else code >> -left if left < 0 else code
+                whole = piece if whole is None else whole | piece
+        assert whole is not None
+        made.append(whole.to(torch.uint8))
+    return made[0][:, None] if len(made) == 1 else torch.stack(made, 1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes (n, ...) below 2^bits as bytes (ceil(n / codes) * bytes, ...), codes and bytes
     being those of a unit.
     """
-    per_unit, size = unit(bits)
+    per_unit, _ = unit(bits)
     if missing := -len(codes) % per_unit:
         codes = torch.cat((codes, codes.new_zeros(missing, *codes.shape[1:])))
-    packed = []
-    for part, before in _parts(bits):
-        piece = codes if part == bits else (codes >> before) & ((1 << part) - 1)
-        piece = piece.unflatten(
-            0, (-1, per_unit * part // 8, 8 // part)
-        )  # (units, bytes, codes of a byte, ...)
-        joined = piece[:, :, 0].clone()
-        for place in range(1, 8 // part):
-            joined |= piece[:, :, place] << (part * place)
-        packed.append(joined)
-    result = packed[0] if len(packed) == 1 else torch.cat(packed, 1)
-    assert result.shape[1] == size
-    return result.flatten(0, 1)
+    return join(codes.unflatten(0, (-1, per_unit)).unbind(1), bits).flatten(0, 1)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes again, uint8 (count, ...)."""
+    """The first `count` codes again, (count, ...): uint8 in eager mode, else int32."""
     per_unit, size = unit(bits)
     packed = packed.unflatten(0, (-1, size))
-    codes: Tensor | None = None
-    start = 0
-    for part, before in _parts(bits):
-        end = start + per_unit * part // 8
-        shifts = torch.arange(0, 8, part, dtype=torch.uint8, device=packed.device).view(
-            -1, *(1,) * (packed.ndim - 2)
-        )
-        piece = packed[:, start:end, None] >> shifts  # (units, bytes, codes of a byte, ...)
-        piece = (piece & ((1 << part) - 1)).flatten(1, 2)
-        codes = piece if codes is None else codes | (piece << before)
-        start = end
-    assert codes is not None
+    mask = (1 << bits) - 1
+    shape = (-1, *(1,) * (packed.ndim - 2))
+    if not in_eager_mode(packed):
+        packed = packed.to(torch.int32)
+    if size == 1:
+        places = torch.arange(0, 8, bits, dtype=packed.dtype, device=packed.device)
+        codes = (packed >> places.view(shape)) & mask
+    elif in_eager_mode(packed):
+        codes = packed.new_empty(len(packed), per_unit, *packed.shape[2:])
+        for place in range(per_unit):
+            first, start = divmod(bits * place, 8)
+            code = torch.bitwise_right_shift(packed[:, first], start, out=codes[:, place])
+            if start + bits > 8:
+                code |= packed[:, first + 1] << (8 - start)
+        codes &= mask
+    else:
+        places = torch.arange(per_unit, dtype=torch.int32, device=packed.device) * bits
+        byte = places >> 3
+        both = packed[:, byte] | (packed[:, (byte + 1).clamp_max(size - 1)] << 8)
+        codes = (both >> (places & 7).view(shape)) & mask
     return codes.flatten(0, 1)[:count]

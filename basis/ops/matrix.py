@@ -116,6 +116,13 @@ def in_eager_mode(x: Tensor) -> bool:
     )
 
 
+def stored(x: Tensor) -> Tensor:
+    """`x`, which a compiler then computes once and stores; else it may compute it anew wherever it
+    is used, a number of a row for each number of a matrix.
+    """
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
+
+
 def row_blocks(x: Tensor, width: int) -> list[slice]:
     """The rows of `x` in blocks such that `width` numbers for each row of a block are few enough to
     be held next to x.

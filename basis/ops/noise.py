@@ -47,6 +47,8 @@ import math
 import torch
 from torch import Tensor
 
+from basis.ops.matrix import in_eager_mode, stored
+
 _MASK = 0xFFFFFFFF
 _BITS = 31  # of a random integer, those left after one is taken for the sign
 
@@ -104,22 +106,58 @@ def crossed_bits(rows: Tensor, columns: Tensor) -> Tensor:
     return _mix(rows[..., None] ^ columns)
 
 
+def _mix32(x: Tensor) -> Tensor:
+    """`_mix` of 32-bit integers held in int32, of which the last 32 bits of products are wanted."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - 0x100000000)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def random_int32(key: Tensor, count: int, start: int = 0) -> Tensor:
+    """The bits of `random_bits` as int32, of which a compiler makes fewer instructions."""
+    counter = torch.arange(start, start + count, dtype=torch.int32, device=key.device)
+    low, high = key.to(torch.int32), (key >> 32).to(torch.int32)  # the last 32 bits of each
+    return _mix32(_mix32(counter ^ low) ^ high)
+
+
 class Dither:
     """A matrix of uniform noise, (rows, width), on the device of `key` (0-dimensional); see above.
 
-    Rows are made when they are asked for, `dither[rows]`: only rows + width short integers are
-    held.
+    Rows are made when they are asked for: only rows + width integers are held. `dither[rows]` are
+    whole numbers w from -2^15 to 2^15 - 1, float32, and the noise is u = middle + unit w, an odd
+    multiple of 2^-17 in (0, 1). Who rounds adds it up on the way, `t.add_(middle()).add_(w,
+    alpha=unit())`: a product with a power of two is exact.
+
+    more: rows beyond `rows` that may be asked for too, 8 at most, with noise that columns have.
     """
 
-    def __init__(self, key: Tensor, rows: int, width: int) -> None:
-        bits = random_bits(key, rows + width) >> 16
-        self._rows = (bits[:rows, None] - (1 << 15)).to(torch.int16)
-        self._columns = ((bits[rows:] | 1) - (1 << 15)).to(torch.int16)
+    def __init__(self, key: Tensor, rows: int, width: int, more: int = 0) -> None:
+        count = rows + max(width, more)
+        # Short integers are multiplied fastest where operations are carried out one by one; a
+        # compiler's vectors have none, and it would hash anew for each number of the matrix.
+        if in_eager_mode(key):
+            held = ((random_bits(key, count) >> 16) - (1 << 15)).to(torch.int16)
+        else:
+            held = stored(((random_int32(key, count) >> 16) & 0xFFFF) - (1 << 15))
+        self._rows = held[: rows + more, None]
+        self._columns = held[rows : rows + width] | 1
+
+    @staticmethod
+    def middle() -> float:
+        return 0.5 + 2.0**-17
+
+    @staticmethod
+    def unit() -> float:
+        return 2.0**-16
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """These rows, (n, width): numbers in (0, 1), float32, odd multiples of 2^-17."""
-        product = self._rows[rows] * self._columns  # short integers wrap
-        return product.to(torch.float32).add_((1 << 15) + 0.5).mul_(2.0**-16)
+        """These rows, (n, width)."""
+        product = self._rows[rows] * self._columns
+        if product.dtype == torch.int16:  # wraps
+            return product.to(torch.float32)
+        return (product << 16).to(torch.float32) * 2.0**-16  # the last 16 bits, with their sign
 
 
 def derive(key: Tensor, index: int) -> Tensor:

@@ -54,7 +54,7 @@ def round_to_int8(x: Tensor, key: Tensor) -> Rounded:
         values = flat[part].float().view(-1, width // block, block)
         scale = values.abs().amax(-1) * (1.0 / _LEVELS)
         q = values * (1.0 / scale.clamp_min(torch.finfo(torch.float32).tiny))[..., None]
-        q = q.view(-1, width).add_(noise[part]).floor_()
+        q = q.view(-1, width).add_(Dither.middle()).add_(noise[part], alpha=Dither.unit()).floor_()
         codes[part] = q.clamp_(-_LEVELS, _LEVELS).to(torch.int8)
         scales[part] = scale
     return Rounded(codes.view(x.shape), scales)

@@ -106,7 +106,7 @@ def test_explicit_hashing_passes_through() -> None:
 
 
 def uniform_rows(key: torch.Tensor, rows: slice, width: int) -> torch.Tensor:
-    return Dither(key, 2000, width)[rows]
+    return Dither.middle() + Dither.unit() * Dither(key, 2000, width)[rows]
 
 
 @pytest.mark.parametrize("make", [normal_rows, sign_rows, uniform_rows])
@@ -143,7 +143,8 @@ def test_noise_to_round_with_is_independent_down_a_column_and_has_full_rank() ->
     numbers would put there.
     """
     rows, width = 4096, 96
-    u = Dither(key(3), rows, width)[0:rows].double()
+    u = Dither.middle() + Dither.unit() * Dither(key(3), rows, width)[0:rows].double()
+    assert 0 < u.min() < u.max() < 1
     for column in u.t():
         counts = np.bincount((column.numpy() * 64).astype(int), minlength=64)
         assert stats.chisquare(counts).pvalue > 1e-4

@@ -31,11 +31,9 @@ def test_packed_codes_come_back(bits: int, count: int) -> None:
 def ranges(estimator: Quantized, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """lo and step of each number, as kept."""
     _, kept, *_ = estimator.compress(x, key(0), {})
-    low, step = (
-        kept.double()
-        .repeat_interleave(min(estimator.group, x.shape[1]), 1)[:, : x.shape[1]]
-        .unbind(-1)
-    )
+    pair = kept.view(torch.bfloat16).unflatten(1, (-1, 2)).double()  # as little-endian machines do
+    wide = pair.repeat_interleave(min(estimator.group, x.shape[1]), 1)[:, : x.shape[1]]
+    low, step = wide.unbind(-1)
     return low, step
 
 
