@@ -69,6 +69,14 @@ def set_up(config: Config, folder: Path) -> Run:
     )
     if config.activations.name == "budget" and not runtime.compile:
         raise ValueError("activations=budget: a budget is kept by torch.compile; give compile=true")
+    kept = config.activations
+    by_blocks = kept.name == "checkpoint" and kept.boundary is not None and runtime.compile
+    if by_blocks and config.model.dropout > 0.0:
+        raise ValueError(
+            f"model.dropout={config.model.dropout}: with activations.boundary={kept.boundary} a "
+            "compiled block would drop other numbers in backward; give compile=false, "
+            "activations.boundary=null or model.dropout=0"
+        )
     if config.diagnostics.monitor and runtime.compile:
         raise ValueError(
             "diagnostics.monitor=true: hooks on layers are not seen by a compiled model; give "

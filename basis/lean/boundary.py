@@ -30,14 +30,18 @@ Under torch.compile. One graph for the model can't have it: a compiler's checkpo
 same nodes again, from the same x, and a backward that traces torch.func.vjp of the block loses the
 derivatives that sketched and lean layers give themselves (PyTorch 2.11 to 2.13: silently). So a
 block is compiled by itself, and so are the two halves of the rounding (`compiling_blocks`): one
-graph each serves all blocks that are alike.
+graph each serves all blocks that are alike. The graph with the backward does not form what nobody
+needs again, the block's last product, and recomputes as recompute.py does.
+
+Random numbers other than sketches' (dropout) would not be those of the forward in such a graph: do
+not compile a model with dropout so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +49,14 @@ from torch.utils.checkpoint import checkpoint
 
 from basis.diagnostics.saved import announce
 from basis.estimators.quantized import Quantized
+from basis.first_order import refuse_graph_of_backward
+from basis.lean.recompute import COMPILER
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import without_autocast
 from basis.ops.rounding import Rounded, restore, round_to_int8
 
 BITS = (8, 4)
+Run = Callable[[Tensor], Tensor]
 _FOUR = Quantized(4)
 
 
@@ -87,6 +94,69 @@ def compiling_blocks() -> Iterator[None]:
         _compiling_blocks = before
 
 
+class _Unused(torch.autograd.Function):
+    """Zero, whose derivative by y is dy: a graph of it needs no y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, grad_y: Tensor) -> Tensor:
+        ctx.save_for_backward(grad_y)
+        return torch.zeros((), device=y.device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        (grad_y,) = ctx.saved_tensors
+        return grad_y, None
+
+
+def _again(run: Run, x: Tensor, grad_y: Tensor) -> Tensor:
+    """A scalar whose backward is that of `run(x)` from `grad_y`. The last product of a block is not
+    computed in a graph of it.
+    """
+    found: Tensor = _Unused.apply(run(x), grad_y)
+    return found
+
+
+class _Parts(NamedTuple):
+    """The functions that a boundary calls."""
+
+    run: Run
+    encode: Callable[..., tuple[Tensor, ...]]
+    decode: Callable[..., Tensor]
+    again: Callable[..., Tensor] = _again
+
+
+class _CompiledBlock(torch.autograd.Function):
+    """`parts.run(x)`, of which `kept` is kept. As torch's reentrant checkpoint, backward runs one
+    of its own, which adds to the gradients of parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: _Parts, plain: Run, bits: int, *kept: Tensor) -> Tensor:
+        ctx.parts, ctx.plain, ctx.bits = parts, plain, bits
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        device = x.device.type
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
+        ctx.save_for_backward(*kept)
+        return parts.run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_graph_of_backward()
+        kept = ctx.saved_tensors
+        with without_autocast(grad_y):
+            x = ctx.parts.decode(kept, ctx.bits, ctx.shape, ctx.dtype).requires_grad_()
+        from torch._functorch import config
+
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), config.patch(COMPILER):
+            total = ctx.parts.again(ctx.plain, x, grad_y)
+        total.backward()
+        return x.grad, None, None, None, *(None,) * len(kept)
+
+
 class Boundary(HasNoiseKey):
     """A checkpoint around the forward that `block` has now, a function of x (..., N), that keeps x
     in `bits` bits a number.
@@ -105,41 +175,38 @@ class Boundary(HasNoiseKey):
         # Sketched layers draw noise of their own: where they share it, each has a place in it, a
         # number that a graph takes for a constant, and there would be a graph for each block.
         self._keyed = [module for module in block.modules() if isinstance(module, HasNoiseKey)]
-        self._parts: tuple[Callable[..., Any], ...] = (block.forward, encode, decode)
-        self._compiled: tuple[Callable[..., Any], ...] | None = None
+        self._run = block.forward
+        self._compiled: _Parts | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        run, to_bits, from_bits = self._chosen()
+        parts = self._compiled_parts() if _compiling_blocks else _Parts(self._run, encode, decode)
         if not torch.is_grad_enabled():
             self.pass_without_grad(x.device)
-            return run(x)
+            return parts.run(x)
         for module in self._keyed:
             module.noise_key = module.noise_key  # which ends the sharing
-        bits, key = self.bits, self.fixed_or_fresh_key(x.device)
+        key = self.fixed_or_fresh_key(x.device)
         with torch.no_grad(), without_autocast(x):
-            kept = to_bits(x.detach(), bits, key)
+            kept = parts.encode(x.detach(), self.bits, key)
+        if _compiling_blocks and x.requires_grad:
+            result: Tensor = _CompiledBlock.apply(x, parts, self._run, self.bits, *kept)
+            return result
         announce(*kept)
-        shape, dtype, wanted = x.shape, x.dtype, x.requires_grad  # x does not live until backward
-
-        def restored(*_: object) -> Tensor:
-            with torch.no_grad(), without_autocast(kept[0]):
-                return from_bits(kept, bits, shape, dtype)
-
-        if _compiling_blocks:  # another graph runs in backward, and may save other tensors
-            with torch.autograd.graph.saved_tensors_hooks(lambda _: None, restored):
-                return checkpoint(run, x, use_reentrant=True)
-        first = [x]
-        del x
+        first, bits, wanted = [x], self.bits, x.requires_grad
+        shape, dtype = x.shape, x.dtype
+        del x  # what lives until backward is `kept`
 
         def run_or_again() -> Tensor:
-            again = first.pop() if first else restored().requires_grad_(wanted)
-            return run(again)
+            if first:
+                return parts.run(first.pop())
+            with torch.no_grad(), without_autocast(kept[0]):
+                again = parts.decode(kept, bits, shape, dtype)
+            return parts.run(again.requires_grad_(wanted))
 
         return checkpoint(run_or_again, use_reentrant=False)
 
-    def _chosen(self) -> tuple[Callable[..., Any], ...]:
-        if not _compiling_blocks:
-            return self._parts
+    def _compiled_parts(self) -> _Parts:
         if self._compiled is None:
-            self._compiled = tuple(map(torch.compile, self._parts))
+            made = [torch.compile(part) for part in (self._run, encode, decode, _again)]
+            self._compiled = _Parts(*made)
         return self._compiled

@@ -97,12 +97,13 @@ class _LinearOfMade(torch.autograd.Function):
         weight, *tensors = ctx.saved_tensors
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])  # (B, M)
         grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = grad_output @ weight.to(grad_output.dtype)  # (..., M) (M, N) -> (..., N)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # first: X is gone before dX, which is as large, is there
             x = ctx.make(*tensors).to(ctx.dtype)  # (..., N), again
             grad_weight = grad_rows.t() @ x.reshape(-1, x.shape[-1])  # (M, B) (B, N) -> (M, N)
             grad_weight = grad_weight.to(weight.dtype)
+            del x
+        if ctx.needs_input_grad[0]:
+            grad_input = grad_output @ weight.to(grad_output.dtype)  # (..., M) (M, N) -> (..., N)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
         return grad_input, grad_weight, grad_bias, *(None,) * (ctx.inputs - 3)

@@ -16,6 +16,7 @@ from harness.activations import ActivationsOptions
 from harness.memory import saved_bytes
 from models import GPT, GPTConfig
 
+aten = torch.ops.aten
 B, T, C, V = 3, 16, 128, 50
 TOKENS = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1))
 
@@ -152,6 +153,32 @@ def test_compiled_blocks_give_what_eager_ones_do_from_few_graphs(
     assert error(compiled, eager) < most
     # Rounding, restoring, a block's forward, a block with its backward: all blocks share them.
     assert len(graphs) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("method", [(), (basis.Quantized(4),)], ids=["exact", "quantized"])
+def test_compiled_blocks_do_not_repeat_their_last_product(
+    method: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four dense layers: four products forward, three of them again, and eight backward."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    counts: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        products = (aten.mm.default, aten.addmm.default, aten.bmm.default)
+        counts.append(sum(node.target in products for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    block = gpt(8, *method).blocks[0]
+    x = torch.randn(B, T, C, requires_grad=True)
+    with compiling_blocks():
+        block(x).square().sum().backward()
+    assert [number for number in counts if number] == [4, 11]
 
 
 @pytest.mark.parametrize("bits", [3, 16, 0])

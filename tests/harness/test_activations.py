@@ -167,6 +167,15 @@ def test_budget_under_compile_keeps_less(data: Path, tmp_path: Path) -> None:
             ["activations=checkpoint", "activations.boundary=8", "activations.selective=true"],
             "activations.boundary=8: not with activations.selective=true",
         ),
+        (
+            [
+                "activations=checkpoint",
+                "activations.boundary=8",
+                "compile=true",
+                "model.dropout=0.1",
+            ],
+            "model.dropout=0.1: with activations.boundary=8 a compiled block",
+        ),
         (["activations.name=thin"], "activations.name='thin'"),
     ],
 )
