@@ -61,11 +61,14 @@ def test_layer_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = dict(
         zip(["exact", "limit", "basis"], [line.split(",")[9] for line in lines[1:]], strict=True)
     )
+    # B x N; nothing; R x N, and a hashing of B rows: their order, two tables of signs (one longer
+    # by 2, the number of layers), and where R bins begin.
+    hashing = 4 * (64 + 64 + 64 + 2 + 4)
     assert kept == {
         "exact": "8.00 KiB",
         "limit": "0 B",
-        "basis": "520 B",
-    }  # B x N; nothing; R x N and the key
+        "basis": format_bytes(4 * 4 * 32 + hashing),
+    }
     assert "of limit" in capsys.readouterr().out
 
 
