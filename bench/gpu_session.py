@@ -7,7 +7,7 @@
 
 | part | what | share of the time |
 |---|---|---|
-| tests | the tests marked gpu | 15% |
+| tests | the tests marked gpu, without the slow ones | 15% |
 | bench | bench_gpu: step, layer, head | 35% |
 | paper | the six rows of the paper's Table 3 x three seeds, several processes at once | 30% |
 | gpt2 | GPT-2 124M: exact, and the methods of --against, each as long | 20% |
@@ -103,10 +103,13 @@ class Session:
 
 
 def tests(session: Session, seconds: float) -> tuple[int, str]:
-    """The tests marked gpu; in a rehearsal a few of them, on the CPU."""
-    words = ["-m", "pytest", "-n0", "-m", "gpu", "-rfE", "--tb=short", "tests/gpu"]
+    """The tests marked gpu, without the slow ones; in a rehearsal a few of them, on the CPU."""
+    workers = min(6, (os.cpu_count() or 1) // 2)  # most of their time is the host's
+    words = ["-m", "pytest", f"-n{workers}", "-m", "gpu and not slow", "-rfE", "--tb=short"]
+    words.append("tests/gpu")
     more = {}
     if session.options.device == "cpu":
+        words[2] = "-n0"
         more["BASIS_REHEARSAL"] = "1"
     if session.tiny:
         words += ["-k", "published or the_watch_sees"]

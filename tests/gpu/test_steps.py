@@ -17,8 +17,9 @@ pytestmark = pytest.mark.gpu
 
 TINY = GPTConfig(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=32)
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+QUICK = ("basis; plain; exact", "basis; lean 2; exact", "transform; plain; exact")
 COMPILED = [
-    pytest.param(case, marks=[] if case.kept.name == "lean" else [pytest.mark.slow], id=case.name)
+    pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow, id=case.name)
     for case in CASES
     if case.method != "zeroth_order"
 ]

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import REPOSITORY, overrides, run_command
 
 from bench import carried, gpu_session
@@ -119,6 +120,7 @@ def test_names_of_methods_are_those_of_files() -> None:
     assert label("method=quantized method.budget=1/8") == "quantized-1-8"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_nothing_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_session.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path)]) == 2
     assert "--device cuda: no CUDA device" in capsys.readouterr().err
