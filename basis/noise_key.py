@@ -28,7 +28,7 @@ from basis.exchange import plainly_named
 from basis.ops.noise import combine, draw_key, fold
 from basis.ops.shared_noise import SharedNoise
 
-NOISE_VERSION = 3
+NOISE_VERSION = 4
 """Changes whenever other noise follows from the same numbers: a run is then not continued."""
 
 

@@ -156,8 +156,8 @@ class LeanAttention(StandIn, HasNoiseKey):
             if tensor.ndim != 4 or not tensor.is_floating_point() or tensor.shape[-1] != width:
                 announce(tensor)
                 return tensor
+            rounded = round_to_int8(tensor, key, saved)
             saved += 1  # each tensor has noise of its own
-            rounded = round_to_int8(tensor, key ^ saved)
             announce(*rounded)
             return rounded, tensor.dtype
 

@@ -24,10 +24,9 @@ from torch.fx import Proxy
 
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
-from basis.ops.bits import pack, unpack
-from basis.ops.tables import table
+from basis.ops import step_code
+from basis.ops.step_code import Levels
 
-Levels = tuple[float, ...]
 DEVIATION = 1.5
 BITS = (1, 2, 4)
 
@@ -96,27 +95,14 @@ class _FewBitGELU(torch.autograd.Function):
         x, ctx.bits, _, boundaries, ctx.levels = inputs
         refuse_nested_transforms()
         ctx.transformed = in_transform()
-        codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-        for boundary in boundaries:
-            codes += x > boundary
-        ctx.save_for_backward(pack(codes.view(-1), ctx.bits), link(x))
+        ctx.save_for_backward(step_code.encode(x, ctx.bits, boundaries), link(x))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         packed, _ = ctx.saved_tensors
-        levels = table(ctx.levels, grad_output, grad_output.dtype)
-        per_byte = 8 // ctx.bits
-        every_byte = torch.arange(256, device=packed.device).to(torch.uint8)
-        by_byte = levels[unpack(every_byte, ctx.bits, 256 * per_byte).int()].view(
-            256, per_byte
-        )  # the levels in a byte
-        slope = (
-            F.embedding(packed.int(), by_byte)
-            .view(-1)[: grad_output.numel()]
-            .view(grad_output.shape)
-        )
-        return slope.mul_(grad_output), None, None, None, None
+        grad_input = step_code.times_levels(grad_output, packed, ctx.bits, ctx.levels)
+        return grad_input, None, None, None, None
 
 
 def check_bits(bits: int) -> None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from basis.ops.matrix import in_eager_mode
@@ -83,3 +84,21 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         both = packed[:, byte] | (packed[:, (byte + 1).clamp_max(size - 1)] << 8)
         codes = (both >> (places & 7).view(shape)) & mask
     return codes.flatten(0, 1)[:count]
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """int32 codes (n,) of 1, 2 or 4 bits as int32 (ceil(n bits / 32),), which have the bytes of
+    `pack` on a little-endian machine. For a compiler: a sum over the codes of a word can be formed
+    while they are, where it would go through them again for bytes.
+    """
+    count = 32 // bits
+    if missing := -len(codes) % count:
+        codes = F.pad(codes, (0, missing))
+    places = torch.arange(count, dtype=torch.int32, device=codes.device) * bits
+    return (codes.unflatten(0, (-1, count)) << places).sum(1, dtype=torch.int32)
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes again, int32 (count,)."""
+    places = torch.arange(32 // bits, dtype=torch.int32, device=words.device) * bits
+    return ((words[:, None] >> places) & ((1 << bits) - 1)).flatten()[:count]

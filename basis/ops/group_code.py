@@ -59,7 +59,7 @@ class Form(NamedTuple):
 def parts(rows: int, bits: float) -> list[Part]:
     """First the rows with ceil(bits) bits a number, a multiple of 8, then those with floor."""
     least = math.floor(bits)
-    finer = min(round((bits - least) * rows / 8) * 8, rows)
+    finer = min(round((bits - least) * rows / 8) * 8, rows) if bits > least else 0
     found, offset = [], 0
     for first, last, whole in ((0, finer, least + 1), (finer, rows, least)):
         codes, size = unit(whole)

@@ -131,10 +131,11 @@ class Dither:
     alpha=unit())`: a product with a power of two is exact.
 
     more: rows beyond `rows` that may be asked for too, 8 at most, with noise that columns have.
+    skipped: columns before these, of the same matrix.
     """
 
-    def __init__(self, key: Tensor, rows: int, width: int, more: int = 0) -> None:
-        count = rows + max(width, more)
+    def __init__(self, key: Tensor, rows: int, width: int, more: int = 0, skipped: int = 0) -> None:
+        count = rows + max(skipped + width, more)
         # Short integers are multiplied fastest where operations are carried out one by one; a
         # compiler's vectors have none, and it would hash anew for each number of the matrix.
         if in_eager_mode(key):
@@ -142,7 +143,7 @@ class Dither:
         else:
             held = stored(((random_int32(key, count) >> 16) & 0xFFFF) - (1 << 15))
         self._rows = held[: rows + more, None]
-        self._columns = held[rows : rows + width] | 1
+        self._columns = held[rows + skipped : rows + skipped + width] | 1
 
     @staticmethod
     def middle() -> float:

@@ -9,10 +9,14 @@ so that E[x^] = x, up to 2^-17 of a step: an error once is not an error every st
 127 and the variance is at most (a / 254)^2.
 
 The noise is a Dither of ops/noise.py: for B + N draws instead of B N, the rows of a column are
-independent, and the columns of a row as good as uncorrelated.
+independent, and the columns of a row as good as uncorrelated. Tensors that are rounded with the
+same key, as queries, keys, values and output, are columns of one such matrix.
 
-Kept: 1 byte a number and 4 bytes a block: 0.2656 of float32. Cost: about eight passes over numbers
-that lie in the cache, since rows are taken a few at a time.
+Kept: 1 byte a number and 4 bytes a block: 0.2656 of float32. Cost: on the CPU about eight passes
+over numbers that lie in the cache, since rows are taken a few at a time; on CUDA one kernel of
+Triton (triton/rounding.py), which reads x once, wherever its numbers lie, and writes what is kept,
+and one that reads that and writes x^. A compiler makes one kernel of the former too, and joins the
+latter with what x^ is wanted for, so compiled graphs have no kernels of ours.
 """
 
 from __future__ import annotations
@@ -23,11 +27,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from basis.ops.matrix import row_blocks
+from basis.ops import kernels
+from basis.ops.matrix import in_eager_mode, row_blocks
 from basis.ops.noise import Dither
 
 BLOCK = 64
-_LEVELS = 127
+LEVELS = 127
 
 
 class Rounded(NamedTuple):
@@ -42,35 +47,90 @@ def block_length(width: int) -> int:
     return BLOCK if width % BLOCK == 0 else width
 
 
-def round_to_int8(x: Tensor, key: Tensor) -> Rounded:
-    """`x` (..., N) in 8 bits a number, unbiased. `key`: 0-dimensional int64 (ops/noise.py)."""
+def round_to_int8(x: Tensor, key: Tensor, place: int = 0) -> Rounded:
+    """`x` (..., N) in 8 bits a number, unbiased. `key`: 0-dimensional int64 (ops/noise.py). place:
+    which one it is of tensors of the same N that have the same key, each with noise of its own.
+    """
+    if torch.compiler.is_compiling():
+        return _round(x, _noise(x, key, place))
+    return kernels.attempt(_round_by_kernel, _round_plainly, x, key, place)
+
+
+def _round_by_kernel(x: Tensor, key: Tensor, place: int) -> Rounded:
+    from basis.ops.triton import rounding
+
+    if block_length(x.shape[-1]) > rounding.WIDEST:
+        return _round_plainly(x, key, place)
+    return Rounded(*rounding.encode(x, key, place))
+
+
+def _round_plainly(x: Tensor, key: Tensor, place: int) -> Rounded:
+    noise = _noise(x, key, place)
+    if not (x.device.type == "cpu" and in_eager_mode(x)):
+        return _round(x, noise)
     width = x.shape[-1]
     flat = x.reshape(-1, width)
     rows, block = flat.shape[0], block_length(width)
     codes = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, width // block, dtype=torch.float32, device=x.device)
-    noise = Dither(key, rows, width)
     for part in row_blocks(flat, width):
         values = flat[part].float().view(-1, width // block, block)
-        scale = values.abs().amax(-1) * (1.0 / _LEVELS)
+        scale = values.abs().amax(-1) * (1.0 / LEVELS)
         q = values * (1.0 / scale.clamp_min(torch.finfo(torch.float32).tiny))[..., None]
-        q = q.view(-1, width).add_(Dither.middle()).add_(noise[part], alpha=Dither.unit()).floor_()
-        codes[part] = q.clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+        q = q.view(-1, width).add_(Dither.middle()).add_(noise[part], alpha=Dither.unit())
+        codes[part] = q.floor_().clamp_(-LEVELS, LEVELS).to(torch.int8)
         scales[part] = scale
-    return Rounded(codes.view(x.shape), scales)
+    return Rounded(codes.view(x.shape), scales.view(*x.shape[:-1], -1))
+
+
+def _noise(x: Tensor, key: Tensor, place: int = 0, count: int = 1) -> Dither:
+    """Noise for `count` tensors like `x` from number `place` on, side by side."""
+    width = x.shape[-1]
+    return Dither(key, x.shape[:-1].numel(), count * width, skipped=place * width)
+
+
+def _round(x: Tensor, noise: Dither, place: int = 0) -> Rounded:
+    """In one expression, for a compiler. place: which one `x` is of the tensors in `noise`."""
+    width = x.shape[-1]
+    block = block_length(width)
+    values = x.reshape(-1, width // block, block).float()
+    scale = values.abs().amax(-1) * (1.0 / LEVELS)
+    inverse = 1.0 / scale.clamp_min(torch.finfo(torch.float32).tiny)
+    w = noise[:][:, place * width : (place + 1) * width].unflatten(1, (-1, block))
+    q = ((values * inverse[..., None] + Dither.middle()) + w * Dither.unit()).floor()
+    codes = q.clamp(-LEVELS, LEVELS).to(torch.int8)
+    return Rounded(codes.view(x.shape), scale.view(*x.shape[:-1], -1))
 
 
 def restore(rounded: Rounded, dtype: torch.dtype) -> Tensor:
     """The numbers again, in `dtype`."""
-    codes, scales = rounded
-    width = codes.shape[-1]
-    blocks = codes.reshape(-1, scales.shape[-1], width // scales.shape[-1]).to(dtype)
-    return blocks.mul_(scales.to(dtype)[..., None]).view(codes.shape)
+    if torch.compiler.is_compiling():
+        return _restore(rounded.codes, rounded.scales, dtype)
+    return kernels.attempt(_restore_by_kernel, _restore, rounded.codes, rounded.scales, dtype)
+
+
+def _restore_by_kernel(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    from basis.ops.triton import rounding
+
+    if codes.shape[-1] // scales.shape[-1] > rounding.WIDEST:
+        return _restore(codes, scales, dtype)
+    return rounding.decode(codes, scales, dtype)
+
+
+def _restore(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplied in float32, rounded to `dtype` once."""
+    blocks = codes.unflatten(-1, (scales.shape[-1], -1)).to(torch.float32)
+    return blocks.mul_(scales[..., None]).view(codes.shape).to(dtype)
 
 
 def round_all(tensors: Sequence[Tensor], key: Tensor) -> tuple[Tensor, ...]:
-    """Codes and scales of each of `tensors`, in turn; each has noise of its own."""
-    rounded = (round_to_int8(x, key ^ place) for place, x in enumerate(tensors, start=1))
+    """Codes and scales of each of `tensors` (..., N), in turn; each has noise of its own."""
+    first = tensors[0]
+    if torch.compiler.is_compiling() and all(x.shape == first.shape for x in tensors):
+        noise = _noise(first, key, count=len(tensors))  # made once
+        rounded = [_round(x, noise, place) for place, x in enumerate(tensors)]
+    else:
+        rounded = [round_to_int8(x, key, place) for place, x in enumerate(tensors)]
     return tuple(part for pair in rounded for part in pair)
 
 
