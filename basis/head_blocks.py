@@ -11,21 +11,17 @@ From X (B, N), W (V, N), targets and the left factor L (B, k) of a method come
 
 in one of two ways, by the device.
 
-*CPU: small blocks, vocabulary-major.* At most 64 MiB of logits, float32 at least: larger blocks
-gain nothing. Y lies as W X^T; its product, the one with L and the one that forms dW then read W and
-Y row by row; with few rows (B = 64) that is up to twice as fast as X W^T on a CPU.
+*CPU: small blocks, vocabulary-major.* Logits are float32 at least. Y lies as W X^T; its product,
+the one with L and the one that forms dW then read W and Y row by row; with few rows (B = 64) that
+is up to twice as fast as X W^T on a CPU.
 
-*CUDA: large blocks, row-major, in the run's precision.* A product of few rows leaves most of a GPU
-idle (dX of 333 rows has fewer tiles than there are multiprocessors), so a block has 2,048 rows at
-least, 196 MiB at V = 50,257 in bfloat16, and more where 200 MiB hold more. Twice as many would
-spare a hundredth of a GPT-2 step by two measured sizes, and cost a checkpointed one a quarter of
-its peak. Under autocast Y is bfloat16, as
-the logits of an unfused head are; its softmax is taken in float32, row by row, and rounded once, to
-dY. There is one buffer: all blocks write their logits into it, and dY over them. dX is written
-where it stays, and P added up in float32 inside the product (`addmm` with `out_dtype`), without
-a copy in low precision. Rows of Y and W are padded to a multiple of 64 classes, since a row of
-50,257 bfloat16 numbers starts at an odd address for three in four; the padding is zero in W and in
-dY. W is cast anyway, so padding it costs no copy.
+*CUDA: large blocks, row-major, in the run's precision.* Under autocast Y is bfloat16, as the logits
+of an unfused head are; its softmax is taken in float32, row by row, and rounded once, to dY. There
+is one buffer: all blocks write their logits into it, and dY over them. dX is written where it
+stays, and P added up in float32 inside the product (`addmm` with `out_dtype`), without a copy in
+low precision.
+
+How many rows a block has stands in head_sizes.py.
 
 Held meanwhile, beside dX and P: one block, W in the run's precision, a few numbers a row. In
 float32 on CUDA W is not copied and nothing is padded.
@@ -38,8 +34,7 @@ functions of the host and need the loop itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,89 +42,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from basis.head_sizes import blocks_of_rows, by_rows, most_rows, padded_classes
 from basis.ops.matrix import frobenius_norm, reduce_columns, tall_product, without_autocast
 from basis.ops.softmax import add_product, softmax_gradient_
 
 BlockObserver = Callable[[slice, Tensor], None]
 """Called with some rows and their dY^T (V, block), which it must leave as it is."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Rows of a block: as many as `bytes` of logits hold, a multiple of `step`, `least` or more."""
-
-    bytes: int
-    least: int = 1
-    step: int = 1
-
-    def most_rows(self, row_bytes: int) -> int:
-        return max(self.bytes // row_bytes // self.step * self.step, self.least)
-
-
-SIZES = {"cpu": Sizes(64 * 2**20), "cuda": Sizes(200 * 2**20, 2048, 128)}
-"""By kind of device; any that is not a CPU is taken for CUDA."""
-
-_PADDING = 64  # classes
-
-_skipping_blocks = False
-_kind: str | None = None
-
-
-@contextmanager
-def skipping_blocks() -> Iterator[None]:
-    """Within, a head goes through the first two and the last of its blocks of rows only.
-
-    For programs that count what a step holds (bench/memory_plan.py) on tensors without values: all
-    blocks between those hold the same bytes. The loss and the gradients are meaningless. A head
-    whose method needs dY whole takes all blocks, since it collects them.
-    """
-    global _skipping_blocks
-    before, _skipping_blocks = _skipping_blocks, True
-    try:
-        yield
-    finally:
-        _skipping_blocks = before
-
-
-@contextmanager
-def blocks_of(kind: str) -> Iterator[None]:
-    """Within, heads take their rows as on "cpu" or "cuda", wherever their tensors are: for plans,
-    and for tests of the one on the other.
-    """
-    global _kind
-    before, _kind = _kind, kind
-    try:
-        yield
-    finally:
-        _kind = before
-
-
-def _by_rows(device: torch.device) -> bool:
-    return (_kind or device.type) != "cpu"
-
-
-def _padded(classes: int, dtype: torch.dtype) -> int:
-    """Classes in a row of a row-major block."""
-    return -(-classes // _PADDING) * _PADDING if dtype.itemsize <= 2 else classes
-
-
-def most_rows(classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a whole block of logits, for inputs of `dtype` and V = `classes`."""
-    if _by_rows(device):
-        return SIZES["cuda"].most_rows(_padded(classes, dtype) * dtype.itemsize)
-    return SIZES["cpu"].most_rows(4 * classes)
-
-
-def _blocks(x: Tensor, classes: int, whole: bool) -> list[slice]:
-    """The rows of `x` in as few and as equal blocks as may be."""
-    rows, most = x.shape[0], most_rows(classes, x.dtype, x.device)
-    step = SIZES["cuda" if _by_rows(x.device) else "cpu"].step
-    size = -(-rows // -(-rows // most))
-    size = -(-size // step) * step
-    blocks = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-    if _skipping_blocks and not whole and len(blocks) > 3:
-        return [*blocks[:2], blocks[-1]]
-    return blocks
 
 
 class _Targets:
@@ -205,9 +123,9 @@ def head_sums(
     """The module's table for x (B, N), of the run's precision; weight (V, N); targets (B,); left
     (B, k). P and sums are in the precision of the weight, of CUDA's blocks in float32 at least.
     """
-    form = _by_row if _by_rows(x.device) else _by_class
+    form = _by_row if by_rows(x.device) else _by_class
     if torch.compiler.is_compiling() and not observers:
-        if _by_rows(x.device) or x.shape[0] > most_rows(weight.shape[0], x.dtype, x.device):
+        if by_rows(x.device) or x.shape[0] > most_rows(weight.shape[0], x.dtype, x.device):
             flags = (wanted.whole, wanted.squares, wanted.sums)
             return Sums(*_operator(x, weight, targets, ignore_index, left, *flags))
         return form(x, weight, targets, ignore_index, left, wanted, ())
@@ -233,7 +151,7 @@ def _by_class(
     squares: list[Tensor] = []
     sums: list[Tensor] = []
     whole: list[Tensor] = []
-    for block in _blocks(x, weight.shape[0], wanted.whole):
+    for block in blocks_of_rows(x, weight.shape[0], wanted.whole):
         # (V, N) (N, block) -> (V, block). The softmax of low-precision logits is taken in float32.
         y = (w @ x[block].t()).to(precise)
         losses.append(count.loss_and_gradient(y, block))
@@ -284,13 +202,13 @@ def _by_row(
     shares = x.new_full((rows,), 1.0 / rows, dtype=precise)
     if count.counted is not None:
         shares = count.shares
-    padded = _padded(classes, x.dtype)
+    padded = padded_classes(classes, x.dtype)
     w = weight.to(x.dtype)
     if padded > classes:
         w = x.new_empty(padded, width)
         w[:classes] = weight  # cast and copied at once
         w[classes:] = 0
-    blocks = _blocks(x, classes, wanted.whole)
+    blocks = blocks_of_rows(x, classes, wanted.whole)
     buffer = x.new_empty(rows if wanted.whole else blocks[0].stop, padded)
     grad_x = x.new_empty(x.shape)
     losses, squares = x.new_zeros(2, rows, dtype=precise)
@@ -351,12 +269,12 @@ def _(
     squares: bool,
     sums: bool,
 ) -> Tensors:
-    by_rows, classes = _by_rows(x.device), weight.shape[0]
+    row_major, classes = by_rows(x.device), weight.shape[0]
     precise = torch.promote_types(x.dtype, torch.float32)
-    sum_dtype = torch.promote_types(weight.dtype, torch.float32) if by_rows else weight.dtype
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32) if row_major else weight.dtype
     product = x.new_empty(0)
-    if whole and by_rows:
-        product = x.new_empty(x.shape[0], _padded(classes, x.dtype))[:, :classes].t()
+    if whole and row_major:
+        product = x.new_empty(x.shape[0], padded_classes(classes, x.dtype))[:, :classes].t()
     elif whole:
         product = x.new_empty(classes, x.shape[0])
     elif left is not None:

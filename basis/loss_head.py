@@ -7,7 +7,7 @@ are,
 
     dY = (softmax(Y) - onehot(targets)) / B,        Y = X W^T              (B rows, V classes)
 
-so forward takes the rows in blocks (head_blocks.py says how many, on which device, in which
+so forward takes the rows in blocks (head_sizes.py says of how many rows, head_blocks.py in which
 layout), turns each block of Y into dY in place, forms its rows of dX = dY W (exact), adds what it
 contributes to dW (by the layer's estimator, exact or sketched), and lets it go. Backward multiplies
 dX and dW by the gradient of the loss, which is 1 in a plain training step. One path for every

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import basis
-from basis import head_blocks
+from basis import head_sizes
 from harness import activations, memory
 from harness.build import apply_method
 from harness.config import Config
@@ -193,8 +193,8 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
             f"method.name={config.method.name}: it has no backward, and keeps nothing for one"
         )
     low = config.precision == "bfloat16"
-    blocks = nullcontext() if every_block else head_blocks.skipping_blocks()
-    with head_blocks.blocks_of(_kind(config)), blocks, FakeTensorMode(allow_non_fake_inputs=True):
+    blocks = nullcontext() if every_block else head_sizes.skipping_blocks()
+    with head_sizes.blocks_of(_kind(config)), blocks, FakeTensorMode(allow_non_fake_inputs=True):
         model = make_model(config)
         optimizer = make_optimizer(model, config.optim)
         tokens = torch.zeros(config.micro_batch_size, config.model.block_size, dtype=torch.int64)
@@ -235,8 +235,8 @@ def peaks(config: Config, option: str, limit: int) -> Callable[[int], int]:
     """
     assert config.model.vocab_size is not None, "plan a resolved configuration"
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    with head_blocks.blocks_of(_kind(config)):
-        rows_per_block = head_blocks.most_rows(config.model.vocab_size, dtype, torch.device("cpu"))
+    with head_sizes.blocks_of(_kind(config)):
+        rows_per_block = head_sizes.most_rows(config.model.vocab_size, dtype, torch.device("cpu"))
     rows_per_unit = config.micro_batch_size if option == "block_size" else config.model.block_size
     first = -(-MANY_BLOCKS * rows_per_block // rows_per_unit)
 

@@ -17,8 +17,7 @@ uncorrelated, as if each had drawn its own. (Proof: an error is a sum over pairs
 a bin, with the product of their signs. For pairs of places (a, b) in layer l and (c, d) in l', the
 four `signs` have a mean other than zero only if {a, b} = {c, d}, the four `flips` only if {a + l, b
 + l} = {c + l', d + l'}; both at once only if l = l'.) With the same signs in all layers errors are
-correlated, as the gradients of one row are: 500 steps of a small GPT at R = 8 then end 0.08 nats
-higher.
+correlated, as the gradients of one row are.
 
 *Kept.* The rows in the order of their places (int32), where bins begin and the tables: 12 bytes a
 row and 4 a bin in float32, for all layers together. A layer that draws for itself keeps its

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import gpt_checks
 import pytest
 import torch
 from torch import Tensor
@@ -31,16 +32,8 @@ def gpt(bits: int | None, *methods: Any, blocks: int = 2, step: int = 0, **optio
     return model
 
 
-def loss_of(model: GPT, low: bool = False) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        return model(TOKENS[:, :-1], TOKENS[:, 1:])
-
-
-def gradients(model: GPT, low: bool = False) -> list[Tensor]:
-    torch.manual_seed(2)  # dropout
-    loss = loss_of(model, low)
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters())]
+loss_of = functools.partial(gpt_checks.loss_of, TOKENS)
+gradients = functools.partial(gpt_checks.gradients, TOKENS)
 
 
 def error(found: list[Tensor], exact: list[Tensor]) -> float:

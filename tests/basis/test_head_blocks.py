@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from basis import BalancedSketch, Exact, linear_cross_entropy
 from basis.estimator import Estimator
-from basis.head_blocks import SIZES, Sizes, Wanted, blocks_of, head_sums, most_rows
+from basis.head_blocks import Wanted, head_sums
+from basis.head_sizes import SIZES, Sizes, blocks_of, most_rows
 from basis.linear import SketchedLinear
 from basis.ops import kernels
 from harness.memory import LiveBytes, saved_bytes_total

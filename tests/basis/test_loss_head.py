@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from basis import BalancedSketch, Exact, linear_cross_entropy
 from basis.estimator import Estimator
-from basis.head_blocks import SIZES, Sizes, blocks_of
+from basis.head_sizes import SIZES, Sizes, blocks_of
 from basis.linear import SketchedLinear
 
 ROWS, IN, CLASSES = 12, 8, 37

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import basis
 from basis import BalancedSketch
 from basis.diagnostics.monitor import Monitor
-from basis.head_blocks import SIZES, Sizes
+from basis.head_sizes import SIZES, Sizes
 
 
 def mlp() -> nn.Sequential:

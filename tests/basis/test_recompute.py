@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
+import gpt_checks
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,16 +31,8 @@ def gpt(*methods: Any, blocks: int = 2, dropout: float = 0.0) -> GPT:
     return model
 
 
-def loss_of(model: Any, low: bool = False) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        return model(TOKENS[:, :-1], TOKENS[:, 1:])
-
-
-def gradients(model: GPT, low: bool = False) -> list[Tensor]:
-    torch.manual_seed(2)  # dropout
-    loss = loss_of(model, low)
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters())]
+loss_of = functools.partial(gpt_checks.loss_of, TOKENS)
+gradients = functools.partial(gpt_checks.gradients, TOKENS)
 
 
 METHODS = [(), (basis.BalancedSketch(4),), (basis.Exact(),), (basis.Lean(gelu_bits=None),)]

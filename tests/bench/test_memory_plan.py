@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from tiny import REPOSITORY
 
 import basis
-from basis.head_blocks import SIZES, Sizes, blocks_of
+from basis.head_sizes import SIZES, Sizes, blocks_of
 from basis.ops import softmax
 from bench import memory_plan as planning
 from bench import plan_memory
