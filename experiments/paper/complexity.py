@@ -6,7 +6,8 @@ against O(R N M) for dW, and measures neither. Here the paper's model is varied 
 time, from B = 1,024 rows (16 windows of 64 tokens), L = 2 blocks and R = 32, with exact
 backpropagation and with all dense layers and the head sketched:
 
-- *kept by dense layers* (what the paper counts) and *kept besides* (what it does not: attention,
+- *kept by dense layers* (what the paper counts, and the hashing of the rows, 12 bytes a row once
+  for all layers, which it leaves out) and *kept besides* (what it does not count: attention,
   LayerNorm, GELU, the loss head), bytes for the backward of one step, counted on fake tensors,
   which allocate nothing, so any size can be asked for;
 - *FLOPs of dW*, of the blocks and of the head: FLOPs of matrix products of forward and backward
@@ -110,6 +111,7 @@ def count(point: Point) -> dict[str, float]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         tokens = torch.zeros(point.B // WINDOW, WINDOW, dtype=torch.int64)
+        basis.set_noise_key(model, seed=0, step=0)  # as in training: layers share a hashing
         saved = saved_bytes(model, lambda: model(tokens, tokens))
         dense = saved["linear inputs"] + saved["sketches"]
         flops = _flops(model, tokens)
@@ -216,8 +218,9 @@ def slopes(rows: Sequence[dict[str, Any]]) -> Table:
         f"times to B = {LARGEST_TIMED:,}); the paper's model, all dense layers and the head "
         "sketched. Empty: the paper says nothing. FLOPs are those of matrix products, the sketch "
         "of dY among them where it is one (2 R B M in the head), which the paper's order leaves "
-        "out. The head keeps no input in either method: it forms its gradient with the loss, and "
-        "that gradient is most of what is kept besides."
+        "out. What dense layers keep with BASIS grows with B by the hashing that they share, 12 "
+        "bytes a row once for all layers. The head keeps no input in either method: it forms its "
+        "gradient with the loss, or the factors of it, and that is most of what is kept besides."
     ]
     return Table("complexity", "Table 1 of the paper, measured", columns, lines, notes)
 

@@ -345,6 +345,13 @@ def test_slope_is_the_exponent() -> None:
     assert slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
 
 
+def kept_dense(B: int, L: int, R: int) -> int:
+    """Bytes of BASIS: sketches, and the hashing of B rows that all 4 L + 1 dense layers share: rows
+    in order, two tables of signs, one longer by the number of layers, and where R bins begin.
+    """
+    return 4 * (L * 7 * R * 64 + B + B + (B + 4 * L + 1) + R)
+
+
 def test_counts_of_a_step_by_formula() -> None:
     """The paper's model: exact keeps 6 tensors of B x C per block for its dense layers, BASIS 7 of
     R x C (proj's own too).
@@ -352,7 +359,7 @@ def test_counts_of_a_step_by_formula() -> None:
     exact, sketched = (count(Point(method, B=128, L=3, R=16)) for method in ("exact", "basis"))
     blocks, head = 3 * 12 * 64 * 64, 50257 * 64
     assert exact["kept_dense"] == 3 * 6 * 128 * 64 * 4
-    assert sketched["kept_dense"] == 3 * (7 * 16 * 64 * 4 + 4 * 8)
+    assert sketched["kept_dense"] == kept_dense(B=128, L=3, R=16)
     # Of the head's dW exact keeps all V x C numbers, BASIS its factors V x R and R x C.
     saved = 4 * (50257 * 64 - 16 * (50257 + 64))
     assert exact["kept_besides"] - sketched["kept_besides"] == saved
@@ -370,8 +377,12 @@ def test_complexity_report_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {path.suffix for path in paths} == {".md", ".csv", ".json", ".svg"}
     rows = {(row["quantity"], row["method"]): row for row in table.rows}
     assert rows["step time (ms)", "exact"]["B"] == pytest.approx(1.0)
-    assert rows["kept by dense layers (bytes)", "basis"]["R"] == pytest.approx(1.0, abs=0.01)
-    assert rows["kept by dense layers (bytes)", "basis"]["B"] == pytest.approx(0.0, abs=0.01)
+    kept = rows["kept by dense layers (bytes)", "basis"]
+    base, more_r, more_b = (
+        kept_dense(**{"B": 64, "L": 1, "R": 4} | more) for more in ({}, {"R": 8}, {"B": 128})
+    )
+    assert kept["R"] == pytest.approx(math.log2(more_r / base), abs=0.001)
+    assert kept["B"] == pytest.approx(math.log2(more_b / base), abs=0.001)
     assert rows["kept by dense layers (bytes)", "exact"].get("R") is None
     assert "the command" in (tmp_path / "complexity.md").read_text()
 
