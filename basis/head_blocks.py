@@ -164,10 +164,8 @@ def _by_class(
             part = left[block].to(grad_y.dtype)  # (V, block) (block, k)
             if product is None:  # summed up in the precision of the weight
                 product = (grad_y @ part).to(weight.dtype)
-            elif product.dtype == grad_y.dtype:
-                product.addmm_(grad_y, part)
             else:
-                product.add_(grad_y @ part)
+                add_product(product, grad_y, part)
         if wanted.squares:
             squares.append(frobenius_norm(grad_y).square())
         if wanted.sums:

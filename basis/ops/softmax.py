@@ -87,7 +87,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     added, some rows at a time, so that no copy is as large as `total`.
     """
     if a.dtype == total.dtype:
-        return total.addmm_(a, b)
+        return torch.addmm(total, a, b, out=total)  # FLOP counters don't know addmm_
     if in_eager_mode(a) and _has_mixed_products(a.device):
         # PyTorch 2.11 to 2.13 know this operator on CUDA alone, and not on fake tensors.
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

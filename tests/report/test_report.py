@@ -364,6 +364,8 @@ def test_counts_of_a_step_by_formula() -> None:
     saved = 4 * (50257 * 64 - 16 * (50257 + 64))
     assert exact["kept_besides"] - sketched["kept_besides"] == saved
     assert (exact["dw_blocks"], exact["dw_head"]) == (2 * 128 * blocks, 2 * 128 * head)
+    # Of several blocks of logits too: 512 rows are two.
+    assert count(Point("exact", B=512, L=3, R=16))["dw_head"] == 2 * 512 * head
     signs = 2 * 16 * 128 * 50257  # the head's S dY is a product with the sign matrix
     assert (sketched["dw_blocks"], sketched["dw_head"]) == (2 * 16 * blocks, 2 * 16 * head + signs)
 
