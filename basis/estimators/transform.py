@@ -36,8 +36,9 @@ Kept: bits N bit planes of B bits (B filled up to a multiple of 64, above 4,096 
 float32 scale per direction and 4,096 tokens, the mean (N), an 8-byte key. State: N K / G + K + 1
 numbers (ops/principal_directions.py) and the allocation, 8 bytes a plane, between steps. FLOPs: 2 B
 N K / G + 256 B K forward, 2 M K (B + N / G) + 256 B min(K, M) backward and about twenty elementwise
-passes over B K numbers, instead of 2 B N M. A look every `every` steps costs 6 B N K / G and G QR
-decompositions of (N / G) x (K / G).
+passes over B K numbers, instead of 2 B N M. On CUDA the passes are one kernel to code and one to
+restore, and dY is not rotated, so 256 B K backward. A look every `every` steps costs 6 B N K / G
+and G QR decompositions of (N / G) x (K / G).
 
 Source: transform coding is textbook (Cover and Thomas, 10.3; Goyal, IEEE SPM 2001); its use for dW,
 with tracked directions and unbiased coding, is this project's.
@@ -53,7 +54,7 @@ import torch
 from torch import Tensor
 
 from basis.estimator import Estimator, Factors, State
-from basis.ops import gaussian_code, principal_directions
+from basis.ops import gaussian_code, kernels, principal_directions
 
 DIRECTIONS_PER_BIT = 0.45
 """Directions followed, as a share of all, for a bit a number: about as many as trained models give
@@ -144,26 +145,26 @@ class Transform(Estimator):
         directions, planes, groups = state["directions"], state["planes"], self.groups(x.shape[1])
         mean = x.mean(0, dtype=torch.float32)
         along = self._frames(directions, x.shape[1])
-        z = (
-            along.to(x.dtype) @ principal_directions.grouped(x, groups).mT
-        ).float()  # (G, k, n) (G, n, B)
+        z = along.to(x.dtype) @ principal_directions.grouped(x, groups).mT  # (G, k, n) (G, n, B)
         with torch.autocast(x.device.type, enabled=False):
-            z -= along @ principal_directions.grouped(mean[None], groups).mT
-            packed, scale = gaussian_code.encode(gaussian_code.rotate(z.flatten(0, 1), key), planes)
+            shift = along @ principal_directions.grouped(mean[None], groups).mT
+            packed, scale = gaussian_code.compress(z.flatten(0, 1), shift.flatten(), key, planes)
         return packed, scale, mean, key, directions, planes
 
-    def coordinates(self, kept: tuple[Tensor, ...], rows: int) -> Tensor:
-        """Z^ (K, B), float32."""
+    def coordinates(
+        self, kept: tuple[Tensor, ...], rows: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Z^ (K, B)."""
         packed, scale, _, key, _, planes = kept
         with torch.autocast(scale.device.type, enabled=False):
-            return gaussian_code.rotate_back(gaussian_code.decode(packed, scale, planes), key, rows)
+            return gaussian_code.restore(packed, scale, key, planes, rows, dtype)
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         packed, scale, mean, key, directions, planes = kept
         dtype = grad_y.dtype
-        if grad_y.shape[1] < len(
-            scale
-        ):  # products over tokens survive a rotation of both: dY is the narrower one
+        if grad_y.shape[1] < len(scale) and not kernels.usable(grad_y):
+            # Products over tokens survive a rotation of both: dY is the narrower one. A kernel
+            # that restores costs less than rotating dY by operators.
             with torch.autocast(scale.device.type, enabled=False):
                 coded, rotated = (
                     gaussian_code.decode(packed, scale, planes),
@@ -171,11 +172,13 @@ class Transform(Estimator):
                 )
             along = coded.flatten(1).to(dtype) @ rotated.flatten(1).t().to(dtype)
         else:
-            along = self.coordinates(kept, len(grad_y)).to(dtype) @ grad_y  # (K, B) (B, M)
+            along = self.coordinates(kept, len(grad_y), dtype) @ grad_y  # (K, B) (B, M)
         frames = self._frames(directions, len(mean)).to(dtype)
         lifted = along.unflatten(0, (len(frames), -1)).mT @ frames  # (G, M, k) (G, k, n)
         lifted = lifted.transpose(0, 1).flatten(1)[:, : len(mean)]
-        return torch.addr(lifted, grad_y.sum(0), mean.to(dtype))
+        # The sum in float32: torch 2.13 compiles two sums of dY, this and the bias's, to C++ that
+        # is wrong in bfloat16.
+        return torch.addr(lifted, grad_y.sum(0, dtype=torch.float32).to(dtype), mean.to(dtype))
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
         mean, directions = kept[2], kept[4]

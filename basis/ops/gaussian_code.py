@@ -26,7 +26,10 @@ many bits (P. F. Panter and W. Dite, 1951), and one with equal steps loses slowl
 
 Rows here are directions, their numbers are tokens: (K, C, L), C chunks of L numbers that are
 rotated together. Cost: at most 256 K B FLOPs for the rotation, about twelve passes over K B
-numbers, some at a time so that they lie in the cache.
+numbers, on the CPU some at a time so that they lie in the cache. On CUDA all of that is one kernel
+of Triton to code and one to restore (triton/gaussian_code.py): a chunk of a row, 64 x 64 numbers,
+lies in a program's registers from the first product to the last bit, so z is read once and z^ is
+written once.
 """
 
 from __future__ import annotations
@@ -39,14 +42,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from basis.ops import kernels
 from basis.ops.bits import to_bytes
 from basis.ops.matrix import in_eager_mode, row_blocks
-from basis.ops.noise import pi, random_bits
+from basis.ops.noise import pi, sign_rows
 from basis.ops.tables import table
 
 BLOCK = 64
 MOST_BLOCKS = 64
 MOST_BITS = 8
+_ONES = 0x0101010101010101  # the lowest bit of each of eight bytes
 # By bits, 0 first: the mean-square error of the best equal step for a normal variable of deviation
 # 1. The steps are in `best_steps`.
 DISTORTIONS = (
@@ -121,7 +126,8 @@ def _mixers(blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _signs(key: Tensor, count: int) -> Tensor:
-    return (1 - 2 * (random_bits(key, count) & 1)).to(torch.float32)
+    """A sign of each number, float32: 32 of a random integer."""
+    return sign_rows(key, slice(0, 1), count)[0]
 
 
 def rotate(z: Tensor, key: Tensor) -> Tensor:
@@ -191,11 +197,61 @@ def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
     return gains.flatten().topk(planes).indices.sort().values
 
 
+def starts(planes: Tensor, rows: int) -> Tensor:
+    """Where the planes of each row begin among `planes`, as `allocate` gives them, and the number
+    of all: (rows + 1,) int32.
+    """
+    first = torch.arange(0, MOST_BITS * rows + 1, MOST_BITS, device=planes.device)
+    return torch.searchsorted(planes, first, out_int32=True)
+
+
 def bits_by_row(planes: Tensor, rows: int) -> Tensor:
     """b_i (K,), from `allocate`'s indices."""
-    return torch.zeros(rows, dtype=torch.int64, device=planes.device).index_add_(
-        0, planes // MOST_BITS, torch.ones_like(planes)
-    )
+    return starts(planes, rows).diff()
+
+
+def compress(z: Tensor, shift: Tensor, key: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of z (K, B), less a number of each row (K,), rotated and coded: bit planes (planes, C, L
+    / 8) uint8, and the scales (K, C) float32 of `restore`. z is overwritten.
+    """
+    return kernels.attempt(_compress_by_kernel, _compress, z, shift, key, planes)
+
+
+def _compress(z: Tensor, shift: Tensor, key: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
+    return encode(rotate(z.float().sub_(shift[:, None]), key), planes)
+
+
+def _compress_by_kernel(
+    z: Tensor, shift: Tensor, key: Tensor, planes: Tensor
+) -> tuple[Tensor, Tensor]:
+    from basis.ops.triton import gaussian_code
+
+    _, blocks = chunks(z.shape[1])
+    first = starts(planes, len(z))
+    return gaussian_code.encode(z, shift, key, first, _mixers(blocks, shift)[1], len(planes))
+
+
+def restore(
+    packed: Tensor, scale: Tensor, key: Tensor, planes: Tensor, count: int, dtype: torch.dtype
+) -> Tensor:
+    """z^ (K, B), the rows that `compress` was given with the shift taken off, in `dtype`."""
+    return kernels.attempt(_restore_by_kernel, _restore, packed, scale, key, planes, count, dtype)
+
+
+def _restore(
+    packed: Tensor, scale: Tensor, key: Tensor, planes: Tensor, count: int, dtype: torch.dtype
+) -> Tensor:
+    return rotate_back(decode(packed, scale, planes), key, count).to(dtype)
+
+
+def _restore_by_kernel(
+    packed: Tensor, scale: Tensor, key: Tensor, planes: Tensor, count: int, dtype: torch.dtype
+) -> Tensor:
+    from basis.ops.triton import gaussian_code
+
+    _, blocks = chunks(count)
+    first = starts(planes, len(scale))
+    return gaussian_code.decode(packed, scale, key, first, _mixers(blocks, scale)[1], count, dtype)
 
 
 def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,12 +262,13 @@ def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, number, length = z.shape
     owner, place = planes // MOST_BITS, (planes % MOST_BITS).to(torch.uint8)[:, None, None]
-    bits = bits_by_row(planes, rows)
+    first = starts(planes, rows)
+    bits = first.diff()
     steps = table(best_steps(), z)[bits][:, None]
-    levels = torch.pow(2.0, bits)[:, None]
+    levels = (1 << bits)[:, None].to(torch.float32)
     packed: list[Tensor] = []
     scales: list[Tensor] = []
-    for part, of_part in _blocks(bits, number * length):
+    for part, of_part in _blocks(first, number * length):
         codes, scale = _quantise(z[part], steps[part], levels[part])
         chosen = codes.index_select(0, owner[of_part] - part.start)  # (planes, C, L)
         packed.append(pack_planes((chosen >> place[of_part]) & 1))
@@ -219,18 +276,18 @@ def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
     return _joined(packed), _joined(scales)
 
 
-def _blocks(bits: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
+def _blocks(first: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
     """Rows, with the planes that are theirs, in blocks that lie in the cache; all together where
     that is in vain.
 
-    A block may have no planes.
+    first: of `starts`. A block may have no planes.
     """
-    if bits.device.type == "cpu" and in_eager_mode(bits):
-        first = [0, *bits.cumsum(0).tolist()]
-        for part in row_blocks(bits, width):
-            yield part, slice(first[part.start], first[part.stop])
+    if first.device.type == "cpu" and in_eager_mode(first):
+        begin = first.tolist()
+        for part in row_blocks(first[1:], width):
+            yield part, slice(begin[part.start], begin[part.stop])
     else:
-        yield slice(0, len(bits)), slice(None)
+        yield slice(0, len(first) - 1), slice(None)
 
 
 def _quantise(z: Tensor, best: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,23 +317,20 @@ def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
     each row of each chunk.
     """
     rows, number = scale.shape
-    bits = bits_by_row(planes, rows)
-    weights = (
-        torch.pow(2.0, planes % MOST_BITS)[:, None] * scale[planes // MOST_BITS]
-    )  # (planes, C)
+    first = starts(planes, rows)
+    weights = (1 << planes % MOST_BITS)[:, None] * scale[planes // MOST_BITS]  # (planes, C)
     # A code of b bits is the sum of its planes, 2^place each; quantisation levels lie around 0, so
     # half the largest code, (2^b - 1) / 2, is taken off.
-    offset = ((0.5 * (torch.pow(2.0, bits) - 1.0))[:, None] * scale)[..., None]
-    first = bits.cumsum(0) - bits
+    offset = ((((1 << first.diff()) - 1) * 0.5)[:, None] * scale)[..., None]
     length = 8 * packed.shape[-1]
     found: list[Tensor] = []
-    for part, of_part in _blocks(bits, number * length):
+    for part, of_part in _blocks(first, number * length):
         ones = unpack_planes(packed[of_part].transpose(0, 1)).to(torch.float32)  # (C, planes, L)
         index = torch.arange(ones.shape[0] * ones.shape[1], device=planes.device)
         # embedding_bag sums runs of consecutive rows: run (chunk c, row i) begins at plane first[i]
         # of chunk c, and a row without planes is an empty run, whose sum is 0.
-        starts = torch.arange(number, device=planes.device)[:, None] * ones.shape[1]
-        bags = starts + (first[part] - first[part.start])
+        begin = torch.arange(number, device=planes.device)[:, None] * ones.shape[1]
+        bags = begin + (first[part] - first[part.start])
         by_plane = weights[of_part].t().flatten()
         sums = F.embedding_bag(
             index, ones.flatten(0, 1), bags.flatten(), mode="sum", per_sample_weights=by_plane
@@ -286,16 +340,16 @@ def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
 
 
 def pack_planes(plane: Tensor) -> Tensor:
-    """Bits (..., B) of 0 and 1 in uint8, 8 to a byte: (..., B / 8). Byte c holds the bits c, c +
-    B/8, c + 2 B/8, ...
+    """Bits (..., L) of 0 and 1 in uint8, 8 to a byte: (..., L / 8). L is a multiple of BLOCK; a
+    byte holds bits that lie 8 apart within a block.
+
+    So eight bytes at a time are shifted and added, as one integer.
     """
-    parts = plane.unflatten(-1, (8, -1))
-    for place in (4, 2, 1):  # halves joined, and halves of those
-        parts = parts[..., :place, :] | (parts[..., place:, :] << place)
-    return parts[..., 0, :]
+    words = plane.view(torch.int64).unflatten(-1, (-1, 8))  # (..., L / 64, 8)
+    return (words << torch.arange(8, device=plane.device)).sum(-1).view(torch.uint8)
 
 
 def unpack_planes(packed: Tensor) -> Tensor:
-    """The bits of which `pack_planes` made `packed`: (..., B) of 0 and 1, uint8."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
-    return ((packed[..., None, :] >> shifts) & 1).flatten(-2)
+    """The bits of which `pack_planes` made `packed`: (..., L) of 0 and 1, uint8."""
+    words = packed.view(torch.int64)[..., None] >> torch.arange(8, device=packed.device)
+    return words.bitwise_and_(_ONES).flatten(-2).view(torch.uint8)
