@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import logging
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from harness import command_line, memory, rundir
 from harness.checkpoint import CheckpointError
 from harness.command_line import StopRequest
-from harness.config import load
+from harness.config import Config, load
 from harness.metrics import Stopwatch, read_metrics
 from harness.optim import learning_rate, momentum_norm
 from harness.provenance import provenance
 from harness.run import NonFiniteError, Run, validation_loss
-from harness.set_up import set_up
+from harness.set_up import held, set_up
 from harness.step import CaptureError, make_step
 
 log = logging.getLogger("train")
@@ -262,39 +263,48 @@ def inputs_line(run: Run, table: dict[str, int]) -> str:
     return f"\nlayers with an estimated dW keep {of}, {share}"
 
 
+def begin(config: Config, folder: Path, writable: bool) -> Run | None:
+    """The run in `folder`, which this process holds, ready for its next step; None if it is
+    finished.
+    """
+    summary = rundir.read_summary(folder)
+    if summary.get("status") == "finished" and summary["step"] >= config.steps:
+        rundir.check_same_run(folder, config)
+        log.info(
+            "%s is finished (step %d, val/loss %.4f)", folder, summary["step"], summary["val/loss"]
+        )
+        if config.tracker.mode == "online":
+            log.info("to upload it: python scripts/sync.py %s --mode online", folder)
+        return None
+    if not writable:
+        raise ValueError(f"{folder}: a run writes here, and this folder may not be written")
+    if summary.get("status") == "diverged":
+        # it would do so again: a run is a function of its configuration
+        rundir.check_same_run(folder, config)
+        raise ValueError(
+            f"{folder} holds a run that diverged: {summary['reason']}; delete it to run it again"
+        )
+    return set_up(config, folder)
+
+
 def execute(values: DictConfig, folder: Path) -> None:
     """Check, set up, train, and leave a summary whatever happens."""
-    try:
-        summary = rundir.read_summary(folder)
-        config = load(values)
-        if summary.get("status") == "finished" and summary["step"] >= config.steps:
-            rundir.check_same_run(folder, config)
-            log.info(
-                "%s is finished (step %d, val/loss %.4f)",
-                folder,
-                summary["step"],
-                summary["val/loss"],
-            )
-            if config.tracker.mode == "online":
-                log.info("to upload it: python scripts/sync.py %s --mode online", folder)
-            return
-        if (
-            summary.get("status") == "diverged"
-        ):  # it would do so again: a run is a function of its configuration
-            rundir.check_same_run(folder, config)
-            raise ValueError(
-                f"{folder} holds a run that diverged: {summary['reason']}; delete it to run it "
-                "again"
-            )
-        run = set_up(config, folder)
-    except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
-        command_line.remove_if_empty(folder)
-        raise CompactHydraException(str(error)) from error
-    except KeyboardInterrupt:
-        command_line.remove_if_empty(folder)
-        raise
+    with ExitStack() as stack:
+        stack.callback(command_line.remove_if_empty, folder)
+        try:
+            config = load(values)
+            writable = stack.enter_context(held(folder))
+            run = begin(config, folder, writable)
+        except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
+            raise CompactHydraException(str(error)) from error
+        if run is not None:
+            work(run)
 
-    summary = {
+
+def work(run: Run) -> None:
+    """Train to the end, and leave a summary whatever happens."""
+    config, folder = run.config, run.folder
+    summary: dict[str, Any] = {
         "status": "running",
         "run_id": run.id,
         "method": config.method.name,
@@ -346,7 +356,6 @@ def execute(values: DictConfig, folder: Path) -> None:
             run.tracker.summary(
                 {k: v for k, v in summary.items() if isinstance(v, int | float | str)}
             )
-            run.lock.release()
     log.info(
         "finished: val/loss %.4f, best %.4f, %.0f s",
         summary["val/loss"],

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 import basis
@@ -69,7 +68,6 @@ class Run:
     checkpoints: Checkpoints
     metrics: MetricsLog
     tracker: Tracker
-    lock: FileLock
     id: str
     knobs: dict[str, Any] = field(
         default_factory=dict

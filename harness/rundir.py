@@ -5,6 +5,7 @@
     metrics.jsonl   every number, the source of truth
     summary.json    status and final numbers, with command, commit, machine and versions
     checkpoints/    the last ones and the best
+    .lock           held by the process that works on the run
 
 The name is made of the overrides, without a clock, so the same command finds the same directory and
 continues it. A different configuration in the same directory is refused, option by option, except
@@ -33,6 +34,7 @@ CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
+LOCK_FILE = ".lock"
 
 # What a run may be continued with although it was started otherwise.
 FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "diagnostics.", "data.cache_dir")

@@ -1,15 +1,19 @@
 """Everything a run consists of, put together in the order in which it can be refused.
 
-`set_up` first checks what needs no data (device, method scope, the run directory's old
-configuration), then prepares the data, builds model and optimiser, and only then writes into the
-run directory. It continues from the newest sound checkpoint if there is one.
+`held` takes the run directory for this process, before anything in it is read: what was read
+before would be the past of a run that another process goes on with. Then `set_up` checks what needs
+no data (device, method scope, the run directory's old configuration), prepares the data, builds
+model and optimiser, and only then writes into the run directory. It continues from the newest sound
+checkpoint if there is one.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,32 @@ from models import GPT
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """`folder`, made if absent, for this process alone; gives whether it may be written.
+
+    The system lets go of it when the process ends, however it ends. A run that did not begin leaves
+    no lock file. Raises ValueError if another process has the folder.
+    """
+    lock = FileLock(folder / rundir.LOCK_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another process is working on this run") from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS):
+            raise
+        yield False  # a finished run on a disk for reading is still told from others
+        return
+    try:
+        yield True
+    finally:
+        if not (folder / rundir.CONFIG_FILE).exists():
+            (folder / rundir.LOCK_FILE).unlink()  # before it is let go of
+        lock.release()
+
+
 def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl | None:
     """What sets the rank from step to step, if anything does; it looks at batches of `unseen` as
     large as a micro-batch.
@@ -56,8 +86,9 @@ def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl 
 
 
 def set_up(config: Config, folder: Path) -> Run:
-    """The run of `config` in `folder`, new or continued. Raises ValueError for what the user can
-    mend, before writing.
+    """The run of `config` in `folder`, new or continued; the caller holds the folder (`held`).
+
+    Raises ValueError for what the user can mend, before writing.
     """
     runtime = resolve(
         config.device,
@@ -153,12 +184,7 @@ def set_up(config: Config, folder: Path) -> Run:
         )  # before what the layers had learned, whose sizes depend on it
 
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = not any(folder.iterdir())
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)  # the system lets go of it when the process ends, however it ends
-    except Timeout:
-        raise ValueError(f"{folder}: another process is working on this run") from None
+    fresh = all(path.name == rundir.LOCK_FILE for path in folder.iterdir())
     rundir.write_config(folder, config)
     identity = run_id(folder)
     metrics = MetricsLog(folder / rundir.METRICS_FILE)
@@ -183,10 +209,10 @@ def set_up(config: Config, folder: Path) -> Run:
     except ValueError:
         # wandb refuses a missing key only when asked. Nothing may stay of a run that did not begin.
         metrics.close()
-        lock.release()
         if fresh:  # the contents alone: the folder may be the user's, or the working directory
             for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.name != rundir.LOCK_FILE:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     if runtime.compile:
         # graphs of a sweep's earlier runs count against the limit of recompilations
@@ -208,7 +234,6 @@ def set_up(config: Config, folder: Path) -> Run:
         checkpoints=checkpoints,
         metrics=metrics,
         tracker=tracker,
-        lock=lock,
         id=identity,
         knobs=knobs,
         rank_control=rank_control,

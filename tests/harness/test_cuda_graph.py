@@ -207,7 +207,6 @@ class run_of:
 
     def __exit__(self, *_: object) -> None:
         self.run.metrics.close()
-        self.run.lock.release()
 
 
 def test_what_differs_from_step_to_step_is_seen_by_a_replay(

@@ -1,5 +1,6 @@
 """A run that is interrupted, or given again: it goes on to the last bit, or says why it can't."""
 
+import errno
 import json
 import logging
 import signal
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hydra.errors import CompactHydraException
 from tiny import command, losses, rewrite_config, run_command, train_here
 
@@ -234,8 +236,6 @@ def test_a_run_of_a_version_with_fewer_options_is_continued(data: Path, tmp_path
 
 
 def test_two_processes_do_not_share_a_run(data: Path, tmp_path: Path) -> None:
-    from filelock import FileLock
-
     tmp_path.joinpath("run").mkdir()
     with (
         FileLock(tmp_path / "run" / ".lock"),
@@ -243,6 +243,54 @@ def test_two_processes_do_not_share_a_run(data: Path, tmp_path: Path) -> None:
     ):
         train_here(data, tmp_path / "run")
     train_here(data, tmp_path / "run")
+
+
+def test_nothing_of_a_run_is_read_before_it_is_held(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same command twice: while the second waits before its lock, the first finishes. What the
+    second had read before would begin the finished run again.
+    """
+    run = tmp_path / "run"
+    seen: list[dict[Path, bytes]] = []
+
+    def waits(path: Path) -> FileLock:
+        with monkeypatch.context() as first:
+            first.setattr("harness.set_up.FileLock", FileLock)
+            train_here(data, run)
+        seen.append({p: p.read_bytes() for p in run.rglob("*") if p.is_file()})
+        return FileLock(path)
+
+    monkeypatch.setattr("harness.set_up.FileLock", waits)
+    with caplog.at_level(logging.INFO):
+        train_here(data, run)
+    assert "is finished (step 20" in caplog.text
+    assert [{p: p.read_bytes() for p in run.rglob("*") if p.is_file()}] == seen
+
+
+def test_a_run_that_did_not_begin_leaves_no_lock_among_the_users_files(
+    data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CompactHydraException, match="no such file"):
+        train_here(data, tmp_path, f"data.path={tmp_path / 'absent.txt'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_finished_run_on_a_disk_for_reading_is_told_and_goes_no_further(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_here(data, tmp_path)
+
+    def read_only(self: FileLock, **_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".lock"))
+
+    monkeypatch.setattr(FileLock, "acquire", read_only)
+    with caplog.at_level(logging.INFO):
+        train_here(data, tmp_path)
+    assert "is finished (step 20" in caplog.text
+    with pytest.raises(CompactHydraException, match="may not be written"):
+        train_here(data, tmp_path, "steps=30")
 
 
 def test_a_continued_run_that_is_killed_is_not_taken_for_finished(
