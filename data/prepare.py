@@ -6,16 +6,19 @@ once and found again.
 The hash covers what decides the tokens (source, its revision or files, the split, the tokenizer,
 `data.max_tokens`) and nothing else, so a change of order or of cache folder reuses them.
 `metadata.json` is written last: a folder that has one is complete and is opened at once, without a
-tokenizer, a network or the original text; one without is continued. One process at a time works on
-a folder, the others wait for it.
+tokenizer, a network or the original text; one without is continued, and one whose token files were
+deleted is made again. One process at a time works on a folder, the others wait for it.
+
+Nothing damaged is used. The metadata carry a checksum of themselves, name what the folder's hash
+was made of (so they are refused in another's place), and hold the sha256 of each other file. Those
+of the token files are compared on opening (data/tokens.py says how seldom), that of a character
+vocabulary when it is loaded.
 
 On the command line, ahead of training (train.py does the same on first use):
 
     python -m data.prepare data=openwebtext data.max_tokens=1000000
 """
 
-import hashlib
-import json
 import logging
 import os
 import sys
@@ -31,8 +34,8 @@ from data.files import Text
 from data.options import DataOptions
 from data.shards import SPLITS, join, remove, tokenize
 from data.sources import MissingText, make_source
-from data.storage import write_atomic
-from data.tokenizers import CharTokenizer, Tokenizer, load_tokenizer
+from data.storage import digest_of, read_json, sha256_of, write_json
+from data.tokenizers import CHAR_FILE, CharTokenizer, Tokenizer, load_tokenizer
 from data.tokens import TokenFile
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # raise it when the same options would give other tokens
 METADATA = "metadata.json"
 TOKENS = "tokens"  # folder below data.cache_dir
+ENTRIES = {"format", "source", "identity", "tokenizer", "vocab_size", "max_tokens", *SPLITS}
 NAME_BYTES = 120  # of a source's name in the name of its prepared folder
 
 
@@ -56,29 +60,34 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path) -> "Prepared":
-        """Open a complete folder and compare its files with its metadata (cheaply;
-        `TokenFile.verify` reads everything).
+        """Open a complete folder and compare its files with its metadata.
 
-        Raises ValueError if a file is missing, cut short or not the one that the metadata
-        describes.
+        Raises ValueError naming the file if one is missing, damaged or not the one that the
+        metadata describes.
         """
-        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        advice = f"delete {folder} and prepare it again"
+        metadata = read_json(folder / METADATA, advice)
+        if missing := sorted(ENTRIES - metadata.keys()):
+            raise ValueError(f"{folder / METADATA} is damaged (no {missing[0]}): {advice}")
         files = {}
         for split in SPLITS:
             path = folder / f"{split}.bin"
             if not path.exists():
-                raise ValueError(f"{path} is missing: delete {folder} and prepare it again")
-            files[split] = TokenFile.open(path)
-            if files[split].sha256 != metadata[split]["sha256"]:
-                raise ValueError(
-                    f"{path} is not the file that {METADATA} describes: delete {folder} and "
-                    "prepare it again"
-                )
+                raise ValueError(f"{path} is missing: {advice}")
+            found = files[split] = TokenFile.open(path)
+            described = (metadata[split]["sha256"], metadata["vocab_size"])
+            if (found.sha256, found.vocab_size) != described:
+                raise ValueError(f"{path} is not the file that {METADATA} describes: {advice}")
         return cls(folder, files["train"], files["val"], metadata)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Loaded when first asked for: training and evaluating need none."""
+        """Loaded when first asked for: training and evaluating need none. Raises ValueError if its
+        vocabulary is damaged.
+        """
+        path, sha256 = self.folder / CHAR_FILE, self.metadata.get("characters_sha256")
+        if sha256 is not None and path.exists() and sha256_of(path) != sha256:
+            raise ValueError(f"{path} is damaged: delete {self.folder} and prepare it again")
         return load_tokenizer(
             self.metadata["tokenizer"], self.folder.parents[1], folder=self.folder
         )
@@ -91,7 +100,8 @@ def prepare(options: DataOptions, *, progress: bool = True, known: str | None = 
     progress: show a bar on stderr. known: sha256 of the training tokens of a run that continues; if
     nothing is at `data.path` any more, the folder in the cache that holds them is opened instead.
     Raises ValueError for options that can't be served (before anything is written, as far as they
-    can be checked without reading the text) and ConnectionError if something could not be fetched.
+    can be checked without reading the text) or a damaged file, and ConnectionError if something
+    could not be fetched.
     """
     try:
         source = make_source(options)
@@ -101,11 +111,23 @@ def prepare(options: DataOptions, *, progress: bool = True, known: str | None = 
             raise
         return found
     folder = prepared_folder(options, source)
-    if not (folder / METADATA).exists():
+    if not _complete(folder):
         with locked(folder):
-            if not (folder / METADATA).exists():
+            if not _complete(folder):
                 _build(options, source, folder, progress)
-    return Prepared.open(folder)
+    prepared = Prepared.open(folder)
+    m = prepared.metadata
+    made_of = {"format": m["format"], "source": m["source"], **m["identity"]}
+    made_of |= {"tokenizer": m["tokenizer"], "max_tokens": m["max_tokens"]}
+    if not folder.name.endswith(_suffix(made_of)):
+        raise ValueError(
+            f"{folder / METADATA} is of another text: delete {folder} and prepare it again"
+        )
+    return prepared
+
+
+def _complete(folder: Path) -> bool:
+    return all((folder / name).exists() for name in (METADATA, *(f"{s}.bin" for s in SPLITS)))
 
 
 def find_prepared(options: DataOptions, train_sha256: str) -> Prepared | None:
@@ -116,30 +138,34 @@ def find_prepared(options: DataOptions, train_sha256: str) -> Prepared | None:
     of `options`.
     """
     for file in sorted((options.cache_path() / TOKENS).glob(f"*/{METADATA}")):
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-        if (
-            metadata["train"]["sha256"] == train_sha256
-            and metadata["tokenizer"] == options.tokenizer
-            and metadata["source"] == options.source
-            and metadata["identity"].get("val_fraction") == options.val_fraction
-        ):
-            return Prepared.open(file.parent)
+        try:
+            metadata = read_json(file, "prepare it again")
+            if (
+                metadata["train"]["sha256"] != train_sha256
+                or metadata["tokenizer"] != options.tokenizer
+                or metadata["source"] != options.source
+                or metadata["identity"].get("val_fraction") != options.val_fraction
+            ):
+                continue
+        except (KeyError, ValueError) as error:  # of whatever text: the next may be the right one
+            log.warning("passed over: %s", error)
+            continue
+        return Prepared.open(file.parent)
     return None
 
 
 def prepared_folder(options: DataOptions, source: Source) -> Path:
     """Where these options' tokens live."""
-    identity = {
-        "format": FORMAT,
-        "source": options.source,
-        **source.identity(),
-        "tokenizer": options.tokenizer,
-        "max_tokens": options.max_tokens,
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    made_of = {"format": FORMAT, "source": options.source, **source.identity()}
+    made_of |= {"tokenizer": options.tokenizer, "max_tokens": options.max_tokens}
     # A file system counts the bytes of a name, and the folder's lock has a longer one still.
     readable = os.fsencode(source.name)[:NAME_BYTES].decode("utf-8", "ignore")
-    return options.cache_path() / TOKENS / f"{readable}-{options.tokenizer}-{digest[:12]}"
+    return options.cache_path() / TOKENS / f"{readable}-{options.tokenizer}{_suffix(made_of)}"
+
+
+def _suffix(made_of: dict[str, Any]) -> str:
+    """The end of a prepared folder's name, by what decides its tokens."""
+    return f"-{digest_of(made_of)[:12]}"
 
 
 def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -> None:
@@ -182,7 +208,9 @@ def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -
             "documents": manifest.documents[split],
             "sha256": files[split].sha256,
         }
-    write_atomic(folder / METADATA, json.dumps(metadata, indent=2).encode())
+    if isinstance(tokenizer, CharTokenizer):
+        metadata["characters_sha256"] = sha256_of(folder / CHAR_FILE)
+    write_json(folder / METADATA, metadata)
     remove(shards)
 
 

@@ -5,32 +5,34 @@ collected in shards of some 16 million (32 MB): each shard's two files (train, v
 under temporary names and renamed, then a manifest that counts them and remembers the source's
 position is replaced in one rename. What the manifest does not count never happened: a rerun goes on
 from the manifest's position and writes over it. The bytes of the result depend on the documents
-alone, not on where shards end or how often the work was interrupted. At the end the shards are
-joined into `train.bin` and `val.bin`, for which the disk must briefly hold the tokens twice.
+alone, not on where shards end or how often the work was interrupted. The manifest carries a
+checksum, says which text and tokenizer it belongs to and the sha256 of each shard's tokens, so that
+neither a damaged file nor one of another preparation gets into the result. At the end the shards
+are joined into `train.bin` and `val.bin`, for which the disk must briefly hold the tokens twice.
 
 Between documents stands the tokenizer's end-of-text token, appended to each as nanoGPT does, or,
 where there is none, its separator. A few threads encode at a time (tiktoken releases the
 interpreter's lock); their results are used in order.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from data.documents import Document, Position, Source
-from data.storage import write_atomic
+from data.storage import digest_of, read_json, write_json
 from data.tokenizers import Tokenizer
 from data.tokens import TokenFile, write_tokens
 
 SPLITS = ("train", "val")
+MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 24
 GROUP_CHARACTERS = (
     1 << 22
@@ -45,9 +47,14 @@ Ids = npt.NDArray[np.uint16]
 class Manifest:
     """What is safely on the disk: shards 0 .. shards - 1, their totals per split, and where the
     source goes on.
+
+    text: digest of what decides the tokens. hashes: of each shard the sha256 of its tokens, per
+    split. Manifests of older versions have neither.
     """
 
     shards: int = 0
+    text: str | None = None
+    hashes: list[dict[str, str]] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     position: Position | None = None
@@ -55,12 +62,19 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of a folder of shards; a fresh one if there is none."""
-        path = folder / "manifest.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+        """The manifest of a folder of shards; a fresh one if there is none. Raises ValueError
+        naming the file if it is damaged.
+        """
+        path = folder / MANIFEST
+        if not path.exists():
+            return cls()
+        values = read_json(path, _advice(folder))
+        if not values.keys() <= {known.name for known in fields(cls)}:
+            raise ValueError(f"{path} is damaged (its entries have other names): {_advice(folder)}")
+        return cls(**values)
 
     def write(self, folder: Path) -> None:
-        write_atomic(folder / "manifest.json", json.dumps(asdict(self)).encode())
+        write_json(folder / MANIFEST, asdict(self))
 
 
 def tokenize(
@@ -75,12 +89,23 @@ def tokenize(
     finished manifest.
 
     max_tokens: stop once that many training tokens are written, the last document cut to hit it
-    exactly.
+    exactly. Raises ValueError naming the manifest in `folder` if it is damaged or of another text.
     """
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
     manifest = Manifest.read(folder)
+    text = digest_of(
+        {
+            "source": source.identity(),
+            "held_out": list(source.held_out),
+            "tokenizer": tokenizer.name,
+            "max_tokens": max_tokens,
+        }
+    )
+    if manifest.text not in (None, text):
+        raise ValueError(f"{folder / MANIFEST} is of another text: {_advice(folder)}")
+    manifest.text = text
     if manifest.finished:
         return manifest
     pending: dict[str, list[Ids]] = {split: [] for split in SPLITS}
@@ -120,12 +145,23 @@ def tokenize(
 
 
 def join(manifest: Manifest, shards: Path, folder: Path, vocab_size: int) -> dict[str, TokenFile]:
-    """Join the shards, each checked against its sha256, to `folder`/train.bin and val.bin."""
+    """Join the shards, each checked against its sha256, to `folder`/train.bin and val.bin.
+
+    Raises ValueError naming the first shard that is damaged, missing or not the manifest's.
+    """
 
     def pieces(split: str) -> Iterator[Ids]:
         for index in range(manifest.shards):
-            shard = TokenFile.open(_shard(shards, index, split))
-            shard.verify()
+            path = _shard(shards, index, split)
+            try:
+                shard = TokenFile.open(path)
+            except FileNotFoundError as error:
+                raise ValueError(f"{path} is missing: {_advice(shards)}") from error
+            except ValueError as error:
+                raise ValueError(f"{error}, and with it all of {shards}") from error
+            listed = manifest.hashes[index][split] if manifest.hashes else shard.sha256
+            if (shard.sha256, shard.vocab_size) != (listed, vocab_size):
+                raise ValueError(f"{path} is not the file of {MANIFEST}: {_advice(shards)}")
             yield from shard.chunks()
 
     return {
@@ -171,12 +207,20 @@ def _flush(
     position: Position | None,
 ) -> None:
     """Write the pending tokens as the next shard, then the manifest that makes it count."""
+    hashes = {}
     for split in SPLITS:
-        write_tokens(_shard(folder, manifest.shards, split), pending[split], vocab_size)
+        path = _shard(folder, manifest.shards, split)
+        hashes[split] = write_tokens(path, pending[split], vocab_size).sha256
         pending[split].clear()
+    if len(manifest.hashes) == manifest.shards:  # not where an older version began
+        manifest.hashes.append(hashes)
     manifest.shards += 1
     manifest.position = position
     manifest.write(folder)
+
+
+def _advice(shards: Path) -> str:
+    return f"delete {shards} and prepare it again"
 
 
 def _shard(folder: Path, index: int, split: str) -> Path:

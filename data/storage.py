@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never half of each, and their hash.
+"""Files that are either the old version or the new one, never half of each, and their hashes.
 
 A process can be killed between any two instructions, and a disk can fill up in the middle of a
 write. The way to survive both: write the new content under a temporary name in the same folder,
@@ -8,15 +8,21 @@ rename before the data, and a power cut leaves an empty file under the right nam
 
 The cost is two flushes to the disk, a few milliseconds on an SSD. So this is for files written now
 and then (`run.json`, a token file), not for every line of a log.
+
+What is read back may have been damaged on the disk in between, or be a copy of another file.
+`write_json` adds a checksum to what it writes, and `read_json` refuses what does not match its own.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+CHECKSUM = "checksum"
 
 
 def sha256_of(path: Path) -> str:
@@ -57,3 +63,30 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` (text as UTF-8), as `replacing` does."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace `path` by a JSON object of `values`, with a checksum of them as its last entry."""
+    write_atomic(path, json.dumps({**values, CHECKSUM: digest_of(values)}, indent=2))
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The values that `write_json` wrote. Files of versions that wrote no checksum are taken as
+    they are.
+
+    Raises ValueError, naming the file and ending in `advice`, if it is damaged; FileNotFoundError.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is damaged ({error}): {advice}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object): {advice}")
+    if (said := values.pop(CHECKSUM, None)) is not None and said != digest_of(values):
+        raise ValueError(f"{path} is damaged (it does not match its own checksum): {advice}")
+    return values
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """sha256 (hex) of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

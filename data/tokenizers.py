@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.fetch import download, locked, pip_package
-from data.storage import sha256_of, write_atomic
+from data.storage import read_json, sha256_of, write_atomic
 
 TOKENIZERS = ("gpt2", "char")
 
@@ -232,7 +232,7 @@ class CharTokenizer:
                 f"data.tokenizer='char': {path} is missing, so this folder's vocabulary is not "
                 "known"
             )
-        return cls(json.loads(path.read_text(encoding="utf-8"))["characters"])
+        return cls(read_json(path, "prepare it again")["characters"])
 
     def save(self, folder: Path) -> None:
         """Write the vocabulary beside the token files."""

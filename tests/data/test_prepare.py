@@ -202,7 +202,8 @@ def test_damage_to_a_complete_folder_is_refused_with_advice(stories: DataOptions
         prepare(stories)
     prepared.train.path.unlink()
     with pytest.raises(ValueError, match=r"train\.bin is missing: delete"):
-        prepare(stories)
+        Prepared.open(prepared.folder)
+    assert prepare(stories, progress=False) == prepared  # made again
 
 
 def test_too_few_rows_for_the_hash_hold_out_the_last_part_of_each(stories: DataOptions) -> None:

@@ -2,6 +2,7 @@
 found.
 """
 
+import errno
 import hashlib
 import os
 import pickle
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import TokenFile, write_tokens
+from data import TokenFile, tokens, write_tokens
 
 IDS = np.arange(1000) * 37 % 500
 
@@ -98,14 +99,93 @@ def test_a_failing_source_leaves_the_old_file(file: TokenFile) -> None:
     assert [path.name for path in file.path.parent.iterdir()] == ["t.bin"]
 
 
-def test_flipped_bit_is_found_by_verify(file: TokenFile) -> None:
+def flip(path: Path, byte: int) -> None:
+    """Flip the lowest bit of a byte in place."""
+    with path.open("r+b") as raw:
+        raw.seek(byte)
+        old = raw.read(1)[0]
+        raw.seek(byte)
+        raw.write(bytes([old ^ 1]))
+
+
+def test_a_flipped_bit_is_found_on_opening(file: TokenFile) -> None:
     file.verify()
-    raw = bytearray(file.path.read_bytes())
-    raw[64 + 777] ^= 1
-    file.path.write_bytes(raw)
-    damaged = TokenFile.open(file.path)  # opening is the cheap check: the size still fits
+    flip(file.path, 64 + 777)
+    for check in (lambda: TokenFile.open(file.path), file.verify):
+        with pytest.raises(ValueError, match=r"t\.bin: its tokens have sha256 .* damaged: delete"):
+            check()
+
+
+def test_a_vocabulary_that_the_ids_exceed_is_found_on_opening(file: TokenFile) -> None:
+    flip(file.path, 13)  # 500 - 256
+    with pytest.raises(ValueError, match="holds the id 499, its header says a vocabulary of 244"):
+        TokenFile.open(file.path)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_payload_is_read_once_until_the_file_changes(
+    file: TokenFile, monkeypatch: pytest.MonkeyPatch, writable: bool
+) -> None:
+    read = []
+    real = TokenFile.verify
+    monkeypatch.setattr(TokenFile, "verify", lambda self: read.append(self.path) or real(self))
+    monkeypatch.setattr(tokens, "SETTLED_NS", 0)
+    if not writable:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(tokens, "write_atomic", full)
+    for _ in range(3):
+        assert TokenFile.open(file.path) == file
+    assert len(read) == 1
+    monkeypatch.setattr(tokens, "_verified", {})  # as in another process
+    TokenFile.open(file.path)
+    assert len(read) == (1 if writable else 2)
+    content = file.path.read_bytes()
+    file.path.unlink()
+    file.path.write_bytes(content)  # a copy, with a time of its own
+    times = file.path.stat()
+    os.utime(file.path, ns=(times.st_atime_ns, times.st_mtime_ns - 1))
+    before = len(read)
+    TokenFile.open(file.path)
+    assert len(read) == before + 1
+    mtime = file.path.stat().st_mtime_ns
+    flip(file.path, 100)
+    os.utime(file.path, ns=(mtime, mtime))  # size, inode and this time as before
     with pytest.raises(ValueError, match="damaged"):
-        damaged.verify()
+        TokenFile.open(file.path)
+
+
+def test_a_note_that_is_damaged_or_of_another_file_is_not_believed(
+    file: TokenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "SETTLED_NS", 0)
+    TokenFile.open(file.path)
+    monkeypatch.setattr(tokens, "_verified", {})
+    note = file.path.with_name("t.bin.verified")
+    sound = note.read_text()
+    flip(file.path, 100)
+    for content in (sound, "", sound[:-1], "[]", "{}", "\xff"):
+        note.write_text(content)
+        with pytest.raises(ValueError, match="damaged"):
+            TokenFile.open(file.path)
+
+
+def test_a_file_changed_just_now_is_not_remembered(file: TokenFile) -> None:
+    """Two changes within one tick of the file system's clock leave one time."""
+    TokenFile.open(file.path)
+    assert [path.name for path in file.path.parent.iterdir()] == ["t.bin"]
+    assert str(file.path) not in tokens._verified
+
+
+def test_a_long_reading_is_announced(
+    file: TokenFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tokens, "LONG_BYTES", 1000)
+    with caplog.at_level("INFO", "data"):
+        TokenFile.open(file.path)
+    assert f"{file.path}: reading 0.0 GB once" in caplog.text
 
 
 @pytest.mark.parametrize("size", [0, 10, 63, 64, 65, 2062, 2063, 2065])
