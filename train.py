@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness import command_line, memory, rundir
+from harness import command_line, memory, one_run, rundir
 from harness.checkpoint import CheckpointError
 from harness.command_line import StopRequest
 from harness.config import Config, load
@@ -268,6 +268,7 @@ def begin(config: Config, folder: Path, writable: bool) -> Run | None:
     finished.
     """
     summary = rundir.read_summary(folder)
+    one_run.check_ids(folder)
     if summary.get("status") == "finished" and summary["step"] >= config.steps:
         rundir.check_same_run(folder, config)
         log.info(
@@ -309,6 +310,7 @@ def work(run: Run) -> None:
         "run_id": run.id,
         "method": config.method.name,
         "runtime": run.runtime.describe(),
+        "saved_step": run.saved_step,
     }
     summary |= {
         "data": run.data_hashes,
@@ -349,6 +351,7 @@ def work(run: Run) -> None:
             best = run.best_val_loss if math.isfinite(run.best_val_loss) else None
             summary |= last | {
                 "step": run.step,
+                "saved_step": run.saved_step,
                 "val/loss_best": best,
                 "wall_seconds": run.wall_seconds(),
             }

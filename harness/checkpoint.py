@@ -85,11 +85,19 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep = keep
 
-    def save(self, step: int, state: dict[str, Any], *, val_loss: float | None = None) -> Path:
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        *,
+        val_loss: float | None = None,
+        run_id: str | None = None,
+    ) -> Path:
         """Write the checkpoint of `step` and drop those no longer needed; returns its directory,
         durable on the disk.
 
         `val_loss` (nats per token) takes part in the choice of the best; None or NaN does not.
+        `run_id` is noted in the manifest, for whoever looks whether the folder holds one run.
         Raises TypeError, naming the key, for a type that could not be loaded again, and OSError or
         RuntimeError (torch's) if the disk is full; the checkpoints of before are then untouched.
         """
@@ -100,7 +108,8 @@ class Checkpoints:
         temporary = self._reserve("tmp", final)
         temporary.mkdir()
         try:
-            _write(temporary, step, state, None if val_loss is None else float(val_loss))
+            loss = None if val_loss is None else float(val_loss)
+            _write(temporary, state, {"step": step, "val_loss": loss, "run_id": run_id})
             self._move_into_place(temporary, final)
         finally:
             if temporary.exists():  # something failed: give the space back, the disk may be full
@@ -144,6 +153,11 @@ class Checkpoints:
         return min(
             losses, key=losses.__getitem__, default=None
         )  # min takes the first of equals, and steps ascend
+
+    def run_ids(self) -> dict[Path, str]:
+        """The run that each checkpoint is of, where its manifest is sound and says it."""
+        ids = {path: _fact(path, "run_id") for path in self._existing().values()}
+        return {path: id for path, id in ids.items() if id is not None}
 
     def steps(self) -> list[int]:
         """The steps for which there is a checkpoint, ascending; they are not verified."""
@@ -257,23 +271,28 @@ def check_state(value: Any, path: str = "state") -> None:
             check_state(item, f"{path}.{name}")
 
 
-def _write(folder: Path, step: int, state: dict[str, Any], val_loss: float | None) -> None:
+def _write(folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write and flush both files of a checkpoint, and the directory that holds them."""
     with (folder / STATE_FILE).open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    write_manifest(
-        folder, {"step": step, "val_loss": val_loss, "torch": str(torch.__version__)}, [STATE_FILE]
-    )
+    write_manifest(folder, facts | {"torch": str(torch.__version__)}, [STATE_FILE])
 
 
 def _val_loss(path: Path) -> float | None:
     """The validation loss with which a checkpoint competes: None if it has none, or NaN, or a
     damaged manifest.
     """
-    try:
-        loss: float | None = read_manifest(path)["val_loss"]
-    except DamagedError:
-        return None  # `load` reports damage; here it only means that this one cannot be the best
+    loss: float | None = _fact(path, "val_loss")
     return None if loss is None or math.isnan(loss) else loss
+
+
+def _fact(path: Path, name: str) -> Any:
+    """What the manifest of a checkpoint says, None if it does not, or is damaged: `load` reports
+    that.
+    """
+    try:
+        return read_manifest(path).get(name)
+    except DamagedError:
+        return None

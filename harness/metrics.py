@@ -15,10 +15,15 @@ A training run can diverge, and that is a result. JSON proper has no word for it
 numbers are written as the bare tokens `NaN`, `Infinity` and `-Infinity`, which Python's `json`
 writes and reads; `read_metrics` returns floats.
 
+`mark` says what the file holds by length and hash. A checkpoint keeps it, so that a file that was
+lost or cut meanwhile is noticed (one_run.py).
+
 Cost: one short write per logged row. There is no fsync per line; call `sync()` before a checkpoint
 is saved, so that a power cut cannot leave a checkpoint whose history is missing.
 """
 
+import errno
+import hashlib
 import json
 import os
 import time
@@ -69,7 +74,17 @@ class MetricsLog:
             whole = _join(_parse(self.path)[0])
             if whole != self.path.read_bytes():
                 write_atomic(self.path, whole)
-        self._file = self.path.open("ab")
+        self._open()
+
+    def _open(self) -> None:
+        # Unbuffered: what a full disk refused would be tried again by the close.
+        self._file = self.path.open("ab", buffering=0)
+        content = self.path.read_bytes()
+        self._bytes, self._digest = len(content), hashlib.sha256(content)
+
+    def mark(self) -> dict[str, Any]:
+        """Length and SHA-256 of the rows so far, for a checkpoint to know them by."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def log(self, metrics: Mapping[str, Scalar]) -> None:
         """Append one row; it must have an int `step` and hold plain Python scalars only.
@@ -90,8 +105,11 @@ class MetricsLog:
                     f"metric {name!r} is a {kind.__module__}.{kind.__qualname__}, not a plain "
                     "scalar"
                 )
-        self._file.write(json.dumps(dict(metrics)).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(dict(metrics)).encode() + b"\n"
+        if self._file.write(line) < len(line):  # as much as there was room for
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self._bytes += len(line)
+        self._digest.update(line)
 
     def truncate_after(self, step: int) -> int:
         """Remove the rows of later steps than `step`; returns how many. The file is replaced
@@ -102,7 +120,7 @@ class MetricsLog:
         if len(keep) < len(lines):
             self._file.close()
             write_atomic(self.path, _join(keep))
-            self._file = self.path.open("ab")
+            self._open()
         return len(lines) - len(keep)
 
     def sync(self) -> None:
@@ -134,6 +152,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     object with a `step`.
     """
     return _parse(Path(path))[1]
+
+
+def digest_of(path: Path, size: int) -> str:
+    """SHA-256 (hex) of the first `size` bytes of a file, or of all if it has fewer."""
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(size)).hexdigest()
 
 
 def _join(lines: list[bytes]) -> bytes:

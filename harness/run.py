@@ -250,6 +250,7 @@ class Run:
                 "val_loss": self.val_loss,
                 "best_val_loss": self.best_val_loss,
                 "run_id": self.id,
+                "metrics": self.metrics.mark(),
                 "config": self.config.to_dict(),
                 "data": self.data_hashes,
                 "runtime": self.runtime.describe(),
@@ -264,6 +265,7 @@ class Run:
             val_loss=self.val_loss
             if self.config.checkpoint.best and self.val_step == self.step
             else None,
+            run_id=self.id,
         )
         self.saved_step = self.step
 

@@ -115,22 +115,24 @@ def new_run_id() -> str:
     return secrets.choice(string.ascii_lowercase) + rest
 
 
-def run_id(run_dir: Path) -> str:
+def run_id(run_dir: Path, known: str | None = None) -> str:
     """The id of the run in `run_dir`, drawn at the first call and kept in `run.json` (a wandb sweep
     agent brings one).
+
+    known: the id that other files of the run have, for a `run.json` that is lost.
 
     Call it from one process (rank 0). Raises ValueError naming the file if it is not what this
     module wrote.
     """
-    known = read_run_file(run_dir).get("id")
+    known = read_run_file(run_dir).get("id", known)
     if known is None:
         agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
         known = agent or new_run_id()
-        update_run_file(run_dir, {"id": known})
     if not isinstance(known, str) or not re.fullmatch(r"[\w-]{1,64}", known):
         raise ValueError(
             f"{Path(run_dir) / RUN_FILE}: id {known!r} must be 1 to 64 letters, digits, _ or -"
         )
+    update_run_file(run_dir, {"id": known})
     return known
 
 

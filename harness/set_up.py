@@ -25,7 +25,7 @@ from basis.diagnostics.monitor import Monitor
 from basis.noise_key import NOISE_VERSION, HasNoiseKey
 from data import Sampler, validation_windows
 from data.tokens import TokenFile
-from harness import activations, rundir
+from harness import activations, one_run, rundir
 from harness.build import build_model, check_method, rank_controller, training_text
 from harness.checkpoint import Checkpoints
 from harness.config import Config, flat_options
@@ -35,7 +35,7 @@ from harness.metrics import MetricsLog
 from harness.optim import make_optimizer
 from harness.rank_control import RankControl
 from harness.run import Run
-from harness.run_id import label_options, run_id, run_labels
+from harness.run_id import RUN_FILE, label_options, run_id, run_labels
 from harness.tracker import make_tracker, require_wandb
 from models import GPT
 
@@ -143,6 +143,10 @@ def set_up(config: Config, folder: Path) -> Run:
     optimizer = make_optimizer(model, config.optim)
     checkpoints = Checkpoints(folder / rundir.CHECKPOINT_FOLDER, keep=config.checkpoint.keep)
     loaded = checkpoints.load_latest()
+    known_id = one_run.check_ids(folder, loaded)
+    one_run.check_saved(folder, loaded)
+    if loaded:
+        one_run.check_history(folder, loaded)
     data_hashes = {"train": prepared.train.sha256, "validation": validation.hash}
     if loaded and loaded.state["data"] != data_hashes:
         raise ValueError(
@@ -186,7 +190,9 @@ def set_up(config: Config, folder: Path) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     fresh = all(path.name == rundir.LOCK_FILE for path in folder.iterdir())
     rundir.write_config(folder, config)
-    identity = run_id(folder)
+    if known_id is not None and not (folder / RUN_FILE).exists():
+        log.warning("%s is gone; it is made again for run %s", folder / RUN_FILE, known_id)
+    identity = run_id(folder, known_id)
     metrics = MetricsLog(folder / rundir.METRICS_FILE)
     metrics.truncate_after(loaded.step if loaded else -1)
     labels = run_labels(

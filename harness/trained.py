@@ -14,6 +14,7 @@ from torch import Tensor
 from data.options import DataOptions
 from data.prepare import Prepared, find_prepared, prepare
 from harness.checkpoint import Checkpoints
+from harness.one_run import check_ids
 from harness.rundir import CHECKPOINT_FOLDER
 from models import GPT, GPTConfig
 
@@ -43,14 +44,15 @@ def load_trained(run: Path, *, best: bool = False) -> Trained:
     """The newest checkpoint of the run folder `run`, or the one of lowest validation loss where
     there is one.
 
-    Raises ValueError if there is none, or if the text has changed since; CheckpointError if it is
-    damaged.
+    Raises ValueError if there is none, if the folder holds files of several runs, or if the text
+    has changed since; CheckpointError if it is damaged.
     """
     checkpoints = Checkpoints(run / CHECKPOINT_FOLDER)
     chosen = checkpoints.best() if best else None
     loaded = checkpoints.load(chosen) if chosen else checkpoints.load_latest()
     if loaded is None:
         raise ValueError(f"{run} holds no checkpoint; give a run folder such as runs/default")
+    check_ids(run, loaded)
     config = loaded.state["config"]
     with torch.random.fork_rng():
         model = GPT(GPTConfig(**config["model"]))

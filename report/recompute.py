@@ -26,6 +26,7 @@ from data.prepare import Prepared, find_prepared, prepare
 from harness.checkpoint import CheckpointError, Checkpoints
 from harness.config import flat_options
 from harness.device import resolve
+from harness.one_run import check_history, check_ids
 from harness.run import validation_loss
 from harness.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, changed_options
 from harness.trained import plain_weights
@@ -125,6 +126,8 @@ def _recompute(run: RunResult, published: Published | None) -> Losses:
             f"its newest checkpoint is of step {loaded.step:,}, and the run ended at "
             f"{run.summary['step']:,}"
         )
+    check_ids(run.folder, loaded)
+    check_history(run.folder, loaded)
     config = loaded.state["config"]
     trained, said = (
         loss_options(o) | {"seed": o["seed"]} for o in (flat_options(config), run.options)

@@ -15,6 +15,7 @@ from typing import Any
 
 from harness.config import flat_options
 from harness.metrics import read_metrics
+from harness.one_run import check_ids
 from harness.rundir import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -152,6 +153,7 @@ def _read(folder: Path) -> RunResult:
     for key, kind in {"run_id": str, "step": int, "data": object}.items():
         if not isinstance(summary.get(key), kind):
             raise ValueError(f"{folder / SUMMARY_FILE}: damaged, {key} is {summary.get(key)!r}")
+    check_ids(folder)
     config = read_config(folder)
     # Of these a whole file holds something, whatever version wrote it; defaults in their place
     # would make it another run.

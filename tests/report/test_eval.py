@@ -17,6 +17,7 @@ from tiny import REPOSITORY, evaluate_here, run_command, train_here
 from experiments.paper.published import PUBLISHED
 from experiments.sections import studies
 from harness.checkpoint import Checkpoints
+from harness.metrics import MetricsLog
 from report import write
 from report.recompute import recompute
 from report.results import find_runs, group_runs
@@ -124,10 +125,15 @@ def test_losses_come_from_the_checkpoint_and_not_from_the_log(runs: Path, tmp_pa
     (folder / "metrics.jsonl").write_text(
         log.replace(f'"val/loss": {run.last("val/loss")!r}', '"val/loss": 0.5')
     )
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: has .* bytes of the"):
+        write.gather([folder])  # the checkpoint knows another log
+    checkpoints = Checkpoints(folder / "checkpoints")
+    state = checkpoints.load_latest().state
+    with MetricsLog(folder / "metrics.jsonl") as changed:
+        checkpoints.save(20, state | {"metrics": changed.mark()})
     report = write.gather([folder])
     assert "the logged one 0.5" in report.complaints[0]
     assert report.tables[0].rows[0]["val"].mean == again.held_out
-    checkpoints = Checkpoints(folder / "checkpoints")
     state = checkpoints.load_latest().state
     for weight in state["model"].values():
         weight.zero_()
