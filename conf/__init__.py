@@ -4,8 +4,14 @@
 train.py. Types and ranges are checked elsewhere: data/options.py for the text, harness/config.py
 for a run. `check` and `explain` put what Hydra and OmegaConf refuse into one line that names the
 option; train.py, eval.py and `python -m data.prepare` all speak through them.
+
+What an option holds is written to the run's folder and sent to its tracker, and so is the command
+line. So no option may hold what the environment keeps secret (`refuse_secret`): a variable whose
+name ends as those of keys, tokens and passwords do.
 """
 
+import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +27,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 FOLDER = Path(__file__).resolve().parent
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
+SECRET_LENGTH = 8  # shorter ones are not looked for: they would be found everywhere
+OF_ENVIRONMENT = re.compile(r"\boc\.env:\s*([^,}\s]+)")
 
 
 def compose(overrides: Sequence[str], folder: Path = FOLDER) -> DictConfig:
@@ -43,13 +52,14 @@ def compose(overrides: Sequence[str], folder: Path = FOLDER) -> DictConfig:
 
 def check(overrides: Sequence[str], folder: Path = FOLDER) -> None:
     """Refuse what Hydra reports without naming the option: a value that its grammar does not take
-    unquoted, and a group set to null or to a number.
+    unquoted, and a group set to null or to a number. Refuse a secret of the environment.
 
     Raises ValueError. For a value that needs quotes the message shows the argument that works.
     """
     parser = OverridesParser.create()
     for argument in overrides:
         key, equals, value = argument.partition("=")
+        refuse_secret(key, argument)
         if not equals:
             continue  # Hydra's own message names it
         try:
@@ -70,6 +80,22 @@ def check(overrides: Sequence[str], folder: Path = FOLDER) -> None:
                     f"{group}={'null' if choice is None else choice}: must be one of "
                     f"{', '.join(options(group, folder))}"
                 )
+
+
+def refuse_secret(option: str, value: str) -> None:
+    """Raise ValueError naming the option and the variable, and not its content, if a value holds a
+    secret of the environment.
+    """
+    found = [name for name in OF_ENVIRONMENT.findall(value) if SECRET.search(name)]
+    for name, content in os.environ.items():
+        if SECRET.search(name) and len(content) >= SECRET_LENGTH and content in value:
+            found.append(name)
+            option = option.replace(content, "...")
+    if found:
+        raise ValueError(
+            f"{option}: holds the environment's {found[0]}, a secret by its name; options are "
+            "written to config.yaml, the summary and the tracker, so give another value"
+        )
 
 
 def options(group: str, folder: Path = FOLDER) -> list[str]:

@@ -289,6 +289,10 @@ def load(values: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(conf.explain(error, ())) from error
     made = {f.name: getattr(options, f.name) for f in fields(Config)}
+    resolved = OmegaConf.to_container(values, resolve=True)
+    assert isinstance(resolved, dict)
+    for name, value in _flattened({str(key): value for key, value in resolved.items()}).items():
+        conf.refuse_secret(name, str(value))
     rows = max(made["micro_batch_size"] * made["model"].block_size, 1)  # Config refuses fewer
     return Config(**made | {"method": make_method(made["method"], rows)})
 

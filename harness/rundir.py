@@ -16,6 +16,7 @@ depend on their number.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -24,7 +25,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import (
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    SafeLoader,
+    YAMLError,
+    parse,
+)
 
 from data.prepare import prepare
 from data.storage import write_atomic
@@ -39,6 +47,7 @@ LOCK_FILE = ".lock"
 # What a run may be continued with although it was started otherwise.
 FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "diagnostics.", "data.cache_dir")
 _NAME_LIMIT = 120
+DEEPEST = 20  # levels of config.yaml
 
 
 def run_name(overrides: str) -> str:
@@ -142,16 +151,27 @@ def write_config(run_dir: Path, config: Config) -> None:
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The resolved configuration that a run left, as nested dicts. Raises ValueError naming the
     file if it is damaged.
+
+    A folder may come from anywhere, so nothing in it is carried out: `${...}` stays text, no class
+    is named, and aliases are refused, a few of which can stand for more than fits any memory, as
+    are depths that no configuration has.
     """
     file = run_dir / CONFIG_FILE
     try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
+        written = file.read_text(encoding="utf-8")
+        depth = 0
+        for event in parse(written, Loader=SafeLoader):
+            depth += isinstance(event, CollectionStartEvent)
+            depth -= isinstance(event, CollectionEndEvent)
+            if isinstance(event, AliasEvent) or depth > DEEPEST:
+                raise ValueError("it holds an alias, or is nested too deep")
+        config = OmegaConf.to_container(OmegaConf.load(io.StringIO(written)), resolve=False)
     except (
         YAMLError,
         OmegaConfBaseException,
         ValueError,
-        OSError,
-    ) as error:  # OmegaConf's OSError: a bare word or number
+        OSError,  # also OmegaConf's, for a bare word or number
+    ) as error:
         raise ValueError(f"{file}: not readable as YAML ({error})") from error
     if not isinstance(config, dict) or not config:
         raise ValueError(f"{file}: not a mapping of options")

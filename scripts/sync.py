@@ -13,24 +13,22 @@ knows, and gives out the id of a deleted run no more, so use `--new-id` wherever
 uploaded before. The times of day in a rebuilt run are those of the rebuilding; `step` and `tokens`
 are the axes that mean something.
 
+The files of a folder are read and not carried out: what looks like `${oc.env:...}` in a config.yaml
+goes to wandb as these very letters.
+
 A run whose `summary.json` does not say "finished" is marked as failed. A folder that misses a file
 is reported and skipped, and the exit code is then 1.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-from omegaconf import OmegaConf
-
 from harness.metrics import read_metrics
 from harness.run_id import new_run_id, read_run_file, run_id
+from harness.rundir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_config, read_summary
 from harness.tracker import TrackerOptions, open_tracker
-
-CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--new-id", action="store_true", help="give the mirror an id of its own, not the run's"
     )
     parser.add_argument(
-        "--unfinished", action="store_true", help=f"take runs without a {SUMMARY} too"
+        "--unfinished", action="store_true", help=f"take runs without a {SUMMARY_FILE} too"
     )
     arguments = parser.parse_args(argv)
 
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in arguments.folders:
         try:
             rebuild(folder, arguments)
-        except (FileNotFoundError, ValueError, yaml.YAMLError) as error:
+        except (FileNotFoundError, ValueError) as error:
             print(f"{folder}: {error}", file=sys.stderr)
             failed += 1
     if failed:
@@ -67,22 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def rebuild(folder: Path, arguments: argparse.Namespace) -> None:
     """Make the mirror of one run directory.
 
-    Raises FileNotFoundError naming what is missing, ValueError or YAMLError for a file that cannot
-    be read or a name that is not allowed.
+    Raises FileNotFoundError naming what is missing, ValueError for a file that cannot be read or a
+    name that is not allowed.
     """
-    needed = [CONFIG, METRICS] if arguments.unfinished else [CONFIG, METRICS, SUMMARY]
+    needed = (
+        [CONFIG_FILE, METRICS_FILE]
+        if arguments.unfinished
+        else [CONFIG_FILE, METRICS_FILE, SUMMARY_FILE]
+    )
     if missing := [name for name in needed if not (folder / name).is_file()]:
         hint = (
             " (an interrupted run? continue it, or give --unfinished)"
-            if missing == [SUMMARY]
+            if missing == [SUMMARY_FILE]
             else ""
         )
         raise FileNotFoundError(f"no {', no '.join(missing)} in this folder{hint}")
-    config = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=True)
-    rows = read_metrics(folder / METRICS)
-    summary = json.loads((folder / SUMMARY).read_bytes()) if (folder / SUMMARY).is_file() else {}
-    if not isinstance(config, dict) or not isinstance(summary, dict):
-        raise ValueError(f"{CONFIG} and {SUMMARY} must each hold one mapping")
+    config, summary = read_config(folder), read_summary(folder)
+    rows = read_metrics(folder / METRICS_FILE)
 
     known = read_run_file(folder)
     options = TrackerOptions(  # which checks them, whoever wrote them down
@@ -104,7 +103,7 @@ def rebuild(folder: Path, arguments: argparse.Namespace) -> None:
         options.mode,
         run_dir=folder,
         run_id=identity,
-        config={str(key): value for key, value in config.items()},
+        config=config,
         project=options.project,
         entity=options.entity,
         name=options.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import conf
 from basis import BalancedSketch, Exact
 from basis.estimators import ESTIMATORS
 from harness import rundir
-from harness.config import Config, configuration, flat_options
+from harness.config import Config, configuration, flat_options, load
 from harness.metrics import Stopwatch
 from harness.zeroth_order import ZerothOrder
 
@@ -35,6 +36,49 @@ def test_methods_share_their_scope_and_budget(method: str) -> None:
     own, basis = (configuration([f"method={name}"]).method for name in (method, "basis"))
     assert (own.budget, own.include, own.exclude) == (basis.budget, basis.include, basis.exclude)
     assert own.to_dict()["allocation"] == "uniform"
+
+
+SECRET = {"WANDB_API_KEY": "0123456789abcdef", "MY_TOKEN": "hunter2-hunter2"}
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "experiment_name=${oc.env:WANDB_API_KEY}",
+        "+tracker.tags=[a,'${oc.env:MY_TOKEN,none}']",
+        "experiment_name=${oc.decode:${oc.env: MY_TOKEN}}",
+        "experiment_name=0123456789abcdef",
+        "hydra.run.dir=runs/of-hunter2-hunter2-1",
+        "0123456789abcdef=1",
+    ],
+)
+def test_a_secret_of_the_environment_is_no_option(
+    argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SECRET.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"holds the environment's (WANDB_API_KEY|MY_TOKEN)") as no:
+        conf.check([argument])
+    assert not [value for value in SECRET.values() if value in str(no.value)]
+
+
+def test_a_secret_in_a_file_of_conf_is_found_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in SECRET.items():
+        monkeypatch.setenv(name, value)
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    mine = tmp_path / "conf" / "experiment" / "mine.yaml"
+    mine.write_text("# @package _global_\ndevice: ${oc.env:MY_TOKEN}\n")
+    with pytest.raises(ValueError, match="device: holds the environment's MY_TOKEN") as no:
+        load(conf.compose(["experiment=mine"], tmp_path / "conf"))
+    assert SECRET["MY_TOKEN"] not in str(no.value)
+
+
+def test_other_variables_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    monkeypatch.setenv("PASSWORD", "7")  # too short to be looked for
+    assert configuration(["seed=${oc.env:SLURM_ARRAY_TASK_ID}"]).seed == 7
 
 
 def test_every_method_has_a_file() -> None:

@@ -119,9 +119,7 @@ def test_a_bad_folder_is_reported_and_the_others_are_done(run_dir, tmp_path, cap
             "torn", metrics_jsonl='{"step": 1}\n{"ste\n{"step": 3}\n'
         ): "metrics.jsonl, line 2: not readable",
         broken("yaml", config_yaml="a: [1"): "expected ',' or ']'",
-        broken(
-            "list", summary_json="[]"
-        ): "config.yaml and summary.json must each hold one mapping",
+        broken("list", summary_json="[]"): "summary.json: not a JSON object",
         broken("name", run_json='{"tags": [""]}'): "tracker.tags[0]=''",
     }
     assert main([*map(str, cases), str(tmp_path / "absent"), str(run_dir)]) == 1
@@ -134,6 +132,21 @@ def test_a_bad_folder_is_reported_and_the_others_are_done(run_dir, tmp_path, cap
     assert "7 of 8 folders not done" in output.err
     assert f"{run_dir}: 5 rows -> " in output.out
     assert len(segments(run_dir)) == 1
+
+
+def test_nothing_of_a_folder_is_carried_out(run_dir, monkeypatch, capsys):
+    """What a config.yaml says of the environment, or of classes, stays the letters that it is."""
+    monkeypatch.setenv("SECRET_TOKEN", "s3cr3t-of-the-environment")
+    with (run_dir / "config.yaml").open("a") as file:
+        file.write("note: ${oc.env:SECRET_TOKEN}\nmade: {_target_: os.getcwd}\n")
+    assert main([str(run_dir)]) == 0
+    (segment,) = segments(run_dir)
+    config = summary(segment)["config"]
+    assert config["note"] == "${oc.env:SECRET_TOKEN}"
+    assert config["made"] == {"_target_": "os.getcwd"}
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"s3cr3t-of" in path.read_bytes()]
+    assert "s3cr3t-of" not in str(capsys.readouterr())
 
 
 @pytest.mark.slow
