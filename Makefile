@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | results | gpu | clean.  PYTHON=python3.12 picks the interpreter.
+# make demo | test | test-all | lint | results | audit | gpu | clean.  PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
@@ -6,7 +6,7 @@ DEMO_STEPS ?= 1000
 QUIET_INSTALL := install -qq --disable-pip-version-check --root-user-action=ignore \
 	--constraint constraints.txt
 
-.PHONY: demo test test-all lint format results gpu clean
+.PHONY: demo test test-all lint format results audit gpu clean
 
 demo: .venv/installed
 	$(BIN)/python train.py -m experiment=demo steps=$(DEMO_STEPS) method=exact
@@ -32,6 +32,13 @@ format: .venv/installed
 # Tables and figures of results/, rebuilt into runs/results and compared with what is committed.
 results: .venv/installed
 	$(BIN)/python scripts/results.py
+
+# Known vulnerabilities of the versions in constraints.txt, by the advisories of PyPI itself: a mirror
+# has none, and then this fails. pip-audit has an environment of its own.
+audit:
+	$(PYTHON) -m venv .cache/audit
+	.cache/audit/bin/python -m pip install -qq --disable-pip-version-check "pip-audit>=2.10,<3"
+	.cache/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 # On a lent or rented GPU, by the image's own torch. GPU="--minutes 20 --parts paper" chooses.
 gpu:
