@@ -55,6 +55,7 @@ from torch import Tensor
 
 from basis.estimator import Estimator, Factors, State
 from basis.ops import gaussian_code, kernels, principal_directions
+from basis.ops.matrix import in_eager_mode
 
 DIRECTIONS_PER_BIT = 0.45
 """Directions followed, as a share of all, for a bit a number: about as many as trained models give
@@ -176,9 +177,11 @@ class Transform(Estimator):
         frames = self._frames(directions, len(mean)).to(dtype)
         lifted = along.unflatten(0, (len(frames), -1)).mT @ frames  # (G, M, k) (G, k, n)
         lifted = lifted.transpose(0, 1).flatten(1)[:, : len(mean)]
-        # The sum in float32: torch 2.13 compiles two sums of dY, this and the bias's, to C++ that
-        # is wrong in bfloat16.
-        return torch.addr(lifted, grad_y.sum(0, dtype=torch.float32).to(dtype), mean.to(dtype))
+        # For a compiler in float32: torch 2.13 compiles two sums of dY, this and the bias's, to C++
+        # that is wrong in bfloat16. In eager mode on a CPU that is the same and takes ten times as
+        # long.
+        wide = None if in_eager_mode(grad_y) else torch.float32
+        return torch.addr(lifted, grad_y.sum(0, dtype=wide).to(dtype), mean.to(dtype))
 
     def factors(self, kept: tuple[Tensor, ...], rows: int) -> Factors:
         mean, directions = kept[2], kept[4]

@@ -119,8 +119,27 @@ def _restore_by_kernel(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
 
 def _restore(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiplied in float32, rounded to `dtype` once."""
+    if dtype != torch.float32 and codes.device.type == "cpu" and in_eager_mode(codes):
+        width = codes.shape[-1]
+        parts = row_blocks(codes.reshape(-1, width), 2 * width)
+        if len(parts) > 1:
+            return _restore_in_cache(codes, scales, dtype, parts)
     blocks = codes.unflatten(-1, (scales.shape[-1], -1)).to(torch.float32)
     return blocks.mul_(scales[..., None]).view(codes.shape).to(dtype)
+
+
+def _restore_in_cache(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype, parts: list[slice]
+) -> Tensor:
+    """The same, some rows at a time, all in one piece of float32 that stays in the cache."""
+    factors = scales.reshape(-1, scales.shape[-1], 1)
+    blocks = codes.reshape(*factors.shape[:2], -1)  # (rows, blocks, numbers)
+    restored = scales.new_empty(blocks.shape, dtype=dtype)
+    wide = scales.new_empty(parts[0].stop, *blocks.shape[1:])
+    for part in parts:
+        values = wide[: part.stop - part.start].copy_(blocks[part])
+        restored[part] = values.mul_(factors[part])
+    return restored.view(codes.shape)
 
 
 def round_all(tensors: Sequence[Tensor], key: Tensor) -> tuple[Tensor, ...]:

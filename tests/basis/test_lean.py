@@ -15,7 +15,7 @@ import basis
 from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
 from basis.lean.gelu import derivative, steps
 from basis.ops.bits import pack, unpack
-from basis.ops.rounding import restore, round_to_int8
+from basis.ops.rounding import Rounded, block_length, restore, round_to_int8
 from harness.memory import saved_bytes
 from models import GPT, GPTConfig
 from models.gpt import CausalAttention
@@ -76,6 +76,20 @@ def test_rounding_noise_of_neighbours_is_independent() -> None:
     )
     for shifted in (ups.roll(1, 1), ups.roll(1, 2)):
         assert abs(float((ups * shifted).mean()) * 4) < 0.01
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_restored_row_by_row_is_restored_at_once(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """37 rows in blocks of 8: multiplied in float32, rounded to bfloat16 once."""
+    monkeypatch.setattr("basis.ops.matrix._CACHED", 1)
+    x = torch.randn(37, 1, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codes, scales = round_to_int8(x, torch.tensor(5))
+    expected = codes * scales.repeat_interleave(block_length(width), -1)
+    assert torch.equal(restore(Rounded(codes, scales), x.dtype), expected.bfloat16())
+    vector = restore(Rounded(codes[0, 0], scales[0, 0]), x.dtype)
+    assert torch.equal(vector, expected[0, 0].bfloat16())
 
 
 def slope_of(x: Tensor, approximate: str) -> Tensor:
