@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness import command_line, memory, one_run, rundir
+from harness import command_line, disk, memory, one_run, rundir
 from harness.checkpoint import CheckpointError
 from harness.command_line import StopRequest
 from harness.config import Config, load
@@ -292,14 +292,32 @@ def execute(values: DictConfig, folder: Path) -> None:
     """Check, set up, train, and leave a summary whatever happens."""
     with ExitStack() as stack:
         stack.callback(command_line.remove_if_empty, folder)
+        folders = {"hydra.run.dir": folder}
         try:
             config = load(values)
+            folders["data.cache_dir"] = config.data.cache_path()
             writable = stack.enter_context(held(folder))
             run = begin(config, folder, writable)
         except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
-            raise CompactHydraException(str(error)) from error
-        if run is not None:
-            work(run)
+            raise CompactHydraException(said(error, folders)) from error
+        if run is None:
+            return
+        try:
+            with run.metrics, run.tracker:
+                work(run)
+        except OSError as error:
+            if (refused := disk.first_refusal(error)) is None:
+                raise
+            raise CompactHydraException(
+                f"{disk.explain(refused, folders)}. The same command then goes on; "
+                f"{run.last_checkpoint()}"
+            ) from error
+
+
+def said(error: Exception, folders: dict[str, Path]) -> str:
+    """The message of a refusal, in words about the disk where the disk refused."""
+    refused = disk.first_refusal(error) if isinstance(error, OSError) else None
+    return str(error) if refused is None else disk.explain(refused, folders)
 
 
 def work(run: Run) -> None:
@@ -324,41 +342,41 @@ def work(run: Run) -> None:
         folder, summary
     )  # a run that is killed from here on is not taken for finished
     summary["status"] = "failed"
-    with run.metrics, run.tracker:
-        try:
-            result = train(run)
-            summary |= {"status": "finished"} | result
-        except NonFiniteError as error:
-            summary |= {"status": "diverged", "reason": str(error), "diverged_at": error.step}
-            raise CompactHydraException(str(error)) from error
-        except CaptureError as error:
-            summary["reason"] = str(error)
-            raise CompactHydraException(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            summary["reason"] = "out of memory"
-            raise CompactHydraException(
-                f"out of memory on {run.runtime.device}: halve micro_batch_size (tokens_per_step "
-                "stays), sketch more layers (method.include=['*']), or set precision=bfloat16"
-                + (" or cuda_graph=false" if run.runtime.cuda_graph else "")
-            ) from error
-        except (KeyboardInterrupt, SystemExit):
-            summary["status"] = "interrupted"
-            raise
-        finally:
-            last = {
-                k: v for row in read_metrics(folder / rundir.METRICS_FILE) for k, v in row.items()
-            }  # of each metric the last value
-            best = run.best_val_loss if math.isfinite(run.best_val_loss) else None
-            summary |= last | {
-                "step": run.step,
-                "saved_step": run.saved_step,
-                "val/loss_best": best,
-                "wall_seconds": run.wall_seconds(),
-            }
-            rundir.write_summary(folder, summary)
-            run.tracker.summary(
-                {k: v for k, v in summary.items() if isinstance(v, int | float | str)}
-            )
+    try:
+        result = train(run)
+        summary |= {"status": "finished"} | result
+    except NonFiniteError as error:
+        summary |= {"status": "diverged", "reason": str(error), "diverged_at": error.step}
+        raise CompactHydraException(str(error)) from error
+    except CaptureError as error:
+        summary["reason"] = str(error)
+        raise CompactHydraException(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        summary["reason"] = "out of memory"
+        raise CompactHydraException(
+            f"out of memory on {run.runtime.device}: halve micro_batch_size (tokens_per_step "
+            "stays), sketch more layers (method.include=['*']), or set precision=bfloat16"
+            + (" or cuda_graph=false" if run.runtime.cuda_graph else "")
+        ) from error
+    except OSError as error:
+        summary["reason"] = str(error)
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        summary["status"] = "interrupted"
+        raise
+    finally:
+        last = {
+            k: v for row in read_metrics(folder / rundir.METRICS_FILE) for k, v in row.items()
+        }  # of each metric the last value
+        best = run.best_val_loss if math.isfinite(run.best_val_loss) else None
+        summary |= last | {
+            "step": run.step,
+            "saved_step": run.saved_step,
+            "val/loss_best": best,
+            "wall_seconds": run.wall_seconds(),
+        }
+        rundir.write_summary(folder, summary)
+        run.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
     log.info(
         "finished: val/loss %.4f, best %.4f, %.0f s",
         summary["val/loss"],

@@ -41,11 +41,11 @@ import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from data.storage import fsync_directory
+from data.storage import fsync_directory, naming
 from harness.manifest import DamagedError, read_manifest, verify, write_manifest
 
 STATE_FILE = "state.pt"
@@ -98,8 +98,8 @@ class Checkpoints:
 
         `val_loss` (nats per token) takes part in the choice of the best; None or NaN does not.
         `run_id` is noted in the manifest, for whoever looks whether the folder holds one run.
-        Raises TypeError, naming the key, for a type that could not be loaded again, and OSError or
-        RuntimeError (torch's) if the disk is full; the checkpoints of before are then untouched.
+        Raises TypeError, naming the key, for a type that could not be loaded again, and OSError
+        naming the file if the disk is full; the checkpoints of before are then untouched.
         """
         check_state(state)
         final = self.folder / f"step_{step:08d}"
@@ -273,11 +273,36 @@ def check_state(value: Any, path: str = "state") -> None:
 
 def _write(folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write and flush both files of a checkpoint, and the directory that holds them."""
-    with (folder / STATE_FILE).open("wb") as file:
-        torch.save(state, file)
+    path = folder / STATE_FILE
+    with naming(path), path.open("wb") as file:
+        target: Any = _Target(file)
+        try:
+            torch.save(state, target)
+        except RuntimeError:
+            if target.refused is None:
+                raise
+            raise target.refused from None  # torch's own words are of positions in the file
         file.flush()
         os.fsync(file.fileno())
     write_manifest(folder, facts | {"torch": str(torch.__version__)}, [STATE_FILE])
+
+
+class _Target:
+    """A file for torch.save, which makes a RuntimeError of its own of what the disk refused."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.refused: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.refused = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _val_loss(path: Path) -> float | None:

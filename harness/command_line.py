@@ -28,7 +28,7 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
-from harness import sweep
+from harness import disk, sweep
 
 STARTED = time.time()
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -50,10 +50,15 @@ def run(main: Callable[[], Any]) -> int:
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         if asked == "1":
             raise
-        if isinstance(error, OSError) and error.filename is not None:
-            remove_if_empty(Path(error.filename).parent)  # made on the way to the folder itself
+        if isinstance(error, OSError):
             option = "hydra.run.dir" if jobs.folder is None else "hydra.sweep.dir"
-            return _refuse(f"{option}={error.filename}: can't be made ({error.strerror})")
+            if (
+                error.errno in disk.FULL and jobs.folder is not None
+            ):  # Hydra's own record of a sweep
+                return _refuse(disk.explain(error, {option: jobs.folder}))
+            if error.filename is not None:
+                remove_if_empty(Path(error.filename).parent)  # made on the way to the folder itself
+                return _refuse(f"{option}={error.filename}: can't be made ({error.strerror})")
         return _refuse(conf.explain(error, overrides))
     except KeyboardInterrupt:
         _refuse("interrupted")

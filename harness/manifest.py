@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.storage import fsync_directory, sha256_of
+from data.storage import fsync_directory, naming, sha256_of
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -40,7 +40,8 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Sequence[str])
             for name in files
         },
     }
-    with (folder / MANIFEST_FILE).open("w", encoding="utf-8") as file:
+    path = folder / MANIFEST_FILE
+    with naming(path), path.open("w", encoding="utf-8") as file:
         json.dump(manifest | {"checksum": _checksum(manifest)}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data.storage import write_atomic
+from data.storage import naming, write_atomic
 
 Scalar = bool | int | float | str | None
 
@@ -106,8 +106,9 @@ class MetricsLog:
                     "scalar"
                 )
         line = json.dumps(dict(metrics)).encode() + b"\n"
-        if self._file.write(line) < len(line):  # as much as there was room for
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        with naming(self.path):
+            if self._file.write(line) < len(line):  # as much as there was room for
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._bytes += len(line)
         self._digest.update(line)
 
@@ -125,7 +126,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Wait until all rows are on the disk, safe from a power cut."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; may be called again."""

@@ -204,11 +204,12 @@ class Run:
                 raise NonFiniteError(
                     step,
                     f"the training loss is {loss} (method {self.config.method.name}, "
-                    f"optim.lr={self.config.optim.lr}); {self._last_checkpoint()}",
+                    f"optim.lr={self.config.optim.lr}); {self.last_checkpoint()}",
                 )
         return losses
 
-    def _last_checkpoint(self) -> str:
+    def last_checkpoint(self) -> str:
+        """The step of the newest one, in words."""
         return (
             "no checkpoint yet"
             if self.saved_step is None
@@ -232,7 +233,7 @@ class Run:
                 self.step,
                 f"weights are not finite after the update (method "
                 f"{self.config.method.name}, optim.lr={self.config.optim.lr}); "
-                f"{self._last_checkpoint()}",
+                f"{self.last_checkpoint()}",
             )
         self.metrics.sync()
         self.checkpoints.save(

@@ -13,7 +13,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,15 @@ def held(folder: Path) -> Iterator[bool]:
         if not (folder / rundir.CONFIG_FILE).exists():
             (folder / rundir.LOCK_FILE).unlink()  # before it is let go of
         lock.release()
+
+
+def _empty(folder: Path) -> None:
+    """Take away what a run left that did not begin: the contents alone, for the folder may be the
+    user's, or the working directory.
+    """
+    for path in folder.iterdir():
+        if path.name != rundir.LOCK_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl | None:
@@ -189,20 +198,22 @@ def set_up(config: Config, folder: Path) -> Run:
 
     folder.mkdir(parents=True, exist_ok=True)
     fresh = all(path.name == rundir.LOCK_FILE for path in folder.iterdir())
-    rundir.write_config(folder, config)
-    if known_id is not None and not (folder / RUN_FILE).exists():
-        log.warning("%s is gone; it is made again for run %s", folder / RUN_FILE, known_id)
-    identity = run_id(folder, known_id)
-    metrics = MetricsLog(folder / rundir.METRICS_FILE)
-    metrics.truncate_after(loaded.step if loaded else -1)
-    labels = run_labels(
-        method=config.method.name,
-        settings=label_options(config),
-        seed=config.seed,
-        experiment=config.experiment_name,
-    )
-    try:
-        tracker = make_tracker(
+    with ExitStack() as undo:
+        if fresh:
+            undo.callback(_empty, folder)
+        rundir.write_config(folder, config)
+        if known_id is not None and not (folder / RUN_FILE).exists():
+            log.warning("%s is gone; it is made again for run %s", folder / RUN_FILE, known_id)
+        identity = run_id(folder, known_id)
+        metrics = undo.enter_context(MetricsLog(folder / rundir.METRICS_FILE))
+        metrics.truncate_after(loaded.step if loaded else -1)
+        labels = run_labels(
+            method=config.method.name,
+            settings=label_options(config),
+            seed=config.seed,
+            experiment=config.experiment_name,
+        )
+        tracker = make_tracker(  # wandb refuses a missing key only when asked
             config.tracker,
             run_dir=folder,
             run_id=identity,
@@ -212,14 +223,7 @@ def set_up(config: Config, folder: Path) -> Run:
             tags=labels.tags,
             name=labels.name,
         )
-    except ValueError:
-        # wandb refuses a missing key only when asked. Nothing may stay of a run that did not begin.
-        metrics.close()
-        if fresh:  # the contents alone: the folder may be the user's, or the working directory
-            for path in folder.iterdir():
-                if path.name != rundir.LOCK_FILE:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        raise
+        undo.pop_all()  # nothing was refused
     if runtime.compile:
         # graphs of a sweep's earlier runs count against the limit of recompilations
         torch.compiler.reset()

@@ -1,5 +1,6 @@
 """Refusals on a command line: one message that names the option, exit code 1, nothing written."""
 
+import errno
 import logging
 import os
 import shlex
@@ -73,6 +74,22 @@ def test_a_refusal_is_one_message_and_leaves_nothing(
     assert len(errors.splitlines()) == 1 + 2 * ("jobs failed" in said), errors
     assert list(tmp_path.iterdir()) == []
     assert command_line.FULL_ERROR not in os.environ
+
+
+@pytest.mark.usefixtures("restored")
+def test_hydras_own_record_on_a_full_disk_is_named_by_the_option(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write says it, without a path
+
+    monkeypatch.setattr("omegaconf.OmegaConf.save", full)
+    words = ["-m", *overrides(data), "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    assert command_line.run(train.main) == 1
+    said = capsys.readouterr().err
+    assert f"hydra.sweep.dir={tmp_path / 'sweep'}: No space left on device" in said
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("restored")
