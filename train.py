@@ -3,6 +3,7 @@
     python train.py                     # the paper's model, BASIS R = 32, Shakespeare, 2,000 steps
     python train.py method=exact
     python train.py -m method=basis method.rank=1,8,32 seed=0,1,2
+    torchrun --nproc-per-node=8 train.py model=gpt2        # or: srun python train.py
     python train.py --help              # every option and its default
 
 The same command continues an interrupted run and skips a finished one. A run leaves config.yaml,
@@ -36,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness import command_line, disk, memory, one_run, rundir
+from harness import command_line, disk, memory, one_run, rundir, world
 from harness.checkpoint import CheckpointError
 from harness.command_line import StopRequest
 from harness.config import Config, load
@@ -62,7 +63,7 @@ def train(run: Run) -> dict[str, Any]:
         total=config.steps,
         initial=run.step,
         unit="step",
-        disable=None if config.log.progress else True,
+        disable=None if config.log.progress and world.here().first else True,
     )
     if run.runtime.device.type == "cuda":
         # else a sweep's later runs would show the peak of an earlier one
@@ -76,7 +77,8 @@ def train(run: Run) -> dict[str, Any]:
                 | evaluate(run),
             )
         clock, last_logged = Stopwatch(), run.step
-        while run.step < config.steps and stop.code is None:
+        # A signal reaches the processes of a run one by one; all stop after the same step.
+        while run.step < config.steps and not (stopped := world.largest(stop.code or 0)):
             lr = learning_rate(config.optim, run.step, config.steps)
             done = run.step + 1
             log_now, eval_now, save_now, look_now = (
@@ -128,13 +130,13 @@ def train(run: Run) -> dict[str, Any]:
             if save_now or is_best:
                 with clock.paused():
                     run.save()  # after the row is written: a resumed run has the rows up to here
-        if stop.code is not None:
+        if run.step < config.steps:
             run.save()
             log.warning(
                 "stopped by a signal at step %d, checkpoint saved; the same command continues",
                 run.step,
             )
-            raise SystemExit(stop.code)
+            raise SystemExit(stopped)
     return {"memory": table}
 
 
@@ -267,6 +269,14 @@ def begin(config: Config, folder: Path, writable: bool) -> Run | None:
     """The run in `folder`, which this process holds, ready for its next step; None if it is
     finished.
     """
+    finished = world.agreed(lambda: is_finished(config, folder, writable))
+    return None if finished else set_up(config, folder)
+
+
+def is_finished(config: Config, folder: Path, writable: bool) -> bool:
+    """Whether `folder` holds the run of `config`, finished. Raises ValueError if it can't be begun
+    or continued there.
+    """
     summary = rundir.read_summary(folder)
     one_run.check_ids(folder)
     if summary.get("status") == "finished" and summary["step"] >= config.steps:
@@ -276,7 +286,7 @@ def begin(config: Config, folder: Path, writable: bool) -> Run | None:
         )
         if config.tracker.mode == "online":
             log.info("to upload it: python scripts/sync.py %s --mode online", folder)
-        return None
+        return True
     if not writable:
         raise ValueError(f"{folder}: a run writes here, and this folder may not be written")
     if summary.get("status") == "diverged":
@@ -285,7 +295,7 @@ def begin(config: Config, folder: Path, writable: bool) -> Run | None:
         raise ValueError(
             f"{folder} holds a run that diverged: {summary['reason']}; delete it to run it again"
         )
-    return set_up(config, folder)
+    return False
 
 
 def execute(values: DictConfig, folder: Path) -> None:
@@ -296,7 +306,8 @@ def execute(values: DictConfig, folder: Path) -> None:
         try:
             config = load(values)
             folders["data.cache_dir"] = config.data.cache_path()
-            writable = stack.enter_context(held(folder))
+            meet(config)
+            writable = world.by_first(lambda: stack.enter_context(held(folder)), True)
             run = begin(config, folder, writable)
         except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
             raise CompactHydraException(said(error, folders)) from error
@@ -320,6 +331,21 @@ def said(error: Exception, folders: dict[str, Path]) -> str:
     return str(error) if refused is None else disk.explain(refused, folders)
 
 
+def meet(config: Config) -> None:
+    """Meet the other processes of the run, if there are any. Raises ValueError if there are others
+    than `config` says.
+    """
+    here = world.here()
+    if config.world_size != here.size:
+        raise ValueError(
+            f"world_size={config.world_size}: {here.size} "
+            f"{'process was' if here.size == 1 else 'processes were'} started; start as many with "
+            "torchrun --nproc-per-node or srun, or leave it out"
+        )
+    if config.parallel != "none":
+        world.connect(here, cuda=torch.cuda.is_available() and config.device != "cpu")
+
+
 def work(run: Run) -> None:
     """Train to the end, and leave a summary whatever happens."""
     config, folder = run.config, run.folder
@@ -338,9 +364,9 @@ def work(run: Run) -> None:
     if run.knobs:
         summary["knobs"] = run.knobs
     summary |= provenance()
-    rundir.write_summary(
-        folder, summary
-    )  # a run that is killed from here on is not taken for finished
+    first = world.here().first
+    if first:  # a run that is killed from here on is not taken for finished
+        rundir.write_summary(folder, summary)
     summary["status"] = "failed"
     try:
         result = train(run)
@@ -353,7 +379,7 @@ def work(run: Run) -> None:
         raise CompactHydraException(str(error)) from error
     except torch.OutOfMemoryError as error:
         summary["reason"] = "out of memory"
-        raise CompactHydraException(
+        raise command_line.OwnError(
             f"out of memory on {run.runtime.device}: halve micro_batch_size (tokens_per_step "
             "stays), sketch more layers (method.include=['*']), or set precision=bfloat16"
             + (" or cuda_graph=false" if run.runtime.cuda_graph else "")
@@ -361,28 +387,41 @@ def work(run: Run) -> None:
     except OSError as error:
         summary["reason"] = str(error)
         raise
+    except RuntimeError as error:
+        if not world.lost_another(error):
+            raise
+        summary["reason"] = "another process of the run has ended"
+        raise command_line.OwnError(
+            f"process {world.here().rank} of {config.world_size}: another process of this run has "
+            f"ended, so this one ends too; the same command goes on; {run.last_checkpoint()}"
+        ) from error
     except (KeyboardInterrupt, SystemExit):
         summary["status"] = "interrupted"
         raise
     finally:
-        last = {
-            k: v for row in read_metrics(folder / rundir.METRICS_FILE) for k, v in row.items()
-        }  # of each metric the last value
-        best = run.best_val_loss if math.isfinite(run.best_val_loss) else None
-        summary |= last | {
-            "step": run.step,
-            "saved_step": run.saved_step,
-            "val/loss_best": best,
-            "wall_seconds": run.wall_seconds(),
-        }
-        rundir.write_summary(folder, summary)
-        run.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
-    log.info(
-        "finished: val/loss %.4f, best %.4f, %.0f s",
-        summary["val/loss"],
-        best,
-        summary["wall_seconds"],
-    )
+        if first:
+            leave(run, summary)
+    if first:
+        log.info(
+            "finished: val/loss %.4f, best %.4f, %.0f s",
+            summary["val/loss"],
+            summary["val/loss_best"],
+            summary["wall_seconds"],
+        )
+
+
+def leave(run: Run, summary: dict[str, Any]) -> None:
+    """Add the last numbers of `run` to `summary`, and write it for people and for the tracker."""
+    rows = read_metrics(run.folder / rundir.METRICS_FILE)
+    summary |= {k: v for row in rows for k, v in row.items()}  # of each metric the last value
+    summary |= {
+        "step": run.step,
+        "saved_step": run.saved_step,
+        "val/loss_best": run.best_val_loss if math.isfinite(run.best_val_loss) else None,
+        "wall_seconds": run.wall_seconds(),
+    }
+    rundir.write_summary(run.folder, summary)
+    run.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

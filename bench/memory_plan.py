@@ -24,6 +24,10 @@ exist, so those between need no more than the second did and leave nothing behin
 number or two each, of 4 bytes. An estimator that must see dY whole collects the blocks: all are
 taken.
 
+*Several processes.* With parallel=fsdp the model is divided as in training, among `world_size`
+processes of which only this one exists: PyTorch's fake group takes part in their stead. What is
+planned is one process.
+
 `largest` searches for the longest context or the largest micro-batch that fits. Bytes grow along a
 convex curve of straight pieces in either, but for small steps, so a few sizes are enough; `peaks`
 gives all of them from two long ones.
@@ -34,21 +38,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 
 import basis
 from basis import head_sizes
 from harness import activations, memory
 from harness.build import apply_method
 from harness.config import Config
+from harness.device import Runtime
 from harness.optim import make_optimizer
+from harness.parallel import Parallel, every_process
 from models import GPT
 
 
@@ -194,8 +202,17 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
         )
     low = config.precision == "bfloat16"
     blocks = nullcontext() if every_block else head_sizes.skipping_blocks()
-    with head_sizes.blocks_of(_kind(config)), blocks, FakeTensorMode(allow_non_fake_inputs=True):
+    with (
+        _others(config) as mesh,
+        head_sizes.blocks_of(_kind(config)),
+        blocks,
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
         model = make_model(config)
+        runtime = Runtime(torch.device("cpu"), config.precision, compile=False)
+        # ddp's processes hold what a single one does: gradients lie in its buckets.
+        kind = "none" if mesh is None else config.parallel
+        parallel = Parallel(kind, model, runtime, config.activations, mesh)
         optimizer = make_optimizer(model, config.optim)
         tokens = torch.zeros(config.micro_batch_size, config.model.block_size, dtype=torch.int64)
 
@@ -206,19 +223,37 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
         basis.set_noise_key(model, seed=0, step=0)
         kept = memory.saved_bytes(model, forward) if categories else {}
         ends = [0]
-        with memory.LiveBytes(memory.held_tensors(model, optimizer)) as live:
-            for _ in range(min(config.micro_batches, 2)):
+        micro_batches = min(config.micro_batches, 2)
+        held = memory.held_tensors(model, optimizer)
+        with memory.LiveBytes(held, resized=mesh is not None) as live:
+            for micro_batch in range(micro_batches):
                 basis.set_noise_key(model, seed=0, step=0)
                 ends.append(len(live.series))
-                loss = forward()
-                ends.append(len(live.series))
-                loss.backward()
+                with parallel.micro_batch(last=micro_batch == micro_batches - 1):
+                    loss = forward()
+                    ends.append(len(live.series))
+                    loss.backward()
                 del loss
                 ends.append(len(live.series))
         passes = [live.series[start:end] for start, end in itertools.pairwise(ends)]
         return _Walk(
             memory.tensor_bytes(model.parameters()), memory.optimizer_bytes(optimizer), passes, kept
         )
+
+
+@contextmanager
+def _others(config: Config) -> Iterator[DeviceMesh | None]:
+    """Where the model is divided: the processes of `config`, of which this one exists."""
+    if config.parallel != "fsdp":
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
+    try:
+        yield every_process("cpu")
+    finally:
+        dist.destroy_process_group()
 
 
 MANY_BLOCKS = 32
@@ -298,5 +333,7 @@ def with_size(
         config,
         model=model,
         micro_batch_size=windows,
-        tokens_per_step=2 * windows * model.block_size if config.micro_batches > 1 else None,
+        tokens_per_step=2 * windows * model.block_size * config.world_size
+        if config.micro_batches > 1
+        else None,
     )

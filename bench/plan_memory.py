@@ -5,6 +5,8 @@ activations, on fake tensors.
         precision=bfloat16 optim=adamw
     python scripts/plan_memory.py model=gpt2 --methods exact basis \\
         --activations plain lean checkpoint --memory 24 80
+    # one of 64 processes
+    python scripts/plan_memory.py model=gpt2_xl parallel=fsdp world_size=64
     # bytes against context
     python scripts/plan_memory.py model=gpt2 --memory 24 80 --figure runs/gpt2_bytes
 

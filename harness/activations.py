@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ from models import GPT
 from models.gpt import CausalAttention
 
 NAMES = ("plain", "lean", "recompute", "checkpoint", "budget")
+MOST_GRAPHS = 256
+"""Of one block's code; a model may have as many blocks."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,45 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     )
 
 
+def compile_blocks(model: GPT, options: ActivationsOptions) -> None:
+    """Let each block of `model` be compiled by itself where it runs in what `by_blocks` returns."""
+    if options.name == "checkpoint" and options.boundary is not None:
+        return  # it compiles its blocks itself
+    for block in model.blocks:
+        block.forward = _switched(block.forward)
+
+
+_by_blocks = False
+
+
+def _switched(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    within = torch.compile(forward)
+    return lambda x: (within if _by_blocks else forward)(x)
+
+
+def by_blocks(model: Callable[..., Tensor], options: ActivationsOptions) -> Callable[..., Tensor]:
+    """`model`, around blocks of `compile_blocks`, with these compiled as `options` say."""
+    import torch._dynamo.config as dynamo
+
+    settings = _compiler_settings(options)
+
+    def run(*args: Any) -> Tensor:
+        global _by_blocks
+        _by_blocks = True
+        try:
+            # A block's place among layers that share noise is a constant of its graph.
+            with (
+                dynamo.patch(recompile_limit=MOST_GRAPHS),
+                _patched(settings),
+                compiling_blocks(),
+            ):
+                return model(*args)
+        finally:
+            _by_blocks = False
+
+    return run
+
+
 def compiled(model: Callable[..., Tensor], options: ActivationsOptions) -> Callable[..., Tensor]:
     """torch.compile(model), of a model or a function, told what to compute again if `options` leave
     that to the compiler. With compressed boundaries each block is compiled by itself.
@@ -174,17 +216,26 @@ def compiled(model: Callable[..., Tensor], options: ActivationsOptions) -> Calla
 
         return run_by_blocks
     within: Callable[..., Tensor] = torch.compile(model)
-    settings: dict[str, Any] = {}
-    if options.name == "budget":
-        settings = {"activation_memory_budget": options.budget}
-    elif options.name == "recompute":
-        settings = recompute.COMPILER
-    else:
+    settings = _compiler_settings(options)
+    if not settings:
         return within
-    import torch._functorch.config as functorch
 
     def run_with_settings(*args: Any) -> Tensor:
-        with functorch.patch(settings):  # read when a graph is compiled
+        with _patched(settings):
             return within(*args)
 
     return run_with_settings
+
+
+def _compiler_settings(options: ActivationsOptions) -> dict[str, Any]:
+    """What the compiler is told about computing again."""
+    if options.name == "budget":
+        return {"activation_memory_budget": options.budget}
+    return recompute.COMPILER if options.name == "recompute" else {}
+
+
+def _patched(settings: dict[str, Any]) -> AbstractContextManager[object]:
+    """A context in which graphs are compiled with `settings`."""
+    import torch._functorch.config as functorch
+
+    return functorch.patch(settings)

@@ -20,6 +20,7 @@ from data.prepare import Prepared, prepare
 from harness import activations, attention, rank_control
 from harness.config import Config
 from harness.method import WHOLE_MODEL
+from harness.world import here
 from models import GPT
 
 
@@ -42,6 +43,8 @@ def training_text(
         order=config.data.order,
         seed=config.seed,
         micro_batches=config.micro_batches,
+        rank=here().rank,
+        world_size=config.world_size,
     )
     return config, prepared, sampler
 

@@ -7,6 +7,9 @@ error of Hydra or OmegaConf, or a CompactHydraException, which is what train.py 
 for theirs) becomes one message on stderr and exit code 1. Any other error of the program is a fault
 of ours and keeps its traceback. With HYDRA_FULL_ERROR=1 in the environment every error does.
 
+Of several processes of one run (world.py) the first speaks for all, unless one met what the others
+did not.
+
 A batch system sends SIGTERM or SIGUSR1 minutes before it kills, a person presses Ctrl-C (SIGINT)
 or closes the terminal (SIGHUP). None of these should cost a run the steps since its last
 checkpoint. So the signal only sets a flag (`StopRequest`), which the loop looks at between steps.
@@ -15,6 +18,7 @@ After a second signal the process ends at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import conf
 from harness import disk, sweep
+from harness.world import here
 
 STARTED = time.time()
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -36,9 +41,15 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
+class OwnError(CompactHydraException):
+    """An error that this process met alone: it says so even where another one speaks for all."""
+
+
 def run(main: Callable[[], Any]) -> int:
     """Run `main`, a function decorated by hydra.main, on sys.argv; returns the exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not here().first:
+        logging.disable(logging.WARNING)
     overrides = [word for word in sys.argv[1:] if not word.startswith("-")]
     jobs = sweep.jobs = sweep.Jobs()
     asked = os.environ.get(FULL_ERROR)
@@ -73,12 +84,14 @@ def run(main: Callable[[], Any]) -> int:
         _, failure = jobs.failed[0]
         if asked == "1" or not isinstance(failure, CompactHydraException):
             raise failure
-        return _refuse(str(failure))
+        return _refuse(str(failure), own=isinstance(failure, OwnError))
     return 1 if jobs.failed else 0
 
 
-def _refuse(said: str) -> int:
-    print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+def _refuse(said: str, *, own: bool = False) -> int:
+    """Of several processes of a run that refuse the same one says it."""
+    if own or here().first:
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
     return 1
 
 

@@ -36,8 +36,10 @@ from harness.attention import OF_SUS, AttentionOptions
 from harness.device import DEVICES, PRECISIONS, launch_bound
 from harness.method import Method, make_method, method_schema
 from harness.optim import OptimOptions
+from harness.parallel import KINDS
 from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
+from harness.world import here
 from models import GPTConfig
 
 PURPOSES = ("training", "tuning")
@@ -107,6 +109,19 @@ class DiagnosticsOptions:
 
 
 @dataclass(frozen=True)
+class ResumeOptions:
+    """world_size: "same", or "any" to continue a run with another number of processes, or with
+    another way to divide the work among them.
+    """
+
+    world_size: str = "same"
+
+    def __post_init__(self) -> None:
+        if self.world_size not in ("same", "any"):
+            raise ValueError(f"resume.world_size={self.world_size!r}: must be same or any")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Raises ValueError naming the dotted option; each group's class checks its own."""
 
@@ -121,6 +136,8 @@ class Config:
     tokens_per_step: int | None = None
     experiment_name: str = "default"
     purpose: str = "training"
+    parallel: str = "none"
+    world_size: int = 1
     model: GPTConfig = field(default_factory=GPTConfig)
     method: Method = field(default_factory=Method)
     adaptive_rank: AdaptiveRankOptions = field(default_factory=AdaptiveRankOptions)
@@ -132,16 +149,24 @@ class Config:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
     diagnostics: DiagnosticsOptions = field(default_factory=DiagnosticsOptions)
+    resume: ResumeOptions = field(default_factory=ResumeOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
 
     def __post_init__(self) -> None:
-        _at_least(1, "", steps=self.steps, micro_batch_size=self.micro_batch_size)
+        _at_least(
+            1,
+            "",
+            steps=self.steps,
+            micro_batch_size=self.micro_batch_size,
+            world_size=self.world_size,
+        )
         _at_least(0, "", seed=self.seed)
         if self.seed >= 1 << 63:
             raise ValueError(f"seed={self.seed}: must be less than 2^63")
         self.adaptive_rank.check_method(self.method)
         if self.method.zeroth_order is not None:
             self._check_without_backward()
+        self._check_parallel()
         if self.device not in DEVICES:
             raise ValueError(f"device={self.device!r}: must be one of {', '.join(DEVICES)}")
         if self.purpose not in PURPOSES:
@@ -162,15 +187,49 @@ class Config:
                 f"model.dropout={self.model.dropout}: must be 0 with attention=sus, which knows no "
                 "dropout of attention"
             )
-        per_micro_batch = self.micro_batch_size * self.model.block_size
-        tokens = self.tokens_per_step
-        if tokens is not None and (tokens < 1 or tokens % per_micro_batch):
-            below = max(tokens // per_micro_batch, 1) * per_micro_batch
+        least, tokens = self._least_tokens, self.tokens_per_step
+        if tokens is not None and (tokens < 1 or tokens % least):
+            below = max(tokens // least, 1) * least
+            sizes = {
+                "micro_batch_size": self.micro_batch_size,
+                "model.block_size": self.model.block_size,
+            }
+            if self.world_size > 1:
+                sizes["world_size"] = self.world_size
             raise ValueError(
-                f"tokens_per_step={tokens}: must be a multiple of micro_batch_size * "
-                f"model.block_size = {self.micro_batch_size} * {self.model.block_size} = "
-                f"{per_micro_batch}; nearest are {below} and {below + per_micro_batch}"
+                f"tokens_per_step={tokens}: must be a multiple of {' * '.join(sizes)} = "
+                f"{' * '.join(map(str, sizes.values()))} = {least}; nearest are {below} and "
+                f"{below + least}"
             )
+
+    def _check_parallel(self) -> None:
+        """Several processes: what can't be had with them."""
+        kind = self.parallel
+        if kind not in KINDS:
+            raise ValueError(f"parallel={kind!r}: must be one of {', '.join(KINDS)}")
+        if kind == "none":
+            if self.world_size > 1:
+                raise ValueError(
+                    f"parallel=none: world_size={self.world_size} processes would each train a "
+                    "model of their own; give parallel=ddp or parallel=fsdp"
+                )
+            return
+        refused = {
+            "method=zeroth_order": self.method.zeroth_order is not None,
+            "cuda_graph=true": bool(self.cuda_graph),
+        }
+        if kind == "fsdp":
+            refused |= {
+                f"adaptive_rank.every={self.adaptive_rank.every}": self.adaptive_rank.every > 0,
+                f"diagnostics.every={self.diagnostics.every}": self.diagnostics.every > 0,
+                "diagnostics.monitor=true": self.diagnostics.monitor,
+            }
+        for option, given in refused.items():
+            if given:
+                others = "none or ddp" if kind == "fsdp" and "." in option else "none"
+                raise ValueError(
+                    f"{option}: not with parallel={kind}; it can be had with parallel={others}"
+                )
 
     def _check_without_backward(self) -> None:
         """Zeroth order: what is about backward would be without effect."""
@@ -205,19 +264,25 @@ class Config:
         rows = self.micro_batch_size * self.model.block_size
         return (
             self._not_captured() is None
+            and self.parallel == "none"
             and self.activations.name != "budget"
             and launch_bound(self.model, rows)
         )
 
     @property
     def micro_batches(self) -> int:
-        """Forward-backward passes per step."""
-        return self.step_tokens // (self.micro_batch_size * self.model.block_size)
+        """Forward-backward passes per step, of each process."""
+        return self.step_tokens // self._least_tokens
+
+    @property
+    def _least_tokens(self) -> int:
+        """Tokens of one micro-batch in each process."""
+        return self.micro_batch_size * self.model.block_size * self.world_size
 
     @property
     def step_tokens(self) -> int:
-        """Tokens per optimiser step."""
-        return self.tokens_per_step or self.micro_batch_size * self.model.block_size
+        """Tokens per optimiser step, over all processes."""
+        return self.tokens_per_step or self._least_tokens
 
     def resolved(self, vocab_size: int) -> Config:
         """This configuration with the data's vocabulary, where model.vocab_size leaves it open."""
@@ -293,6 +358,10 @@ def load(values: DictConfig) -> Config:
     assert isinstance(resolved, dict)
     for name, value in _flattened({str(key): value for key, value in resolved.items()}).items():
         conf.refuse_secret(name, str(value))
+    if made["world_size"] is None:
+        made["world_size"] = here().size
+    if made["parallel"] is None:
+        made["parallel"] = "none" if made["world_size"] == 1 else "ddp"
     rows = max(made["micro_batch_size"] * made["model"].block_size, 1)  # Config refuses fewer
     return Config(**made | {"method": make_method(made["method"], rows)})
 
@@ -300,6 +369,7 @@ def load(values: DictConfig) -> Config:
 def _schema(method: str) -> DictConfig:
     """The types of all options for OmegaConf: those of `Config`, with the options of `method`."""
     hints = get_type_hints(Config) | {"method": method_schema(method)}
+    hints |= {"parallel": str | None, "world_size": int | None}  # null: see `load`
     typed: list[Any] = [
         (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))
         for f in fields(Config)

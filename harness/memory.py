@@ -43,13 +43,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import basis
 from basis.diagnostics.saved import observe
 from basis.linear import SketchedLinear
+from harness.world import local, sharded_modules, spread
 from models.gpt import GPT, CausalAttention, CausalSelfAttention
 
 CATEGORIES = (
@@ -94,18 +94,18 @@ def _category(module: nn.Module | None, tensor: Tensor) -> str:
 
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of all storages behind `tensors`, each once."""
-    return sum(
-        {_storage_id(t): t.untyped_storage().nbytes() for t in tensors if t is not None}.values()
-    )
+    """Bytes of all storages behind `tensors`, each once; of a tensor that is spread over processes,
+    this one's part.
+    """
+    here = [local(tensor) for tensor in tensors if tensor is not None]
+    return sum({_storage_id(t): t.untyped_storage().nbytes() for t in here}.values())
 
 
 def _storage_id(tensor: Tensor) -> int:
-    """Equal for two tensors if they lie in the same memory. Fake tensors have storages, and no
-    memory behind them.
+    """Equal for two tensors that are there at once if they lie in the same storage. Its address
+    would not do: fake tensors have none, and what fsdp has let go of serves others.
     """
-    storage = tensor.untyped_storage()
-    return int(storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr())
+    return int(tensor.untyped_storage()._cdata)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -130,21 +130,29 @@ def _record(
     saving.
     """
     found: dict[int, tuple[str, int]] = {}
+    known: set[int] = set()
+
+    def note(module: nn.Module, _: object) -> None:
+        """Parameters that are whole only while their module runs."""
+        known.update(_storage_id(p) for p in module.parameters() if not spread(p))
 
     def pack(tensor: Tensor) -> Tensor:
         found.setdefault(_storage_id(tensor), (category(tensor), tensor.untyped_storage().nbytes()))
         return tensor
 
+    handles = [module.register_forward_pre_hook(note) for module in sharded_modules(model)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), observe(pack):
         loss = (
             forward()
         )  # named, so that the graph lives (and no storage is used again) until all is counted
+    for handle in handles:
+        handle.remove()
     assert (
         loss.requires_grad == torch.is_grad_enabled()
     )  # without grad mode, as zeroth order runs, nothing is kept
     # Parameters and buffers are there anyway. Asked for after the forward: a layer that learns has
     # new buffers then, and keeps these.
-    known = {_storage_id(t) for t in [*model.parameters(), *model.buffers()]}
+    known |= {_storage_id(t) for t in [*map(local, model.parameters()), *model.buffers()]}
     table: dict[str, int] = {}
     for storage, (name, size) in found.items():
         if storage not in known:
@@ -191,11 +199,14 @@ class LiveBytes(TorchDispatchMode):
     """Follows, operator by operator, the storages that exist: those of `tensors`, and all that
     operators make meanwhile.
 
-    series: the operators, and the bytes alive after each.
+    resized: whether storages may change their size meanwhile, as those of whole parameters do under
+    fsdp; all are then looked at after each operator. series: the operators, and the bytes alive
+    after each.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], *, resized: bool = False) -> None:
         super().__init__()
+        self._resized = resized
         self.series: list[tuple[Any, int]] = []
         self._now = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -203,7 +214,7 @@ class LiveBytes(TorchDispatchMode):
             self._see(tensor)
 
     def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         key, size = (
             storage._cdata,
             storage.nbytes(),
@@ -213,7 +224,7 @@ class LiveBytes(TorchDispatchMode):
 
         def freed(_: object) -> None:
             del self._alive[key]
-            self._now -= size
+            self._now -= size  # counted anew where sizes change
 
         self._alive[key] = weakref.ref(storage, freed)  # of the storage: views come and go
         self._now += size
@@ -225,6 +236,9 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
+        if self._resized:
+            storages = (reference() for reference in list(self._alive.values()))
+            self._now = sum(storage.nbytes() for storage in storages if storage is not None)
         self.series.append((function, self._now))
         return result
 
@@ -249,7 +263,8 @@ def cpu_peak_bytes(
     Counts parameters, buffers, gradients, optimiser state (before it exists too), activations and
     temporaries.
     """
-    with LiveBytes(held_tensors(model, optimizer)) as live:
+    resized = bool(sharded_modules(model))
+    with LiveBytes(held_tensors(model, optimizer), resized=resized) as live:
         for micro_batch in range(micro_batches):
             forward_backward(micro_batch)
     return max(now for _, now in live.series) + (

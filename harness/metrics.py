@@ -146,6 +146,22 @@ class MetricsLog:
         self.close()
 
 
+class NoMetrics(MetricsLog):
+    """The writer of processes that do not write: does nothing."""
+
+    def __init__(self) -> None:
+        """No file is opened."""
+
+    def log(self, metrics: Mapping[str, Scalar]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows of a `metrics.jsonl` in the order written, without a last line that a kill cut
     short.

@@ -32,6 +32,18 @@ log = logging.getLogger(__name__)
 START_AGAIN = "give another hydra.run.dir, or delete the folder to start over from step 0"
 
 
+def check(folder: Path, loaded: Loaded | None) -> str | None:
+    """The id of the run in `folder`, None if it has none yet. loaded: what it continues from.
+
+    Raises ValueError if files are missing or of another run.
+    """
+    known = check_ids(folder, loaded)
+    check_saved(folder, loaded)
+    if loaded:
+        check_history(folder, loaded)
+    return known
+
+
 def check_ids(folder: Path, loaded: Loaded | None = None) -> str | None:
     """The id of the run in `folder`, None if no file holds one yet. loaded: a checkpoint of it,
     whose state is looked at too.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from harness.world import spread, whole
+
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
 
@@ -72,7 +74,9 @@ def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optim
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, fused=True)
+        # PyTorch (2.11 to 2.13) has no fused SGD for parameters that fsdp has spread.
+        kernels = {"foreach" if any(map(spread, parameters)) else "fused": True}
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, **kernels)
     return torch.optim.AdamW(
         groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
     )
@@ -104,4 +108,4 @@ def momentum_norm(optimizer: torch.optim.Optimizer) -> float:
         for name in names
         if state.get(name) is not None
     ]
-    return float(torch.nn.utils.get_total_norm(buffers)) if buffers else 0.0
+    return float(whole(torch.nn.utils.get_total_norm(buffers))) if buffers else 0.0

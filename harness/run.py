@@ -1,6 +1,10 @@
 """A run between two steps: the loss of a micro-batch, what is measured beside it, and how it is
 saved and continued.
 
+Of several processes (parallel.py) each has a `Run`. What is called here is called in all of them,
+at the same steps; the first writes, and what is shown is what it sees, but losses, which are means
+over all processes.
+
 How it comes to be stands in set_up.py, the loop in train.py. Batches and sketch noise need no
 state, they are functions of the step; a checkpoint holds the rest: weights, optimiser, random
 state, the losses not yet logged, the best validation loss, what the monitor last saw, the rank
@@ -12,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +28,16 @@ from torch import Tensor, nn
 import basis
 from basis.convert import not_learning
 from basis.diagnostics.monitor import Monitor
-from basis.noise_key import NOISE_VERSION
+from basis.noise_key import NOISE_VERSION, assign_keys, base_key
 from basis.ops.noise import fold
 from data import Sampler, ValidationWindows
-from harness import activations, attention, memory
+from harness import attention, memory, parallel, world
 from harness.build import layer_inputs
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config
 from harness.device import Runtime
 from harness.metrics import MetricsLog
+from harness.parallel import Parallel
 from harness.rank_control import RankControl
 from harness.tracker import Tracker
 from harness.zeroth_order import ZerothOrder
@@ -61,7 +66,8 @@ class Run:
     sampler: Sampler
     validation: ValidationWindows
     model: GPT
-    forward: Callable[[Tensor, Tensor], Tensor]
+    parallel: Parallel
+    forward: Callable[..., Tensor]
     sketched: list[str]
     data_hashes: dict[str, str]
     optimizer: torch.optim.Optimizer
@@ -90,7 +96,11 @@ class Run:
 
     def micro_batch_loss(self, step: int, micro_batch: int) -> Tensor:
         """Forward of one micro-batch under its own noise: its mean loss in nats, with graph."""
-        basis.set_noise_key(self.model, seed=self.config.seed, step=step, micro_batch=micro_batch)
+        # Numbered over all processes, as its text is; each process's first one is for learning.
+        number = micro_batch * self.sampler.world_size + self.sampler.rank
+        key = base_key(seed=self.config.seed, step=step, micro_batch=number)
+        base = torch.full((), key, dtype=torch.int64, device=self.runtime.device)
+        assign_keys(self.model, base, step=step, micro_batch=micro_batch)
         return self.runtime.forward(self.forward, *self.sampler.batch(step, micro_batch))
 
     def zeroth_order_gradient(self, micro_batch: int, micro_batches: int) -> Tensor:
@@ -164,7 +174,7 @@ class Run:
                 self.runtime.compile
             ):  # all anew, as in a run resumed here: old graphs have no say in the new ones
                 torch.compiler.reset()
-                self.forward = activations.compiled(self.model, self.config.activations)
+                self.forward = self.parallel.forward()
             metrics |= self.measure_memory()
         if self.runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # the peak that is logged is training's
@@ -194,10 +204,10 @@ class Run:
         }
 
     def pending_losses(self) -> list[float]:
-        """Losses of the steps since the last logged row. Raises NonFiniteError naming the first
-        step that has none.
+        """Losses of the steps since the last logged row, means over processes. Raises
+        NonFiniteError naming the first step that has none.
         """
-        losses: list[float] = torch.stack(self.pending).tolist() if self.pending else []
+        losses: list[float] = world.mean(torch.stack(self.pending)).tolist() if self.pending else []
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
                 step = self.step - len(losses) + index + 1
@@ -227,57 +237,74 @@ class Run:
         if self.saved_step == self.step:
             return
         losses = self.pending_losses()
-        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
-        if not bool(torch.stack(norms).isfinite().all()):
+        norms = torch._foreach_norm([world.local(p.detach()) for p in self.model.parameters()])
+        if world.largest(not bool(torch.stack(norms).isfinite().all())):
             raise NonFiniteError(
                 self.step,
                 f"weights are not finite after the update (method "
                 f"{self.config.method.name}, optim.lr={self.config.optim.lr}); "
                 f"{self.last_checkpoint()}",
             )
-        self.metrics.sync()
-        self.checkpoints.save(
-            self.step,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-                "rng_cuda": torch.cuda.get_rng_state()
-                if self.runtime.device.type == "cuda"
-                else None,
-                "pending_losses": losses,
-                "monitor": None if self.monitor is None else self.monitor.state_dict(),
-                "val_step": self.val_step,
-                "val_loss": self.val_loss,
-                "best_val_loss": self.best_val_loss,
-                "run_id": self.id,
-                "metrics": self.metrics.mark(),
-                "config": self.config.to_dict(),
-                "data": self.data_hashes,
-                "runtime": self.runtime.describe(),
-                "noise": NOISE_VERSION,
-                "seconds": self.wall_seconds(),
-                "knobs": self.knobs,
-                "adaptive_rank": None
-                if self.rank_control is None
-                else self.rank_control.state_dict(),
-            },
-            # What the best is kept by: the loss of these very weights.
-            val_loss=self.val_loss
-            if self.config.checkpoint.best and self.val_step == self.step
-            else None,
-            run_id=self.id,
-        )
+        random = world.each(self._random_state())
+        state = {
+            "model": parallel.gathered(self.model.state_dict()),
+            "optimizer": parallel.gathered(self.optimizer.state_dict()),
+            **random[0],
+            "random_of_processes": random[1:],
+            "pending_losses": losses,
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
+            "val_step": self.val_step,
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best_val_loss,
+            "run_id": self.id,
+            "config": self.config.to_dict(),
+            "data": self.data_hashes,
+            "runtime": self.runtime.describe(),
+            "noise": NOISE_VERSION,
+            "seconds": self.wall_seconds(),
+            "knobs": self.knobs,
+            "adaptive_rank": None if self.rank_control is None else self.rank_control.state_dict(),
+        }
+        # What the best is kept by: the loss of these very weights.
+        best_by = self.config.checkpoint.best and self.val_step == self.step
+
+        def write() -> None:
+            self.metrics.sync()
+            state["metrics"] = self.metrics.mark()
+            self.checkpoints.save(
+                self.step, state, val_loss=self.val_loss if best_by else None, run_id=self.id
+            )
+
+        world.agreed(write)
         self.saved_step = self.step
+
+    def _random_state(self) -> dict[str, Tensor | None]:
+        """PyTorch's random numbers of this process, for dropout."""
+        cuda = self.runtime.device.type == "cuda"
+        return {
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state() if cuda else None,
+        }
+
+    def _restore_random_state(self, state: Mapping[str, Any]) -> None:
+        """Those of this process. With another number of processes than before, those that are new
+        draw what nobody drew.
+        """
+        rank = world.here().rank
+        every = [state, *state.get("random_of_processes", [])]
+        if rank >= len(every):
+            torch.manual_seed(fold("process", self.config.seed, rank, state["rng"].sum().item()))
+            return
+        torch.set_rng_state(every[rank]["rng"])
+        if self.runtime.device.type == "cuda" and every[rank]["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(every[rank]["rng_cuda"])
 
     def restore(self, loaded: Loaded) -> None:
         """Continue from a checkpoint of this run."""
         state = loaded.state
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if self.runtime.device.type == "cuda" and state["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng_cuda"])
+        parallel.load_model(self.model, state["model"])
+        parallel.load_optimizer(self.optimizer, state["optimizer"])
+        self._restore_random_state(state)
         self.pending = [
             torch.tensor(loss, device=self.runtime.device) for loss in state["pending_losses"]
         ]
@@ -310,6 +337,7 @@ class Run:
         compiled, self.forward = self.forward, self.model
         with (
             torch.random.fork_rng(),
+            self.parallel.aside(),
             not_learning(self.model),
             torch.set_grad_enabled(self.zeroth_order is None),
         ):
@@ -357,11 +385,18 @@ def validation_loss(
     """Mean cross-entropy in nats per token over `batches` of (inputs, targets), each int64 (b, T).
 
     `forward` replaces calling `model` (a compiled form of it). The model's training mode is
-    restored.
+    restored. Several processes divide the batches; the loss is that of one, bit for bit where
+    theirs are.
     """
     computed = model if forward is None else forward
-    training = model.training
+    training, here, every = model.training, world.here(), list(batches)
+    losses = torch.zeros(len(every), dtype=torch.float64, device=runtime.device)
     model.eval()
-    losses = [runtime.forward(computed, *batch).double() for batch in batches]
+    for first in range(0, len(every), here.size):
+        index = first + here.rank
+        # fsdp's processes run together: one without a batch of its own takes the last one too.
+        loss = runtime.forward(computed, *every[min(index, len(every) - 1)])
+        if index < len(every):
+            losses[index] = loss
     model.train(training)
-    return torch.stack(losses).mean().item()
+    return world.summed(losses).mean().item()

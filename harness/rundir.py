@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,11 @@ CHECKPOINT_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
 
 # What a run may be continued with although it was started otherwise.
-FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "diagnostics.", "data.cache_dir")
+FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "diagnostics.", "resume.", "data.cache_dir")
+PROCESSES = ("parallel", "world_size")
+"""Of these resume.world_size=any makes free options."""
+OF_A_STEP = ("micro_batch_size", "model.block_size", "world_size")
+"""Whose product is a step's tokens where tokens_per_step=null."""
 _NAME_LIMIT = 120
 DEEPEST = 20  # levels of config.yaml
 
@@ -82,10 +87,14 @@ def changed_options(old: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 def refused_changes(old: Mapping[str, Any], config: Config) -> list[str]:
     """ "option: old -> new" for each change with which a run of the flat view `old` can't go on."""
     now = config.flat()
+    # What a step trains on, whether it was given or follows from the other sizes.
+    old = {**old, "tokens_per_step": _step_tokens(old)}
+    now["tokens_per_step"] = config.step_tokens
+    free = (*FREE_OPTIONS, *(PROCESSES if config.resume.world_size == "any" else ()))
     return [
         f"{option}: {old.get(option)} -> {now.get(option)}"
         for option in changed_options(old, now)
-        if not option.startswith(FREE_OPTIONS)
+        if not option.startswith(free)
         and option != "data.path"  # a text may move: `_check_same_text` compares its tokens
         and not (
             option == "steps"
@@ -93,6 +102,14 @@ def refused_changes(old: Mapping[str, Any], config: Config) -> list[str]:
             and old["steps"] < config.steps
         )
     ]
+
+
+def _step_tokens(options: Mapping[str, Any]) -> object:
+    """Tokens of a step of the run with this flat view, None if it does not say."""
+    if options.get("tokens_per_step"):
+        return options["tokens_per_step"]
+    sizes: list[Any] = [options.get(name) for name in OF_A_STEP]
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:

@@ -12,31 +12,33 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from basis.diagnostics.monitor import Monitor
 from basis.noise_key import NOISE_VERSION, HasNoiseKey
+from basis.ops.noise import fold
 from data import Sampler, validation_windows
+from data.prepare import prepare
 from data.tokens import TokenFile
-from harness import activations, one_run, rundir
+from harness import one_run, rundir, world
 from harness.build import build_model, check_method, rank_controller, training_text
-from harness.checkpoint import Checkpoints
+from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config, flat_options
-from harness.device import resolve
+from harness.device import Runtime, resolve
 from harness.layer_budgets import apply_knobs, measure_knobs
-from harness.metrics import MetricsLog
+from harness.metrics import MetricsLog, NoMetrics
 from harness.optim import make_optimizer
+from harness.parallel import Parallel
 from harness.rank_control import RankControl
 from harness.run import Run
 from harness.run_id import RUN_FILE, label_options, run_id, run_labels
-from harness.tracker import make_tracker, require_wandb
+from harness.tracker import Tracker, make_tracker, require_wandb
 from models import GPT
 
 log = logging.getLogger(__name__)
@@ -94,12 +96,8 @@ def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl 
     return RankControl(controller, config.adaptive_rank.every, batches)
 
 
-def set_up(config: Config, folder: Path) -> Run:
-    """The run of `config` in `folder`, new or continued; the caller holds the folder (`held`).
-
-    Raises ValueError for what the user can mend, before writing.
-    """
-    runtime = resolve(
+def _runtime(config: Config) -> Runtime:
+    return resolve(
         config.device,
         config.precision,
         config.compile,
@@ -107,11 +105,24 @@ def set_up(config: Config, folder: Path) -> Run:
         cuda_graph=config.cuda_graph,
         small=config.captured_by_default,
     )
+
+
+def set_up(config: Config, folder: Path) -> Run:
+    """The run of `config` in `folder`, new or continued; the caller holds the folder (`held`).
+
+    Raises ValueError for what the user can mend, before writing.
+    """
+    runtime = world.together(lambda: _runtime(config), (ValueError,))
     if config.activations.name == "budget" and not runtime.compile:
         raise ValueError("activations=budget: a budget is kept by torch.compile; give compile=true")
     kept = config.activations
-    by_blocks = kept.name == "checkpoint" and kept.boundary is not None and runtime.compile
-    if by_blocks and config.model.dropout > 0.0:
+    boundaries = kept.name == "checkpoint" and kept.boundary is not None and runtime.compile
+    if boundaries and config.parallel != "none":
+        raise ValueError(
+            f"activations.boundary={kept.boundary}: not compiled with parallel={config.parallel}; "
+            "give compile=false or activations.boundary=null"
+        )
+    if boundaries and config.model.dropout > 0.0:
         raise ValueError(
             f"model.dropout={config.model.dropout}: with activations.boundary={kept.boundary} a "
             "compiled block would drop other numbers in backward; give compile=false, "
@@ -126,9 +137,10 @@ def set_up(config: Config, folder: Path) -> Run:
     check_method(config)
     rundir.check_same_run(folder, config)
 
-    config, prepared, sampler = training_text(
-        config, progress=config.log.progress, known=rundir.trained_on(folder)
-    )
+    known, shown = rundir.trained_on(folder), config.log.progress and world.here().first
+    # The first one prepares the text, the others find it prepared.
+    world.by_first(lambda: prepare(config.data, progress=shown, known=known), None)
+    config, prepared, sampler = training_text(config, progress=shown, known=known)
     rundir.check_same_run(folder, config)  # now that the vocabulary is known
     validation = validation_windows(
         prepared.val,
@@ -149,13 +161,9 @@ def set_up(config: Config, folder: Path) -> Run:
         )
     model, sketched = build_model(config)
     model.to(runtime.device)
-    optimizer = make_optimizer(model, config.optim)
     checkpoints = Checkpoints(folder / rundir.CHECKPOINT_FOLDER, keep=config.checkpoint.keep)
-    loaded = checkpoints.load_latest()
-    known_id = one_run.check_ids(folder, loaded)
-    one_run.check_saved(folder, loaded)
-    if loaded:
-        one_run.check_history(folder, loaded)
+    loaded = _newest(checkpoints)
+    known_id = world.agreed(lambda: one_run.check(folder, loaded))
     data_hashes = {"train": prepared.train.sha256, "validation": validation.hash}
     if loaded and loaded.state["data"] != data_hashes:
         raise ValueError(
@@ -195,7 +203,65 @@ def set_up(config: Config, folder: Path) -> Run:
         rank_control.restore(
             loaded.state["adaptive_rank"], model
         )  # before what the layers had learned, whose sizes depend on it
+    if not world.here().first:  # dropout of its own; a resumed run has its random numbers
+        torch.manual_seed(fold("process", config.seed, world.here().rank))
+    elsewhere: tuple[MetricsLog, Tracker, str] = (NoMetrics(), Tracker(), "")
+    metrics, tracker, identity = world.by_first(
+        lambda: _open(config, folder, loaded, known_id), elsewhere
+    )
+    if runtime.compile:
+        # graphs of a sweep's earlier runs count against the limit of recompilations
+        torch.compiler.reset()
+    parallel = Parallel(config.parallel, model, runtime, config.activations)
+    run = Run(
+        config=config,
+        folder=folder,
+        runtime=runtime,
+        sampler=sampler,
+        validation=validation,
+        model=model,
+        parallel=parallel,
+        forward=parallel.forward(),
+        sketched=sketched,
+        data_hashes=data_hashes,
+        optimizer=make_optimizer(model, config.optim),  # of the parameters that fsdp leaves here
+        checkpoints=checkpoints,
+        metrics=metrics,
+        tracker=tracker,
+        id=identity,
+        knobs=knobs,
+        rank_control=rank_control,
+        monitor=Monitor(model) if config.diagnostics.monitor else None,
+    )
+    if loaded:
+        run.restore(loaded)
+        log.info("continuing from step %d (%s)", run.step, loaded.path)
+        before = {"parallel": "none", "world_size": 1} | loaded.state["config"]
+        if any(before[option] != getattr(config, option) for option in rundir.PROCESSES):
+            log.warning(
+                "resume.world_size=any: parallel=%s on %d processes so far, now parallel=%s on %d. "
+                "Text and sketch noise of a step stay; its sums are rounded in another order%s, so "
+                "losses agree with those of before to rounding only",
+                before["parallel"],
+                before["world_size"],
+                config.parallel,
+                config.world_size,
+                ", dropout is another" if config.model.dropout else "",
+            )
+    return run
 
+
+def _newest(checkpoints: Checkpoints) -> Loaded | None:
+    """The newest sound checkpoint, the same in all processes."""
+    loaded = world.by_first(checkpoints.load_latest, None)
+    path = world.agreed(lambda: None if loaded is None else loaded.path)
+    return loaded if path is None or loaded is not None else checkpoints.load(path)
+
+
+def _open(
+    config: Config, folder: Path, loaded: Loaded | None, known_id: str | None
+) -> tuple[MetricsLog, Tracker, str]:
+    """What the run writes to, and its id. Nothing stays of a run that the tracker refuses."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = all(path.name == rundir.LOCK_FILE for path in folder.iterdir())
     with ExitStack() as undo:
@@ -224,32 +290,4 @@ def set_up(config: Config, folder: Path) -> Run:
             name=labels.name,
         )
         undo.pop_all()  # nothing was refused
-    if runtime.compile:
-        # graphs of a sweep's earlier runs count against the limit of recompilations
-        torch.compiler.reset()
-    forward: Callable[[Tensor, Tensor], Tensor] = (
-        activations.compiled(model, config.activations) if runtime.compile else model
-    )
-    run = Run(
-        config=config,
-        folder=folder,
-        runtime=runtime,
-        sampler=sampler,
-        validation=validation,
-        model=model,
-        forward=forward,
-        sketched=sketched,
-        data_hashes=data_hashes,
-        optimizer=optimizer,
-        checkpoints=checkpoints,
-        metrics=metrics,
-        tracker=tracker,
-        id=identity,
-        knobs=knobs,
-        rank_control=rank_control,
-        monitor=Monitor(model) if config.diagnostics.monitor else None,
-    )
-    if loaded:
-        run.restore(loaded)
-        log.info("continuing from step %d (%s)", run.step, loaded.path)
-    return run
+    return metrics, tracker, identity

@@ -43,6 +43,7 @@ from basis import sketched_layers
 from basis.noise_key import assign_keys, base_key
 from data import Sampler
 from harness.run import Run
+from harness.world import whole
 
 WARM_UP = 2
 MOST = 8
@@ -81,14 +82,18 @@ class EagerStep:
 
 
 def _gradients(run: Run, loss_of: Callable[[int], Tensor]) -> Tensor:
-    """Add up the gradients of all micro-batches; the mean of their losses, ()."""
+    """Add up the gradients of all micro-batches; the mean of their losses in this process, ()."""
     losses = []
+    last = run.config.micro_batches - 1
     for micro_batch in range(run.config.micro_batches):
         if run.zeroth_order is not None:
             loss = run.zeroth_order_gradient(micro_batch, run.config.micro_batches)
         else:
-            loss = loss_of(micro_batch)
-            (loss / run.config.micro_batches).backward()
+            with run.parallel.micro_batch(last=micro_batch == last):
+                loss = loss_of(micro_batch)
+                (loss / run.config.micro_batches).backward()
+            if micro_batch == 0:
+                run.parallel.share_learned(run.step)
         losses.append(loss.detach())
     return torch.stack(losses).mean()
 
@@ -106,7 +111,7 @@ def _update(run: Run, shown: bool) -> Tensor | None:
         )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return norm
+    return None if norm is None else whole(norm)
 
 
 class Inputs:
