@@ -350,14 +350,14 @@ def load(values: DictConfig) -> Config:
             raise ValueError(f"{group.name}=null: is a group of options, which can't be left out")
     try:
         schema = _schema(str(OmegaConf.select(values, "method.name")))
-        options = OmegaConf.to_object(OmegaConf.merge(schema, values))
+        # Resolved first: OmegaConf does not look at the type of what an interpolation stands for.
+        given: Any = OmegaConf.to_container(values, resolve=True)
+        for name, value in _flattened(given).items():
+            conf.refuse_secret(name, str(value))
+        options = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise ValueError(conf.explain(error, ())) from error
     made = {f.name: getattr(options, f.name) for f in fields(Config)}
-    resolved = OmegaConf.to_container(values, resolve=True)
-    assert isinstance(resolved, dict)
-    for name, value in _flattened({str(key): value for key, value in resolved.items()}).items():
-        conf.refuse_secret(name, str(value))
     if made["world_size"] is None:
         made["world_size"] = here().size
     if made["parallel"] is None:

@@ -53,6 +53,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests have recorded (record_property), such as how much they tried; a worker of
+    pytest-xdist can't print.
+    """
+    for report in terminalreporter.stats.get("passed", []):
+        for _, said in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {said}")
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """The number for `-n auto`: none for the tests of a single file, otherwise one for each core.
 

@@ -81,6 +81,20 @@ def test_other_variables_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     assert configuration(["seed=${oc.env:SLURM_ARRAY_TASK_ID}"]).seed == 7
 
 
+@pytest.mark.parametrize(
+    ("argument", "option"),
+    [
+        ("method.exclude=${seed}", "method.exclude"),
+        ("method.rank=${precision}", "method.rank"),
+        ("tracker.tags=${seed}", "tracker.tags"),
+    ],
+)
+def test_what_an_interpolation_stands_for_has_the_options_type(argument: str, option: str) -> None:
+    with pytest.raises(ValueError, match=f"^{option}: "):
+        configuration([argument])
+    assert configuration(["method.rank=${model.n_head}"]).method.to_dict()["rank"] > 1
+
+
 def test_every_method_has_a_file() -> None:
     assert set(conf.options("method")) == {*ESTIMATORS, "zeroth_order"}
 
