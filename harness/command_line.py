@@ -37,6 +37,7 @@ from harness.world import here
 
 STARTED = time.time()
 FULL_ERROR = "HYDRA_FULL_ERROR"
+LINGER = 10.0  # seconds
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -55,6 +56,11 @@ def run(main: Callable[[], Any]) -> int:
     asked = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what it would print
     try:
+        if here().size > 1 and not {"-m", "--multirun"}.isdisjoint(sys.argv):
+            return _refuse(
+                f"--multirun: {here().size} processes work on one run; start each run of a sweep "
+                "with a torchrun or srun of its own"
+            )
         conf.check(overrides)
         main()
     # What a job raises is in `jobs`: these are Hydra's errors before the first one.
@@ -89,9 +95,13 @@ def run(main: Callable[[], Any]) -> int:
 
 
 def _refuse(said: str, *, own: bool = False) -> int:
-    """Of several processes of a run that refuse the same one says it."""
+    """Of several processes of a run that refuse the same the first says it. The others wait until
+    it has: what started them ends all of them when one has ended.
+    """
     if own or here().first:
-        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(LINGER)
     return 1
 
 

@@ -239,7 +239,7 @@ def set_up(config: Config, folder: Path) -> Run:
         before = {"parallel": "none", "world_size": 1} | loaded.state["config"]
         if any(before[option] != getattr(config, option) for option in rundir.PROCESSES):
             log.warning(
-                "resume.world_size=any: parallel=%s on %d processes so far, now parallel=%s on %d. "
+                "resume.world_size=any: parallel=%s, world_size=%d so far, now %s and %d. "
                 "Text and sketch noise of a step stay; its sums are rounded in another order%s, so "
                 "losses agree with those of before to rounding only",
                 before["parallel"],
