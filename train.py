@@ -53,8 +53,8 @@ log = logging.getLogger("train")
 OmegaConf.register_new_resolver("run_name", rundir.run_name, replace=True)
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Take the steps that are left. Returns the final numbers, which summary.json holds too."""
+def train(run: Run, stop: StopRequest) -> dict[str, Any]:
+    """Take the steps that are left, until `stop`; the final numbers, which summary.json holds."""
     config, optimizer = run.config, run.optimizer
     table = run.measure_memory()
     describe(run, table)
@@ -68,7 +68,7 @@ def train(run: Run) -> dict[str, Any]:
     if run.runtime.device.type == "cuda":
         # else a sweep's later runs would show the peak of an earlier one
         torch.cuda.reset_peak_memory_stats()
-    with StopRequest() as stop, logging_redirect_tqdm(), progress:
+    with logging_redirect_tqdm(), progress:
         if run.step == 0:
             record(
                 run,
@@ -314,8 +314,10 @@ def execute(values: DictConfig, folder: Path) -> None:
         if run is None:
             return
         try:
-            with run.metrics, run.tracker:
-                work(run)
+            # Signals are caught to the end: where one process is lost, the others are sent SIGTERM
+            # while they leave their summary.
+            with StopRequest() as stop, run.metrics, run.tracker:
+                work(run, stop)
         except OSError as error:
             if (refused := disk.first_refusal(error)) is None:
                 raise
@@ -346,7 +348,7 @@ def meet(config: Config) -> None:
         world.connect(here, cuda=torch.cuda.is_available() and config.device != "cpu")
 
 
-def work(run: Run) -> None:
+def work(run: Run, stop: StopRequest) -> None:
     """Train to the end, and leave a summary whatever happens."""
     config, folder = run.config, run.folder
     summary: dict[str, Any] = {
@@ -369,7 +371,7 @@ def work(run: Run) -> None:
         rundir.write_summary(folder, summary)
     summary["status"] = "failed"
     try:
-        result = train(run)
+        result = train(run, stop)
         summary |= {"status": "finished"} | result
     except NonFiniteError as error:
         summary |= {"status": "diverged", "reason": str(error), "diverged_at": error.step}

@@ -38,6 +38,7 @@ from harness.world import here
 STARTED = time.time()
 FULL_ERROR = "HYDRA_FULL_ERROR"
 LINGER = 10.0  # seconds
+ECHO = 2.0  # seconds in which torchrun passes a signal on that its processes have had already
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -143,12 +144,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.code: int | None = None
+        self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.code is not None:
+        if self.code is None:
+            self.code, self._since = 128 + number, time.monotonic()
+        elif here().size == 1 or time.monotonic() - self._since > ECHO:
             raise KeyboardInterrupt
-        self.code = 128 + number
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:

@@ -399,4 +399,6 @@ def validation_loss(
         if index < len(every):
             losses[index] = loss
     model.train(training)
+    for module in world.sharded_modules(model):
+        module.reshard()  # what fsdp would keep whole for a backward
     return world.summed(losses).mean().item()

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -250,7 +251,7 @@ def spread(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
-def sharded_modules(model: nn.Module) -> list[nn.Module]:
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules of `model` whose parameters fsdp makes whole while they run."""
     if not connected():
         return []
