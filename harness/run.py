@@ -400,5 +400,5 @@ def validation_loss(
             losses[index] = loss
     model.train(training)
     for module in world.sharded_modules(model):
-        module.reshard()  # what fsdp would keep whole for a backward
+        module.reshard()  # type: ignore[operator]  # what fsdp keeps whole for a backward
     return world.summed(losses).mean().item()

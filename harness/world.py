@@ -33,7 +33,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -251,7 +250,7 @@ def spread(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
-def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` whose parameters fsdp makes whole while they run."""
     if not connected():
         return []
