@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def _continued(model: GPT, optimizer: torch.optim.Optimizer) -> bool:
     before = [world.local(p).clone() for p in model.parameters()]
     averages = [world.local(s["exp_avg"]).clone() for s in optimizer.state.values()]
     states = [gathered(model.state_dict()), gathered(optimizer.state_dict())]
+    states = copy.deepcopy(states)  # as a file would
     if world.connected():  # process 0 has the values, as a checkpoint would hand them to all
         dist.broadcast_object_list(states, src=0)
     with torch.no_grad():
