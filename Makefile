@@ -49,7 +49,7 @@ gpu:
 	@echo "Installing into .venv: some minutes, most of them for PyTorch."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip $(QUIET_INSTALL) torch
-	$(BIN)/python -m pip $(QUIET_INSTALL) --editable ".[harness,dev,dashboard,experiments]"
+	$(BIN)/python -m pip $(QUIET_INSTALL) --editable ".[harness,dev,dashboard,experiments,sweeps]"
 	touch $@
 
 clean:

@@ -33,11 +33,11 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness import command_line, disk, memory, one_run, rundir, world
+from harness import command_line, disk, memory, one_run, rundir, worker, world
 from harness.checkpoint import CheckpointError
 from harness.command_line import StopRequest
 from harness.config import Config, load
@@ -49,8 +49,6 @@ from harness.set_up import held, set_up
 from harness.step import CaptureError, make_step
 
 log = logging.getLogger("train")
-
-OmegaConf.register_new_resolver("run_name", rundir.run_name, replace=True)
 
 
 def train(run: Run, stop: StopRequest) -> dict[str, Any]:
@@ -401,6 +399,8 @@ def work(run: Run, stop: StopRequest) -> None:
         summary["status"] = "interrupted"
         raise
     finally:
+        if summary["status"] == "failed":
+            summary.setdefault("reason", repr(sys.exception()))
         if first:
             leave(run, summary)
     if first:
@@ -428,7 +428,8 @@ def leave(run: Run, summary: dict[str, Any]) -> None:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(values: DictConfig) -> None:
-    execute(values, Path(HydraConfig.get().runtime.output_dir))
+    with worker.job():
+        execute(values, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":

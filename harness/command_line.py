@@ -32,7 +32,8 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
-from harness import disk, sweep
+from harness import disk, status, sweep
+from harness.worker import SIGNALS
 from harness.world import here
 
 STARTED = time.time()
@@ -40,7 +41,6 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 LINGER = 10.0  # seconds
 ECHO = 2.0  # seconds in which torchrun passes a signal on that its processes have had already
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class OwnError(CompactHydraException):
@@ -78,6 +78,8 @@ def run(main: Callable[[], Any]) -> int:
                 remove_if_empty(Path(error.filename).parent)  # made on the way to the folder itself
                 return _refuse(f"{option}={error.filename}: can't be made ({error.strerror})")
         return _refuse(conf.explain(error, overrides))
+    except sweep.losses_of_workers() as error:
+        return _refuse(f"a process of the sweep has gone, killed or out of memory: {error}")
     except KeyboardInterrupt:
         _refuse("interrupted")
         return INTERRUPTED
@@ -87,8 +89,12 @@ def run(main: Callable[[], Any]) -> int:
             os.environ[FULL_ERROR] = asked
         if jobs.folder is not None:
             _end_of_sweep(jobs, jobs.folder)
+    if jobs.code is not None:
+        _refuse("interrupted")
+        return jobs.code
     if jobs.folder is None and jobs.failed:
         _, failure = jobs.failed[0]
+        assert isinstance(failure, BaseException)
         if asked == "1" or not isinstance(failure, CompactHydraException):
             raise failure
         return _refuse(str(failure), own=isinstance(failure, OwnError))
@@ -107,13 +113,18 @@ def _refuse(said: str, *, own: bool = False) -> int:
 
 
 def _end_of_sweep(jobs: sweep.Jobs, folder: Path) -> None:
-    """List all failures, a line each, where they are not far above. A sweep of which no run began
-    leaves nothing: Hydra's own record goes.
+    """Show how far each cell is, and list all failures, a line each, where they are not far above.
+    A sweep of which no run began leaves nothing: Hydra's own record goes.
     """
-    record = folder / "multirun.yaml"
+    jobs.collect()
+    record = folder / sweep.RECORD
     if made_now(record) and list(folder.iterdir()) == [record]:
         record.unlink()
         remove_if_empty(folder)
+    elif made_now(record):
+        cells = status.of_sweep(folder, {overrides: str(error) for overrides, error in jobs.failed})
+        if cells and here().first:
+            print(status.table(cells), flush=True)
     if jobs.failed:
         lines = "\n  ".join(overrides for overrides, _ in jobs.failed)
         _refuse(f"{len(jobs.failed)} of {jobs.count} jobs failed:\n  {lines}")

@@ -165,15 +165,15 @@ def write_config(run_dir: Path, config: Config) -> None:
     write_atomic(run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration that a run left, as nested dicts. Raises ValueError naming the
-    file if it is damaged.
+def read_config(run_dir: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """The resolved configuration that a run left, or another YAML file of the folder, as nested
+    dicts. Raises ValueError naming the file if it is damaged.
 
     A folder may come from anywhere, so nothing in it is carried out: `${...}` stays text, no class
     is named, and aliases are refused, a few of which can stand for more than fits any memory, as
     are depths that no configuration has.
     """
-    file = run_dir / CONFIG_FILE
+    file = run_dir / name
     try:
         written = file.read_text(encoding="utf-8")
         depth = 0

@@ -54,7 +54,7 @@ def held(folder: Path) -> Iterator[bool]:
     lock = FileLock(folder / rundir.LOCK_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.2)  # scripts/status.py has it for a moment, to see whether it can
     except Timeout:
         raise ValueError(f"{folder}: another process is working on this run") from None
     except OSError as error:
