@@ -124,8 +124,8 @@ def _meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
     job = environment.get("SLURM_JOB_ID")
     if hosts is None or job is None:
         raise ValueError(
-            "MASTER_ADDR: several processes, and nothing says where they meet; start them with "
-            "torchrun or srun, or set MASTER_ADDR and MASTER_PORT"
+            "parallel: nothing says where the processes meet; start them with torchrun or srun, or "
+            "set MASTER_ADDR and MASTER_PORT"
         )
     first = hosts
     if "[" in hosts or "," in hosts:

@@ -98,6 +98,8 @@ TEXTS = {
     "data.max_tokens": ["1", "10", "1000", "null", "0"],
     "data.revision": ["null", "main"],
     "optim.schedule": ["constant", "cosine", "linear"],
+    "parallel": ["none", "ddp", "fsdp", "tp", "null"],
+    "resume.world_size": ["same", "any", "2"],
     "attention.mode": ["sparse", "dense", "null"],
     "model.init": ["gpt2", "paper", "torch", "none"],
     "model.block_size": ["1", "2", "3", "16", "64"],
