@@ -7,9 +7,9 @@
     python eval.py complexity=true out=runs/complexity   # Table 1, measured: needs no runs
 
 Every run in or below the given folders that finished or diverged is used. The others are named with
-the reason. Of several copies of a run the sound one with the most steps counts. Runs that differ in
-their seed alone are averaged. Models are rebuilt from their checkpoints, and their validation
-losses are computed again.
+the reason: still running, damaged, or holding files of another run. Of several copies of a run the
+sound one with the most steps counts. Runs that differ in their seed alone are averaged. Models are
+rebuilt from their checkpoints, and their validation losses are computed again.
 Writes report.md with tables, sentences and figures, the same as report.json, each table as .csv,
 each figure as .svg, into `out` (default: the first folder). What each number means stands in
 report/ and in the folders of experiments/.
@@ -28,34 +28,37 @@ from pathlib import Path
 
 import hydra
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from experiments.paper import complexity
 from experiments.sections import studies
-from harness import command_line
+from harness import command_line, disk
 from report import write
+from report.options import ReportOptions, check_writable, load
 
 
 def evaluate(values: DictConfig) -> None:
-    """Do what `values` asks for. Raises ValueError if that is nothing, or if there is nothing to
-    report on.
+    """Do what `values` asks for. Raises ValueError if that is nothing, if there is nothing to
+    report on, or if the report can't be written.
     """
+    options = load(values)
+    made = not options.out.exists()
+    check_writable(options.out, asked=values.out is not None)
+    try:
+        _report(options)
+    except OSError as error:
+        if (refused := disk.first_refusal(error)) is None:
+            raise
+        raise ValueError(disk.explain(refused, {"out": options.out})) from error
+    finally:
+        if made:
+            command_line.remove_if_empty(options.out)
+
+
+def _report(options: ReportOptions) -> None:
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    out = Path(values.out) if values.out else None
-    if values.runs is None and not values.complexity:
-        raise ValueError(
-            "runs=null: give a folder or a list of folders, as in `python eval.py runs=runs/demo`"
-        )
-    if values.runs is None and out is None:
-        raise ValueError("out=null: complexity=true measures no run; give a folder to write to")
-    folders: list[Path] = []
-    if values.runs is not None:
-        folders = [
-            Path(str(folder))
-            for folder in (values.runs if isinstance(values.runs, ListConfig) else [values.runs])
-        ]
-        times = Path(str(values.times)) if values.times else None
-        report = write.gather(folders, studies(compare=values.arena, times=times))
+    if options.runs:
+        report = write.gather(options.runs, studies(compare=options.arena, times=options.times))
         for complaint in report.complaints:
             print(complaint, file=sys.stderr)
         for table in report.tables[:2]:
@@ -63,10 +66,10 @@ def evaluate(values: DictConfig) -> None:
         print("".join(f"- {sentence}\n" for sentence in report.sentences))
         print(
             "Written:",
-            *write.write(report, out or folders[0], command=command, metrics=values.metrics),
+            *write.write(report, options.out, command=command, metrics=options.metrics),
         )
-    if values.complexity:
-        slopes, written = complexity.report(out or folders[0], command=command)
+    if options.complexity:
+        slopes, written = complexity.report(options.out, command=command)
         print(f"{slopes.title}\n\n{slopes.markdown()}")
         print("Written:", *written)
 

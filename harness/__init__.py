@@ -20,8 +20,8 @@ resuming. `step` takes a step, or replays it as a CUDA graph; `zeroth_order` rep
 *What it leaves.* `rundir` names the files; `metrics` writes metrics.jsonl, the source of truth;
 `checkpoint` and `manifest` write states that a kill cannot damage unseen; `run_id` holds the run's
 id and labels, `one_run` looks whether all files are of one run; `tracker` mirrors the metrics to
-wandb; `provenance` says command, commit and machine. `disk` says in words what a disk refused.
-`sweep` lists the failed jobs of a sweep.
+wandb; `provenance` says command, commit and machine. `bounded` reads small files that may come from
+anywhere; `disk` says in words what a disk refused. `sweep` lists the failed jobs of a sweep.
 
 *Afterwards.* `trained` reads a trained model back.
 

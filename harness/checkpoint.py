@@ -29,7 +29,8 @@ has left.
 
 Cost: a save writes the state once and reads it back once for its hash (from the page cache), a load
 reads it twice. Disk space: `keep` + 1 states, one more during a save. One process writes to a
-folder (rank 0); any number may read.
+folder (rank 0); any number may read, also while it writes: a checkpoint that is replaced or removed
+between the listing and the reading is looked for again.
 """
 
 import logging
@@ -123,11 +124,16 @@ class Checkpoints:
         A damaged one is reported through `logging` and the one before is tried. Raises
         CheckpointError if all are.
         """
-        complaints = []
-        for path in reversed(self._existing().values()):
+        complaints: list[str] = []
+        waiting = list(self._existing().values())
+        while waiting:
+            path = waiting.pop()
             try:
                 return self.load(path)
             except CheckpointError as error:
+                if not path.exists():  # the run goes on meanwhile, and has newer ones
+                    complaints, waiting = [], list(self._existing().values())
+                    continue
                 complaints.append(str(error))
                 log.warning("%s; trying the one before it", error)
         if complaints:
@@ -154,6 +160,16 @@ class Checkpoints:
             losses, key=losses.__getitem__, default=None
         )  # min takes the first of equals, and steps ascend
 
+    def load_best(self) -> Loaded | None:
+        """The checkpoint of `best`, verified, or None. Raises CheckpointError if it is damaged."""
+        while (path := self.best()) is not None:
+            try:
+                return self.load(path)
+            except CheckpointError:
+                if path.exists():
+                    raise  # else the run goes on meanwhile, and has another best
+        return None
+
     def run_ids(self) -> dict[Path, str]:
         """The run that each checkpoint is of, where its manifest is sound and says it."""
         ids = {path: _fact(path, "run_id") for path in self._existing().values()}
@@ -170,9 +186,9 @@ class Checkpoints:
         """
         try:
             manifest = verify(Path(path))
-        except DamagedError as error:
+            state = torch.load(Path(path) / STATE_FILE, weights_only=True, map_location="cpu")
+        except (DamagedError, FileNotFoundError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
-        state = torch.load(Path(path) / STATE_FILE, weights_only=True, map_location="cpu")
         return Loaded(
             step=manifest["step"], state=state, path=Path(path), val_loss=manifest["val_loss"]
         )

@@ -54,7 +54,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
     except OSError as error:
         raise DamagedError(f"{MANIFEST_FILE} cannot be read ({error.strerror})") from error
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
         raise DamagedError(f"{MANIFEST_FILE} is damaged ({error})") from error
     if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
         raise DamagedError(f"{MANIFEST_FILE} is damaged (it does not match its own checksum)")

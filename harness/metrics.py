@@ -191,7 +191,7 @@ def _parse(path: Path) -> tuple[list[bytes], list[dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             if number == len(lines):
                 return lines[:-1], rows
             raise ValueError(f"{path}, line {number}: not readable as JSON ({error})") from error

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from basis.estimator import Estimator
 from data.storage import write_atomic
+from harness.bounded import json_object
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -124,7 +125,8 @@ def run_id(run_dir: Path, known: str | None = None) -> str:
     Call it from one process (rank 0). Raises ValueError naming the file if it is not what this
     module wrote.
     """
-    known = read_run_file(run_dir).get("id", known)
+    written = read_run_file(run_dir).get("id")
+    known = known if written is None else written
     if known is None:
         agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
         known = agent or new_run_id()
@@ -132,7 +134,8 @@ def run_id(run_dir: Path, known: str | None = None) -> str:
         raise ValueError(
             f"{Path(run_dir) / RUN_FILE}: id {known!r} must be 1 to 64 letters, digits, _ or -"
         )
-    update_run_file(run_dir, {"id": known})
+    if written is None:
+        update_run_file(run_dir, {"id": known})
     return known
 
 
@@ -143,13 +146,7 @@ def read_run_file(run_dir: Path) -> dict[str, Any]:
     path = Path(run_dir) / RUN_FILE
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
+    return json_object(path)
 
 
 def update_run_file(run_dir: Path, values: Mapping[str, object]) -> None:

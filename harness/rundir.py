@@ -16,7 +16,6 @@ depend on their number.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -25,18 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import (
-    AliasEvent,
-    CollectionEndEvent,
-    CollectionStartEvent,
-    SafeLoader,
-    YAMLError,
-    parse,
-)
 
 from data.prepare import prepare
 from data.storage import write_atomic
+from harness.bounded import json_object, yaml_mapping
 from harness.config import Config, flat_options
 
 CONFIG_FILE = "config.yaml"
@@ -52,7 +43,6 @@ PROCESSES = ("parallel", "world_size")
 OF_A_STEP = ("micro_batch_size", "model.block_size", "world_size")
 """Whose product is a step's tokens where tokens_per_step=null."""
 _NAME_LIMIT = 120
-DEEPEST = 20  # levels of config.yaml
 
 
 def run_name(overrides: str) -> str:
@@ -173,26 +163,7 @@ def read_config(run_dir: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     is named, and aliases are refused, a few of which can stand for more than fits any memory, as
     are depths that no configuration has.
     """
-    file = run_dir / name
-    try:
-        written = file.read_text(encoding="utf-8")
-        depth = 0
-        for event in parse(written, Loader=SafeLoader):
-            depth += isinstance(event, CollectionStartEvent)
-            depth -= isinstance(event, CollectionEndEvent)
-            if isinstance(event, AliasEvent) or depth > DEEPEST:
-                raise ValueError("it holds an alias, or is nested too deep")
-        config = OmegaConf.to_container(OmegaConf.load(io.StringIO(written)), resolve=False)
-    except (
-        YAMLError,
-        OmegaConfBaseException,
-        ValueError,
-        OSError,  # also OmegaConf's, for a bare word or number
-    ) as error:
-        raise ValueError(f"{file}: not readable as YAML ({error})") from error
-    if not isinstance(config, dict) or not config:
-        raise ValueError(f"{file}: not a mapping of options")
-    return {str(group): values for group, values in config.items()}
+    return yaml_mapping(run_dir / name)
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
@@ -202,13 +173,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     file = run_dir / SUMMARY_FILE
     if not file.exists():
         return {}
-    try:
-        summary = json.loads(file.read_bytes())
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(summary, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return summary
+    return json_object(file)
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:

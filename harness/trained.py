@@ -48,8 +48,7 @@ def load_trained(run: Path, *, best: bool = False) -> Trained:
     has changed since; CheckpointError if it is damaged.
     """
     checkpoints = Checkpoints(run / CHECKPOINT_FOLDER)
-    chosen = checkpoints.best() if best else None
-    loaded = checkpoints.load(chosen) if chosen else checkpoints.load_latest()
+    loaded = (checkpoints.load_best() if best else None) or checkpoints.load_latest()
     if loaded is None:
         raise ValueError(f"{run} holds no checkpoint; give a run folder such as runs/default")
     check_ids(run, loaded)

@@ -132,7 +132,8 @@ def _in_head(group: Options) -> tuple[str, ...]:
 
 def _turned(group: Options) -> str | None:
     """The option that a budget decides: what is given there is not looked at."""
-    return f"method.{ESTIMATORS[group['method.name']].knob}" if group.get("method.budget") else None
+    known = ESTIMATORS.get(group["method.name"]) if group.get("method.budget") else None
+    return f"method.{known.knob}" if known else None
 
 
 def _peers(group: Options, name: str, groups: Sequence[Options]) -> list[Options]:

@@ -8,6 +8,7 @@ A run that diverged came to an end too: it is a result, without final losses.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from harness.rundir import (
     read_config,
     read_summary,
 )
+from report.checked import check_options, check_rows, check_summary
 from report.labels import labels
 
 
@@ -118,7 +120,9 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"runs={path}: no such folder")
-        folders |= {folder.resolve(): folder for folder in sorted(_run_folders(path))}
+        found, unread = _run_folders(path)
+        folders |= {folder.resolve(): folder for folder in sorted(found)}
+        complaints += [f"{error.filename} is left out: {error.strerror}" for error in unread]
     for folder in folders.values():
         try:
             runs.append(_read(folder))
@@ -128,16 +132,24 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
     return runs, complaints
 
 
-def _run_folders(path: Path) -> set[Path]:
-    """Folders in or below `path` that hold something only a run leaves: one that lost its
-    configuration is to be named.
+def _run_folders(path: Path) -> tuple[set[Path], list[OSError]]:
+    """Folders in or below `path` that hold something only a run leaves (one that lost its
+    configuration is to be named), and what can't be looked into.
+
+    A folder that goes meanwhile is no matter: a run that is being trained replaces its checkpoints.
     """
-    found = {
-        file.parent
-        for name in (CONFIG_FILE, SUMMARY_FILE, METRICS_FILE)
-        for file in path.rglob(name)
-    }
-    return found | {saved.parent.parent for saved in path.rglob(f"{CHECKPOINT_FOLDER}/step_*")}
+    found: set[Path] = set()
+    unread: list[OSError] = []
+    for name, folders, files in os.walk(path, onerror=unread.append):
+        here = Path(name)
+        if not {CONFIG_FILE, SUMMARY_FILE, METRICS_FILE}.isdisjoint(files):
+            found.add(here)
+        elif CHECKPOINT_FOLDER in folders:
+            inside = next(os.walk(here / CHECKPOINT_FOLDER), ("", [], []))[1]
+            found |= {here for checkpoint in inside if checkpoint.startswith("step_")}
+        if here in found:  # thousands of files of no interest
+            folders[:] = [f for f in folders if f not in (CHECKPOINT_FOLDER, "wandb")]
+    return found, [error for error in unread if not isinstance(error, FileNotFoundError)]
 
 
 def _read(folder: Path) -> RunResult:
@@ -150,9 +162,7 @@ def _read(folder: Path) -> RunResult:
     if summary.get("status") not in ("finished", "diverged"):
         reason = summary.get("reason", "the command that started it continues it")
         raise ValueError(f"{summary.get('status', 'without summary.json')}, {reason}")
-    for key, kind in {"run_id": str, "step": int, "data": object}.items():
-        if not isinstance(summary.get(key), kind):
-            raise ValueError(f"{folder / SUMMARY_FILE}: damaged, {key} is {summary.get(key)!r}")
+    check_summary(summary, folder / SUMMARY_FILE)
     check_ids(folder)
     config = read_config(folder)
     # Of these a whole file holds something, whatever version wrote it; defaults in their place
@@ -163,9 +173,10 @@ def _read(folder: Path) -> RunResult:
     if missing:
         raise ValueError(f"{folder / CONFIG_FILE}: damaged, without {', '.join(missing)}")
     options, rows = flat_options(config), read_metrics(folder / METRICS_FILE)
-    for name, kind in {"seed": int, "steps": int, "method.name": str}.items():
-        if not isinstance(options.get(name), kind):
-            raise ValueError(f"{folder / CONFIG_FILE}: damaged, {name} is {options.get(name)!r}")
+    if not isinstance(options.get("method.name"), str):
+        raise ValueError(f"{folder / CONFIG_FILE}: damaged, method.name is not there")
+    check_options(options, config, folder / CONFIG_FILE)
+    check_rows(rows, folder / METRICS_FILE)
     run = RunResult(folder, options, summary, rows)
     last = max(run.series("val/loss")[0], default=None)
     if not run.diverged and last != summary["step"]:

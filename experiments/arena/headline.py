@@ -10,10 +10,13 @@ is not in its bytes. One seed carries no bar.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from data.storage import write_atomic
 
 RANKING = Path("results/arena/tuned/report.json")
 FIGURE = Path("docs/loss_against_bytes.svg")
@@ -79,8 +82,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("validation loss above exact (nats)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], metadata={"Date": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    write_atomic(path, drawn.getvalue())
     plt.close(figure)
 
 
