@@ -154,7 +154,7 @@ def test_graphs_are_made_again_when_the_rank_changes(
     replayed = losses(tmp_path / "replayed")
     assert replayed == losses(tmp_path / "taken")
     assert len({row["rank/estimator"] for row in replayed if "rank/estimator" in row}) > 1
-    assert len(Tapes.made) > 4
+    assert len(Tapes.made) > 3  # as many as a run of one rank makes
 
 
 # Numbers go between host and device there only if the device is the CPU.
