@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 
 from basis.estimator import Estimator, Factors, State
-from basis.ops import gaussian_code, kernels, principal_directions
+from basis.ops import gaussian_code, kernels, principal_directions, rotation
 from basis.ops.matrix import in_eager_mode
 
 DIRECTIONS_PER_BIT = 0.45
@@ -169,7 +169,7 @@ class Transform(Estimator):
             with torch.autocast(scale.device.type, enabled=False):
                 coded, rotated = (
                     gaussian_code.decode(packed, scale, planes),
-                    gaussian_code.rotate(grad_y.t(), key),
+                    rotation.rotate(grad_y.t(), key),
                 )
             along = coded.flatten(1).to(dtype) @ rotated.flatten(1).t().to(dtype)
         else:

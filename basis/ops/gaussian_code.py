@@ -1,9 +1,8 @@
 """A few bits a number for numbers that are nearly normal, without bias: rotation, a uniform
 quantiser, a scale, bit planes.
 
-    rotate       up to 4,096 numbers together, by random signs, a Hadamard matrix within blocks of
-                 64, a cosine transform across blocks: whatever their distribution was, sums of so
-                 many are nearly normal, errors nearly independent
+    rotate       up to 4,096 numbers together (rotation.py): whatever their distribution was, they
+                 are nearly normal then, and errors nearly independent
     quantise     b bits: 2^b equal steps that fit a normal variable of the row's deviation best
                  (J. Max, IRE Trans. IT-6, 1960)
     scale        by |z|^2 / <z, q>, one for the numbers rotated together, so that <z^, z> = |z|^2;
@@ -34,9 +33,8 @@ written once.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +43,9 @@ from torch import Tensor
 from basis.ops import kernels
 from basis.ops.bits import to_bytes
 from basis.ops.matrix import in_eager_mode, row_blocks
-from basis.ops.noise import pi, sign_rows
+from basis.ops.rotation import chunks, joined, mixers, rotate, rotate_back
 from basis.ops.tables import table
 
-BLOCK = 64
-MOST_BLOCKS = 64
 MOST_BITS = 8
 _ONES = 0x0101010101010101  # the lowest bit of each of eight bytes
 # By bits, 0 first: the mean-square error of the best equal step for a normal variable of deviation
@@ -75,103 +71,6 @@ def tiny() -> float:
 def best_steps() -> tuple[float, ...]:
     """By bits, 0 first: the best equal step for a normal variable of deviation 1."""
     return (1.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
-
-
-def chunks(count: int) -> tuple[int, int]:
-    """How `count` numbers are rotated: in C chunks of m blocks of BLOCK numbers, the last ones
-    filled up with zeros.
-    """
-    blocks = -(-count // BLOCK)
-    number = -(-blocks // MOST_BLOCKS)
-    return number, -(-blocks // number)
-
-
-def _hadamard(like: Tensor) -> Tensor:
-    """Orthogonal and symmetric, (BLOCK, BLOCK), entries +-1/8."""
-    two = like.new_ones(2, 2)
-    two[1, 1] = -1.0
-    matrix = two
-    while matrix.shape[0] < BLOCK:
-        matrix = torch.kron(matrix, two)
-    return matrix / math.sqrt(BLOCK)
-
-
-def _cosine(size: int, like: Tensor) -> Tensor:
-    """The orthogonal cosine transform (DCT-II), (size, size)."""
-    index = torch.arange(size, dtype=like.dtype, device=like.device)
-    matrix = torch.cos(pi() / size * index[:, None] * (index + 0.5)) * math.sqrt(2.0 / size)
-    matrix[0] *= math.sqrt(0.5)
-    return matrix
-
-
-@functools.cache
-def _remembered(blocks: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # or what is made there could not be used elsewhere
-        like = torch.empty(0, dtype=dtype, device=device)
-        return _hadamard(like), _cosine(blocks, like)
-
-
-def _mixers(blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The Hadamard matrix and the cosine transform for `like`. To make them takes longer than to
-    use them: so once only.
-
-    In float32 at least: the angles of a cosine transform are far beyond what bfloat16 can tell
-    apart.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    if in_eager_mode(like):
-        return _remembered(blocks, dtype, like.device)
-    like = like.new_empty(0, dtype=dtype)
-    return _hadamard(like), _cosine(blocks, like)
-
-
-def _signs(key: Tensor, count: int) -> Tensor:
-    """A sign of each number, float32: 32 of a random integer."""
-    return sign_rows(key, slice(0, 1), count)[0]
-
-
-def rotate(z: Tensor, key: Tensor) -> Tensor:
-    """Rows of z (K, B), filled up with zeros and rotated chunk by chunk: (K, C, L), float32 at
-    least.
-    """
-    rows, count = z.shape
-    number, blocks = chunks(count)
-    hadamard, cosine = _mixers(blocks, z)
-    signs = _signs(key, count)
-    missing = number * blocks * BLOCK - count
-
-    def rotated(part: Tensor) -> Tensor:
-        part = F.pad(part * signs, (0, missing)) if missing else part * signs
-        part = part.reshape(-1, BLOCK) @ hadamard
-        return cosine @ part.view(-1, blocks, BLOCK) if blocks > 1 else part  # (m, m) (K C, m, 64)
-
-    return _row_by_row(rotated, z, count + missing).view(rows, number, -1)
-
-
-def rotate_back(z: Tensor, key: Tensor, count: int) -> Tensor:
-    """The first `count` numbers of each row, (K, B), as they were before `rotate`."""
-    blocks = z.shape[-1] // BLOCK
-    hadamard, cosine = _mixers(blocks, z)
-    signs = _signs(key, count)
-
-    def rotated(part: Tensor) -> Tensor:
-        rows = len(part)
-        if blocks > 1:
-            part = cosine.t() @ part.reshape(-1, blocks, BLOCK)
-        return (part.reshape(-1, BLOCK) @ hadamard).view(rows, -1)[:, :count] * signs
-
-    return _row_by_row(rotated, z, z.shape[1] * z.shape[2])
-
-
-def _row_by_row(function: Callable[[Tensor], Tensor], z: Tensor, width: int) -> Tensor:
-    """The function of all rows, (K, .): of so many at a time that they lie in the cache."""
-    return _joined(
-        [function(z[part]).reshape(part.stop - part.start, -1) for part in row_blocks(z, width)]
-    )
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def allocate(variances: Tensor, planes: int, left_out: float) -> Tensor:
@@ -228,7 +127,7 @@ def _compress_by_kernel(
 
     _, blocks = chunks(z.shape[1])
     first = starts(planes, len(z))
-    return gaussian_code.encode(z, shift, key, first, _mixers(blocks, shift)[1], len(planes))
+    return gaussian_code.encode(z, shift, key, first, mixers(blocks, shift)[1], len(planes))
 
 
 def restore(
@@ -251,7 +150,7 @@ def _restore_by_kernel(
 
     _, blocks = chunks(count)
     first = starts(planes, len(scale))
-    return gaussian_code.decode(packed, scale, key, first, _mixers(blocks, scale)[1], count, dtype)
+    return gaussian_code.decode(packed, scale, key, first, mixers(blocks, scale)[1], count, dtype)
 
 
 def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,7 +172,7 @@ def encode(z: Tensor, planes: Tensor) -> tuple[Tensor, Tensor]:
         chosen = codes.index_select(0, owner[of_part] - part.start)  # (planes, C, L)
         packed.append(pack_planes((chosen >> place[of_part]) & 1))
         scales.append(scale)
-    return _joined(packed), _joined(scales)
+    return joined(packed), joined(scales)
 
 
 def _blocks(first: Tensor, width: int) -> Iterator[tuple[slice, slice]]:
@@ -336,12 +235,12 @@ def decode(packed: Tensor, scale: Tensor, planes: Tensor) -> Tensor:
             index, ones.flatten(0, 1), bags.flatten(), mode="sum", per_sample_weights=by_plane
         )
         found.append(sums.view(number, -1, length).transpose(0, 1).sub_(offset[part]))
-    return _joined(found)
+    return joined(found)
 
 
 def pack_planes(plane: Tensor) -> Tensor:
-    """Bits (..., L) of 0 and 1 in uint8, 8 to a byte: (..., L / 8). L is a multiple of BLOCK; a
-    byte holds bits that lie 8 apart within a block.
+    """Bits (..., L) of 0 and 1 in uint8, 8 to a byte: (..., L / 8). L is a multiple of 64; a byte
+    holds bits that lie 8 apart within 64.
 
     So eight bytes at a time are shifted and added, as one integer.
     """

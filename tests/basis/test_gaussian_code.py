@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from basis.ops import gaussian_code
+from basis.ops import gaussian_code, rotation
 from basis.ops.gaussian_code import DISTORTIONS, MOST_BITS, best_steps
 
 
@@ -56,21 +56,19 @@ def test_error_is_that_of_the_docstring(bits: int) -> None:
 )
 def test_rotation_is_orthogonal_and_undone(count: int, shape: tuple[int, int]) -> None:
     z = normal(3, count)
-    rotated = gaussian_code.rotate(z, key(5))
+    rotated = rotation.rotate(z, key(5))
     assert rotated.shape == (3, *shape)
     flat = rotated.flatten(1)
     torch.testing.assert_close(flat @ flat.t(), z @ z.t(), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(
-        gaussian_code.rotate_back(rotated, key(5), count), z, rtol=1e-4, atol=1e-4
+        rotation.rotate_back(rotated, key(5), count), z, rtol=1e-4, atol=1e-4
     )
-    assert not torch.allclose(rotated, gaussian_code.rotate(z, key(6)))
+    assert not torch.allclose(rotated, rotation.rotate(z, key(6)))
 
 
 def coded(z: torch.Tensor, chosen: torch.Tensor, seed: int) -> torch.Tensor:
-    packed, scale = gaussian_code.encode(gaussian_code.rotate(z, key(seed)), chosen)
-    return gaussian_code.rotate_back(
-        gaussian_code.decode(packed, scale, chosen), key(seed), z.shape[1]
-    )
+    packed, scale = gaussian_code.encode(rotation.rotate(z, key(seed)), chosen)
+    return rotation.rotate_back(gaussian_code.decode(packed, scale, chosen), key(seed), z.shape[1])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -13,7 +13,7 @@ from basis import Transform
 from basis.diagnostics.budget import fit_budget, kept_bytes, state_bytes
 from basis.estimators.transform import rate_distortion_bound
 from basis.linear import SketchedLinear
-from basis.ops import gaussian_code
+from basis.ops import gaussian_code, rotation
 from basis.ops.noise import fold
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -236,7 +236,7 @@ def test_compiled_fake_in_inference_and_under_a_transform(group: int, backend: s
     layer = SketchedLinear.from_linear(nn.Linear(16, 6), estimator).eval()
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
     for first in ("fake", "inference", "transform", "compiled"):
-        gaussian_code._remembered.cache_clear()
+        rotation._remembered.cache_clear()
         if first == "fake":
             assert kept_bytes(estimator, 256, 16) > 0
         elif first == "inference":
@@ -251,7 +251,7 @@ def test_compiled_fake_in_inference_and_under_a_transform(group: int, backend: s
             torch.testing.assert_close(
                 compiled, gradient(x, grad_y, key(1), state), rtol=1e-4, atol=1e-4
             )
-        for matrix in gaussian_code._mixers(4, x):
+        for matrix in rotation.mixers(4, x):
             assert not matrix.is_inference()
             assert matrix.data_ptr() != 0, "a wrapper of a transform has no storage"
         layer(x).backward(grad_y)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from basis import Transform
-from basis.ops import gaussian_code, kernels
+from basis.ops import gaussian_code, kernels, rotation
 
 pytest.importorskip("triton")
 
@@ -76,6 +76,7 @@ def test_the_kernels_are_what_runs(key: torch.Tensor, monkeypatch: pytest.Monkey
 
     for name in ("encode", "decode", "rotate", "rotate_back"):
         monkeypatch.setattr(gaussian_code, name, broken)
+    monkeypatch.setattr(rotation, "rotate", broken)
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     estimator = Transform(2.0)
     kept = estimator.compress(x, key, estimator.initial_state(8, x.device))

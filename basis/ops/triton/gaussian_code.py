@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from basis.ops import kernels
-from basis.ops.gaussian_code import BLOCK, chunks
+from basis.ops.rotation import BLOCK, chunks
 from basis.ops.triton.noise import random_bits
 
 _LEAST = 16  # of the sides of a product
