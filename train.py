@@ -37,7 +37,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness import command_line, disk, memory, one_run, rundir, worker, world
+from harness import command_line, disk, memory, memory_limit, one_run, rundir, worker, world
 from harness.checkpoint import CheckpointError
 from harness.command_line import StopRequest
 from harness.config import Config, load
@@ -307,8 +307,13 @@ def execute(values: DictConfig, folder: Path) -> None:
             meet(config)
             writable = world.by_first(lambda: stack.enter_context(held(folder)), True)
             run = begin(config, folder, writable)
-        except (ValueError, CheckpointError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, CheckpointError, OSError) as error:
             raise CompactHydraException(said(error, folders)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not memory_limit.is_out_of_memory(error):
+                raise
+            device = torch.device("cuda" if isinstance(error, torch.OutOfMemoryError) else "cpu")
+            raise CompactHydraException(memory_limit.explain(config, device, {})) from error
         if run is None:
             return
         try:
@@ -377,17 +382,20 @@ def work(run: Run, stop: StopRequest) -> None:
     except CaptureError as error:
         summary["reason"] = str(error)
         raise CompactHydraException(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        summary["reason"] = "out of memory"
-        raise command_line.OwnError(
-            f"out of memory on {run.runtime.device}: halve micro_batch_size (tokens_per_step "
-            "stays), sketch more layers (method.include=['*']), or set precision=bfloat16"
-            + (" or cuda_graph=false" if run.runtime.cuda_graph else "")
-        ) from error
     except OSError as error:
         summary["reason"] = str(error)
         raise
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if memory_limit.is_out_of_memory(error):
+            summary["reason"] = "out of memory"
+            raise command_line.OwnError(
+                memory_limit.explain(
+                    config,
+                    run.runtime.device,
+                    last_values(run),
+                    captured=run.runtime.cuda_graph,
+                )
+            ) from error
         if not world.lost_another(error):
             raise
         summary["reason"] = "another process of the run has ended"
@@ -412,10 +420,15 @@ def work(run: Run, stop: StopRequest) -> None:
         )
 
 
+def last_values(run: Run) -> dict[str, Any]:
+    """Of each metric the last value in the folder."""
+    file = run.folder / rundir.METRICS_FILE
+    return {k: v for row in (read_metrics(file) if file.exists() else []) for k, v in row.items()}
+
+
 def leave(run: Run, summary: dict[str, Any]) -> None:
     """Add the last numbers of `run` to `summary`, and write it for people and for the tracker."""
-    rows = read_metrics(run.folder / rundir.METRICS_FILE)
-    summary |= {k: v for row in rows for k, v in row.items()}  # of each metric the last value
+    summary |= last_values(run)
     summary |= {
         "step": run.step,
         "saved_step": run.saved_step,

@@ -15,7 +15,8 @@ and `layer_budgets` for the knob of each layer, where a budget is divided by mea
 
 *The run.* `run` is the state between two steps: the loss of a micro-batch, measurements, saving and
 resuming. `step` takes a step, or replays it as a CUDA graph; `zeroth_order` replaces backward,
-`rank_control` changes the rank, `memory` counts bytes.
+`rank_control` changes the rank, `memory` counts bytes, `memory_limit` compares them with what there
+is.
 
 *What it leaves.* `rundir` names the files; `metrics` writes metrics.jsonl, the source of truth;
 `checkpoint` and `manifest` write states that a kill cannot damage unseen; `run_id` holds the run's

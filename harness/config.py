@@ -354,6 +354,9 @@ def load(values: DictConfig) -> Config:
         given: Any = OmegaConf.to_container(values, resolve=True)
         for name, value in _flattened(given).items():
             conf.refuse_secret(name, str(value))
+            # OmegaConf lets lists within a list pass for words.
+            if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+                raise ValueError(f"{name}={value}: must be a list of words, without lists in it")
         options = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise ValueError(conf.explain(error, ())) from error

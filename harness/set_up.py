@@ -26,7 +26,7 @@ from basis.ops.noise import fold
 from data import Sampler, validation_windows
 from data.prepare import prepare
 from data.tokens import TokenFile
-from harness import one_run, rundir, world
+from harness import memory_limit, one_run, rundir, world
 from harness.build import build_model, check_method, rank_controller, training_text
 from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config, flat_options
@@ -134,6 +134,7 @@ def set_up(config: Config, folder: Path) -> Run:
             "compile=false"
         )
     require_wandb(config.tracker.mode)
+    memory_limit.check(config, runtime.device)
     check_method(config)
     rundir.check_same_run(folder, config)
 

@@ -15,6 +15,8 @@ from harness import rundir
 ADAPTIVE = ["method=low_rank", "method.rank=2", "adaptive_rank.every=5"]
 REFUSED = [
     (["method.rnk=3"], "method.rnk"),
+    (["tracker.tags=[[1]]"], "tracker.tags=[[1]]: must be a list of words"),
+    (["method.include=[{a:1}]"], "method.include=[{'a': 1}]: must be a list of words"),
     (["+method.rnk=3"], "method.rnk"),
     (["method.rank=abc"], "method.rank"),
     (["method.rank=0"], "method.rank=0"),
