@@ -280,7 +280,10 @@ def is_finished(config: Config, folder: Path, writable: bool) -> bool:
     if summary.get("status") == "finished" and summary["step"] >= config.steps:
         rundir.check_same_run(folder, config)
         log.info(
-            "%s is finished (step %d, val/loss %.4f)", folder, summary["step"], summary["val/loss"]
+            "%s is finished (step %d, val/loss %.4f)",
+            folder,
+            summary["step"],
+            summary.get("val/loss", math.nan),
         )
         if config.tracker.mode == "online":
             log.info("to upload it: python scripts/sync.py %s --mode online", folder)

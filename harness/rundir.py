@@ -36,6 +36,12 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
 
+# What summary.json says of a run that came to an end, by its status.
+_BY_STATUS: dict[str, dict[str, type]] = {
+    "finished": {"step": int},
+    "diverged": {"step": int, "reason": str},
+}
+
 # What a run may be continued with although it was started otherwise.
 FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "diagnostics.", "resume.", "data.cache_dir")
 PROCESSES = ("parallel", "world_size")
@@ -173,7 +179,11 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     file = run_dir / SUMMARY_FILE
     if not file.exists():
         return {}
-    return json_object(file)
+    summary = json_object(file)
+    for name, kinds in _BY_STATUS.get(str(summary.get("status")), {}).items():
+        if not isinstance(summary.get(name), kinds) or isinstance(summary[name], bool):
+            raise ValueError(f"{file}: damaged, {name} is {summary.get(name)!r}")
+    return summary
 
 
 def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:

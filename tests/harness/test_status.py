@@ -85,7 +85,8 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(
     name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_folder(tmp_path / "sound", {"status": "finished", "step": 2000})
-    (run_folder(tmp_path / "damaged", {"status": "finished"}) / name).write_text(content)
+    damaged_run = run_folder(tmp_path / "damaged", {"status": "finished", "step": 2000})
+    (damaged_run / name).write_text(content)
     # wandb's copy of the options and what is hidden are no runs
     run_folder(tmp_path / "sound" / "wandb" / "run" / "files", None)
     run_folder(tmp_path / ".hidden", None)

@@ -197,6 +197,9 @@ def test_refusals_on_the_command_line_are_short_and_leave_nothing(
     ("name", "content", "named"),
     [
         ("summary.json", '{"status":', "summary.json: not readable as JSON"),
+        ("summary.json", '{"status": "finished"}', "summary.json: damaged, step is None"),
+        ("summary.json", '{"status": "finished", "step": "20"}', "damaged, step is '20'"),
+        ("summary.json", '{"status": "diverged", "step": 2}', "damaged, reason is None"),
         ("config.yaml", "model: [", "config.yaml: not readable as YAML"),
         ("config.yaml", "", "config.yaml: not a mapping of options"),
         ("config.yaml", None, "holds a run without config.yaml"),
