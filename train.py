@@ -96,7 +96,7 @@ def train(run: Run, stop: StopRequest) -> dict[str, Any]:
                 run.runtime.synchronize()
             if log_now:
                 step_losses = run.pending_losses()
-                run.pending.clear()
+                run.forget_losses()
                 assert grad_norm is not None
                 seconds, last_logged = clock.lap() / (done - last_logged), done
                 row |= {

@@ -57,7 +57,7 @@ class NonFiniteError(RuntimeError):
 @dataclass
 class Run:
     """A run between two steps. `step` optimiser steps are done; `pending` holds the losses of those
-    not yet logged.
+    not yet logged, as this process saw them; before these come `earlier_losses`, of a checkpoint.
     """
 
     config: Config
@@ -86,6 +86,7 @@ class Run:
     val_loss: float | None = None
     best_val_loss: float = math.inf
     pending: list[Tensor] = field(default_factory=list)
+    earlier_losses: list[float] = field(default_factory=list)
     seconds: float = 0.0  # wall time of earlier segments
     started: float = field(default_factory=time.perf_counter)
 
@@ -207,7 +208,9 @@ class Run:
         """Losses of the steps since the last logged row, means over processes. Raises
         NonFiniteError naming the first step that has none.
         """
-        losses: list[float] = world.mean(torch.stack(self.pending)).tolist() if self.pending else []
+        losses = list(self.earlier_losses)
+        if self.pending:
+            losses += world.mean(torch.stack(self.pending)).tolist()
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
                 step = self.step - len(losses) + index + 1
@@ -217,6 +220,11 @@ class Run:
                     f"optim.lr={self.config.optim.lr}); {self.last_checkpoint()}",
                 )
         return losses
+
+    def forget_losses(self) -> None:
+        """Losses so far are logged."""
+        self.pending.clear()
+        self.earlier_losses = []
 
     def last_checkpoint(self) -> str:
         """The step of the newest one, in words."""
@@ -305,9 +313,7 @@ class Run:
         parallel.load_model(self.model, state["model"])
         parallel.load_optimizer(self.optimizer, state["optimizer"])
         self._restore_random_state(state)
-        self.pending = [
-            torch.tensor(loss, device=self.runtime.device) for loss in state["pending_losses"]
-        ]
+        self.earlier_losses = state["pending_losses"]
         if self.monitor is not None and state.get(
             "monitor"
         ):  # a run may have been without until now
