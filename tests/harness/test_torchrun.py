@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import command, losses, overrides
@@ -68,6 +69,14 @@ def _workers(launcher: int) -> list[int]:
     """The processes that torchrun has started, in order of their rank."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return sorted(map(int, children))
+
+
+def _history(run: Path) -> list[dict[str, Any]]:
+    """Rows of metrics without the peak: with fsdp it moves by a few tensors, as the threads that
+    talk let go of theirs.
+    """
+    rows = losses(run)
+    return [{k: v for k, v in row.items() if k != "mem/peak_bytes"} for row in rows]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,11 +146,11 @@ def test_a_killed_process_takes_the_other_along_and_the_command_goes_on(
         assert said.count("another process of this run has ended") == 1, said
         assert 'train.py", line' not in said
     _finish(tmp_path, "killed", *words)
-    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert _history(tmp_path / "killed") == _history(tmp_path / "straight")
 
 
 def test_a_signal_to_one_process_saves_in_all_and_the_command_goes_on(tmp_path: Path) -> None:
-    words = (*BASIS, "parallel=ddp", "steps=2000", "eval.every=0", "checkpoint.every=0")
+    words = (*BASIS, "parallel=ddp", "steps=300", "eval.every=0", "checkpoint.every=0")
     running = _start(tmp_path, "run", *words, "log.every=1")
     metrics = tmp_path / "run" / "metrics.jsonl"
     _wait(running, lambda: metrics.exists() and metrics.read_text().count("\n") > 5)
@@ -150,7 +159,7 @@ def test_a_signal_to_one_process_saves_in_all_and_the_command_goes_on(tmp_path: 
     assert code != 0
     saved = _saved(tmp_path, "run")
     assert f"stopped by a signal at step {saved}, checkpoint saved" in said
-    code, said = _end(_start(tmp_path, "run", *words[:2], "parallel=ddp", f"steps={saved + 1}"))
+    code, said = _end(_start(tmp_path, "run", *words))
     assert code == 0, said
     assert f"continuing from step {saved} " in said
 
