@@ -183,7 +183,7 @@ def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict(state)`, of whole tensors."""
+    """`optimizer.load_state_dict(state)`, of whole tensors. Which kernels take a step stays."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     spread = {
         index: {
@@ -192,4 +192,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         }
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": spread})
+    kernels = ("fused", "foreach")
+    groups = [
+        group | {name: known[name] for name in kernels}
+        for group, known in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "state": spread, "param_groups": groups})
