@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -186,3 +187,37 @@ def test_a_lost_newest_checkpoint_is_named(
     train_here(data, tmp_path / "straight", "steps=30")
     assert losses(run) == losses(tmp_path / "straight")
     assert rundir.read_summary(run)["saved_step"] == 30
+
+
+@pytest.mark.slow
+def test_no_damage_to_a_file_is_used_in_silence(
+    two: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    """A bit flipped, a file cut or deleted: the run is refused in a message about its folder, or
+    goes on as if nothing had happened, to the last bit.
+    """
+    train_here(data, tmp_path / "straight", "steps=24")
+    source, refused, same = random.Random(0), 0, 0
+    files = [f.relative_to(two[0]) for f in two[0].rglob("*") if f.is_file() and f.name != ".lock"]
+    for number in range(200):
+        run = Path(shutil.copytree(two[0], tmp_path / f"run{number}"))
+        file = run / source.choice(sorted(files))
+        content = bytearray(file.read_bytes())
+        content[source.randrange(len(content))] ^= 1 << source.randrange(8)
+        damage = source.choice(["flip", "cut", "delete"])
+        if damage == "delete":
+            file.unlink()
+        else:
+            cut = source.randrange(len(content)) if damage == "cut" else None
+            file.write_bytes(content[:cut])
+        try:
+            train_here(data, run, "steps=24")
+        except CompactHydraException as error:
+            refused += str(run) in str(error)
+        else:
+            assert losses(run) == losses(tmp_path / "straight"), (file, damage)
+            same += 1
+        shutil.rmtree(run)
+    assert refused + same == 200
+    assert refused > 40
+    assert same > 80
