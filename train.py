@@ -43,6 +43,7 @@ from harness.command_line import StopRequest
 from harness.config import Config, load
 from harness.metrics import Stopwatch, read_metrics
 from harness.optim import learning_rate, momentum_norm
+from harness.profile import profiled
 from harness.provenance import provenance
 from harness.run import NonFiniteError, Run, validation_loss
 from harness.set_up import held, set_up
@@ -66,7 +67,11 @@ def train(run: Run, stop: StopRequest) -> dict[str, Any]:
     if run.runtime.device.type == "cuda":
         # else a sweep's later runs would show the peak of an earlier one
         torch.cuda.reset_peak_memory_stats()
-    with logging_redirect_tqdm(), progress:
+    with (
+        logging_redirect_tqdm(),
+        progress,
+        profiled(config.profile, run.folder) as step_is_done,
+    ):
         if run.step == 0:
             record(
                 run,
@@ -91,6 +96,7 @@ def train(run: Run, stop: StopRequest) -> dict[str, Any]:
             run.step = done
             run.pending.append(loss)
             progress.update()
+            step_is_done()
 
             if log_now or eval_now or save_now:
                 run.runtime.synchronize()

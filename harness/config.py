@@ -37,6 +37,7 @@ from harness.device import DEVICES, PRECISIONS, launch_bound
 from harness.method import Method, make_method, method_schema
 from harness.optim import OptimOptions
 from harness.parallel import KINDS
+from harness.profile import ProfileOptions
 from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
 from harness.world import here
@@ -149,6 +150,7 @@ class Config:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
     diagnostics: DiagnosticsOptions = field(default_factory=DiagnosticsOptions)
+    profile: ProfileOptions = field(default_factory=ProfileOptions)
     resume: ResumeOptions = field(default_factory=ResumeOptions)
     tracker: TrackerOptions = field(default_factory=TrackerOptions)
 

@@ -43,7 +43,15 @@ _BY_STATUS: dict[str, dict[str, type]] = {
 }
 
 # What a run may be continued with although it was started otherwise.
-FREE_OPTIONS = ("tracker.", "checkpoint.", "log.", "diagnostics.", "resume.", "data.cache_dir")
+FREE_OPTIONS = (
+    "tracker.",
+    "checkpoint.",
+    "log.",
+    "diagnostics.",
+    "profile.",
+    "resume.",
+    "data.cache_dir",
+)
 PROCESSES = ("parallel", "world_size")
 """Of these resume.world_size=any makes free options."""
 OF_A_STEP = ("micro_batch_size", "model.block_size", "world_size")
