@@ -9,6 +9,7 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -312,7 +313,8 @@ def test_a_cell_is_trained_as_wandbs_agent_calls_it(data: Path, tmp_path: Path) 
             for word in create_sweep_command(list(plan["command"]))
         )
     )
-    environment = clean_environment(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="agent123")
+    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = clean_environment(WANDB_SWEEP_ID="s1", WANDB_RUN_ID="agent123", PATH=here)
     done = subprocess.run(
         words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

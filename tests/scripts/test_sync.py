@@ -43,7 +43,7 @@ def run_dir(tmp_path, monkeypatch):
             log.log(row)
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "summary.json").write_text(
-        json.dumps({"status": "finished", "val/loss": 4.5, "memory": {"a": 1}})
+        json.dumps({"status": "finished", "step": 4, "val/loss": 4.5, "memory": {"a": 1}})
     )
     return folder
 
