@@ -15,12 +15,12 @@ backward. null is ddp for several processes and none for one.
 *What stays the same.* A step has tokens_per_step tokens over all processes. Number its
 micro-batches m * world_size + rank: number g sees the text, and draws the sketch noise, of
 micro-batch g of a single process. So N processes compute what one computes that accumulates N times
-as many micro-batches, to rounding. Dropout alone differs.
+as many micro-batches, to rounding. What differs is dropout, and steps in which a method learns.
 
-*Methods that learn* do so in a step's first micro-batch. Each process compresses by what it learned
-from its own rows. Behind the first backward all take over what process 0 has learned
-(`share_learned`), so what is learned is the same everywhere, to the last bit, and that of a single
-process. It costs the bytes of what is learned, in steps that learn.
+*Methods that learn* do so in a step's first micro-batch. Each process compresses that one by what
+it learned from its own rows, where a single process would use what it learned from the first.
+After its backward all take over what process 0 has learned (`share_learned`): the same everywhere,
+to the last bit. It costs the bytes of what is learned, in steps that learn.
 
 *Invariant Scalars* are of the process's own rows and gradients. The mean over processes is of
 estimates, each scaled for itself, as over micro-batches.

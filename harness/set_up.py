@@ -112,7 +112,7 @@ def set_up(config: Config, folder: Path) -> Run:
 
     Raises ValueError for what the user can mend, before writing.
     """
-    runtime = world.together(lambda: _runtime(config), (ValueError,))
+    runtime = world.together(lambda: _runtime(config))
     if config.activations.name == "budget" and not runtime.compile:
         raise ValueError("activations=budget: a budget is kept by torch.compile; give compile=true")
     kept = config.activations

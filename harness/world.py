@@ -99,17 +99,31 @@ def _number(
 def connect(world: World, *, cuda: bool) -> None:
     """Meet the other processes, once in this process; it parts from them when it ends.
 
-    Raises ValueError if nobody says where they meet.
+    cuda: whether this process computes on a CUDA device: on that with its number on the host, or
+    on the only one that it is shown, as by srun --gpus-per-task. Raises ValueError if nobody says
+    where they meet, and if there are fewer devices than processes.
     """
     if dist.is_initialized():
         return
+    if cuda:
+        torch.cuda.set_device(_device(world, torch.cuda.device_count()))
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(_meeting_point(os.environ))
-    if cuda:
-        torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, rank=world.rank, world_size=world.size)
     atexit.register(part)
+
+
+def _device(world: World, devices: int) -> int:
+    """The CUDA device of this process, of those that it is shown."""
+    if devices == 1 and "SLURM_PROCID" in os.environ:
+        return 0
+    if world.local_rank >= devices:
+        raise ValueError(
+            f"parallel: process {world.rank} is number {world.local_rank} on its host, which has "
+            f"{devices} CUDA devices; start one process for each device"
+        )
+    return world.local_rank
 
 
 def part() -> None:
@@ -173,24 +187,18 @@ def by_first(find: Callable[[], T], others: T) -> T:
     return kept[0]
 
 
-def together(find: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
-    """What this process finds. If one process has raised one of `errors`, all raise ValueError with
-    what it says.
-    """
-    if not connected():
-        return find()
-    found, said = None, None
+def together(find: Callable[[], T]) -> T:
+    """What this process finds. If `find` raises ValueError in one process, all raise it."""
+    found: list[T] = []
+    said: str | None = None
     try:
-        found = find()
-    except errors as error:
+        found.append(find())
+    except ValueError as error:
         said = str(error)
-    all_said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_said, said)
-    for rank, words in enumerate(all_said):
+    for rank, words in enumerate(each(said)):
         if words is not None:
             raise ValueError(words if rank == 0 else f"{words} (process {rank})")
-    assert found is not None or said is None
-    return found  # type: ignore[return-value]
+    return found[0]
 
 
 _HOST = torch.device("cpu")

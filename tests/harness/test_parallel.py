@@ -12,7 +12,7 @@ import torch
 from parallel_checks import on_processes, trained
 
 from harness.config import configuration
-from harness.world import World, here
+from harness.world import World, _device, here
 
 Jobs = dict[str, tuple[str, dict[str, Any]]]
 KINDS = ("ddp", "fsdp")
@@ -28,6 +28,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for kind in KINDS
         for method in METHODS
     }
+    for kind in KINDS:
+        jobs[f"{kind} one step"] = "trained", {"kind": kind, "method": "transform", "steps": 1}
     jobs["noise"] = ("noise", {"draws": DRAWS})
     return on_processes(2, tmp_path_factory.mktemp("two"), jobs)
 
@@ -64,9 +66,11 @@ def test_what_is_learned_is_the_first_process_s_to_the_last_bit(
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-    # One process learns from the same rows, under weights that are the same to rounding for a step.
-    short = trained("none", "transform", steps=1)["learned"]
-    assert short.keys() == first.keys()
+    # In the first step a single process learns from the same rows, under the same weights.
+    alone = trained("none", "transform", steps=1)["learned"]
+    for seen in two:
+        for name, tensor in seen[f"{kind} one step"]["learned"].items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,6 +156,17 @@ def test_the_place_of_a_process_is_read_from_its_environment() -> None:
         here({"WORLD_SIZE": "4", "RANK": "4"})
     with pytest.raises(ValueError, match=r"^WORLD_SIZE='two': "):
         here({"WORLD_SIZE": "two", "RANK": "0"})
+
+
+def test_a_process_takes_the_device_of_its_number_or_the_only_one_that_it_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    assert _device(World(8, 5, 1), devices=4) == 1
+    with pytest.raises(ValueError, match=r"^parallel: process 5 is number 1 .* 1 CUDA devices"):
+        _device(World(8, 5, 1), devices=1)
+    monkeypatch.setenv("SLURM_PROCID", "5")  # srun --gpus-per-task shows each its own
+    assert _device(World(8, 5, 1), devices=1) == 0
 
 
 @pytest.mark.parametrize(
