@@ -32,7 +32,8 @@ from omegaconf import DictConfig
 
 from experiments.paper import complexity
 from experiments.sections import studies
-from harness import command_line, disk
+from harness import command_line
+from harness.folder import disk
 from report import write
 from report.options import ReportOptions, check_writable, load
 

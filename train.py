@@ -37,15 +37,19 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from harness import command_line, disk, memory, memory_limit, one_run, rundir, worker, world
-from harness.checkpoint import CheckpointError
+from harness import command_line, memory, memory_limit, worker, world
 from harness.command_line import StopRequest
-from harness.config import Config, load
-from harness.metrics import Stopwatch, read_metrics
+from harness.compose import load
+from harness.config import Config
+from harness.describe import describe
+from harness.folder import disk, one_run, rundir
+from harness.folder.checkpoint import CheckpointError
+from harness.folder.metrics import Stopwatch
+from harness.folder.summary import at_the_start, last_values, leave
 from harness.optim import learning_rate, momentum_norm
 from harness.profile import profiled
-from harness.provenance import provenance
 from harness.run import NonFiniteError, Run, validation_loss
+from harness.saving import save
 from harness.set_up import held, set_up
 from harness.step import CaptureError, make_step
 
@@ -133,9 +137,9 @@ def train(run: Run, stop: StopRequest) -> dict[str, Any]:
             is_best = eval_now and config.checkpoint.best and run.val_loss == run.best_val_loss
             if save_now or is_best:
                 with clock.paused():
-                    run.save()  # after the row is written: a resumed run has the rows up to here
+                    save(run)  # after the row is written: a resumed run has the rows up to here
         if run.step < config.steps:
-            run.save()
+            save(run)
             log.warning(
                 "stopped by a signal at step %d, checkpoint saved; the same command continues",
                 run.step,
@@ -182,91 +186,6 @@ def show(progress: tqdm[Any], row: dict[str, Any], kept: int) -> None:
     if "train/loss" in row:
         shown |= {"loss": f"{row['train/loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
     progress.set_postfix(shown, refresh=False)
-
-
-def describe(run: Run, table: dict[str, int]) -> None:
-    """Say what is about to run, and where its bytes are."""
-    config = run.config
-    sketch = "dW is exact in all dense layers"
-    if run.sketched:
-        sketch = f"dW is estimated in {len(run.sketched)} dense layers and exact in the others"
-    if run.zeroth_order is not None:
-        sketch = "no backward pass"
-    found = config.adaptive_rank.label_options() | config.attention.label_options()
-    sketch += "".join(f", {name}={value}" for name, value in found.items())
-    log.info(
-        "run directory  %s\n"
-        "model          %s parameters on %s, %s%s\n"
-        "method         %s: %s\n"
-        "training       %s of %s steps are left, %s tokens each",
-        run.folder,
-        f"{run.model.parameter_count():,}",
-        run.runtime.device,
-        config.precision,
-        (", compiled" if run.runtime.compile else "")
-        + (", steps as CUDA graphs" if run.runtime.cuda_graph else ""),
-        config.method.name,
-        sketch,
-        f"{config.steps - run.step:,}",
-        f"{config.steps:,}",
-        f"{config.step_tokens:,}",
-    )
-    if run.knobs:
-        lines = [f"  {name:<24}{value:>10g}" for name, value in run.knobs.items()]
-        knob = config.method.estimator.knob
-        log.info(
-            "method.budget=%s, divided by the error of dW, gives the layers that keep an input "
-            "these values of %s:\n%s",
-            config.method.budget.text if config.method.budget else None,
-            knob,
-            "\n".join(lines),
-        )
-    if run.zeroth_order is not None and config.optim.name == "sgd":
-        log.warning(
-            "zeroth_order: its gradient is about %.0f times as long as the true one (the root of "
-            "the number of parameters), so optim.lr=%g acts like one that much larger",
-            math.sqrt(run.model.parameter_count()),
-            config.optim.lr,
-        )
-    if run.sketched and config.micro_batches > 1 and config.method.estimator.state_replaces_input:
-        log.warning(
-            "%s pairs each of the %d micro-batches with a sketch of the first: their dW is little "
-            "but the mean's; prefer one micro-batch a step",
-            config.method.name,
-            config.micro_batches,
-        )
-    prefix = "mem/saved_bytes/"
-    saved = {
-        name.removeprefix(prefix): size for name, size in table.items() if name.startswith(prefix)
-    }
-    others = {"parameters": table["mem/parameter_bytes"], "gradients": table["mem/gradient_bytes"]}
-    if run.runtime.compile:
-        others = {"kept when compiled": table["mem/saved_bytes"]} | others
-    if "mem/peak_bytes" in table:
-        others["peak of a step"] = table["mem/peak_bytes"]
-    log.info(
-        "%s%s",
-        memory.memory_table(saved, others),
-        inputs_line(run, table),
-    )
-
-
-def inputs_line(run: Run, table: dict[str, int]) -> str:
-    """What the sketched layers keep of their inputs, as method.budget counts it, and what lives
-    between steps; a line.
-    """
-    inputs, state = table["mem/input_bytes"], table["mem/estimator_bytes"]
-    if not inputs:
-        return ""
-    kept, beside = (
-        table.get("mem/saved_bytes/sketches", 0),
-        f", and {memory.format_bytes(state)} of state between steps",
-    )
-    if run.config.method.estimator.state_replaces_input:
-        kept, beside = kept + state, ", as state between steps"
-    of = f"{memory.format_bytes(kept)} of {memory.format_bytes(inputs)} of inputs"
-    share = f"{kept / inputs:.4f}{beside if state else ''}"
-    return f"\nlayers with an estimated dW keep {of}, {share}"
 
 
 def begin(config: Config, folder: Path, writable: bool) -> Run | None:
@@ -363,21 +282,7 @@ def meet(config: Config) -> None:
 def work(run: Run, stop: StopRequest) -> None:
     """Train to the end, and leave a summary whatever happens."""
     config, folder = run.config, run.folder
-    summary: dict[str, Any] = {
-        "status": "running",
-        "run_id": run.id,
-        "method": config.method.name,
-        "runtime": run.runtime.describe(),
-        "saved_step": run.saved_step,
-    }
-    summary |= {
-        "data": run.data_hashes,
-        "parameters": run.model.parameter_count(),
-        "sketched_layers": run.sketched,
-    }
-    if run.knobs:
-        summary["knobs"] = run.knobs
-    summary |= provenance()
+    summary = at_the_start(run)
     first = world.here().first
     if first:  # a run that is killed from here on is not taken for finished
         rundir.write_summary(folder, summary)
@@ -427,25 +332,6 @@ def work(run: Run, stop: StopRequest) -> None:
             summary["val/loss_best"],
             summary["wall_seconds"],
         )
-
-
-def last_values(run: Run) -> dict[str, Any]:
-    """Of each metric the last value in the folder."""
-    file = run.folder / rundir.METRICS_FILE
-    return {k: v for row in (read_metrics(file) if file.exists() else []) for k, v in row.items()}
-
-
-def leave(run: Run, summary: dict[str, Any]) -> None:
-    """Add the last numbers of `run` to `summary`, and write it for people and for the tracker."""
-    summary |= last_values(run)
-    summary |= {
-        "step": run.step,
-        "saved_step": run.saved_step,
-        "val/loss_best": run.best_val_loss if math.isfinite(run.best_val_loss) else None,
-        "wall_seconds": run.wall_seconds(),
-    }
-    rundir.write_summary(run.folder, summary)
-    run.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

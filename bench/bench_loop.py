@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def harness_run(overrides: list[str], steps: int) -> float:
     """Median over the rows of metrics of train.py's seconds per step."""
-    from harness.metrics import read_metrics
+    from harness.folder.metrics import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         run_options = [
@@ -115,7 +115,7 @@ def bare_loop(overrides: list[str], steps: int) -> list[float]:
 
     from basis.noise_key import assign_keys, base_key
     from harness.build import build_model, training_text
-    from harness.config import configuration
+    from harness.compose import configuration
     from harness.device import resolve
     from harness.optim import make_optimizer
     from harness.step import CudaGraphs

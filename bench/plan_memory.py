@@ -29,7 +29,8 @@ from tqdm import tqdm
 from bench import memory_plan as planning
 from bench.output import csv_option, show
 from data.tokenizers import GPT2Tokenizer
-from harness.config import Config, configuration
+from harness.compose import configuration
+from harness.config import Config
 from harness.memory import CATEGORIES, format_bytes
 from report.figures import pyplot, save
 from report.tables import Column, Table

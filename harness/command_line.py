@@ -32,7 +32,8 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
-from harness import disk, status, sweep
+from harness import sweep
+from harness.folder import disk, status
 from harness.worker import SIGNALS
 from harness.world import here
 

@@ -12,35 +12,27 @@ The options of a method stand in method.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import (
-    MISSING,
     asdict,
     dataclass,
     field,
     fields,
     is_dataclass,
-    make_dataclass,
     replace,
 )
-from typing import Any, get_type_hints
+from typing import Any
 
-from omegaconf import MISSING as OMEGACONF_MISSING
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-import conf
 from data.options import DataOptions
 from harness.activations import ActivationsOptions
 from harness.attention import OF_SUS, AttentionOptions
 from harness.device import DEVICES, PRECISIONS, launch_bound
-from harness.method import Method, make_method, method_schema
+from harness.method import Method
 from harness.optim import OptimOptions
 from harness.parallel import KINDS
 from harness.profile import ProfileOptions
 from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
-from harness.world import here
 from models import GPTConfig
 
 PURPOSES = ("training", "tuning")
@@ -314,8 +306,8 @@ def flat_options(nested: Mapping[str, Any]) -> dict[str, Any]:
     none of the options of attention=sus: older versions wrote their defaults there, or values that
     were given and not used.
     """
-    given = _flattened(nested)
-    options = _flattened(Config().to_dict()) | given
+    given = flattened(nested)
+    options = flattened(Config().to_dict()) | given
     if "purpose" not in given and str(options["experiment_name"]).endswith("_tuning"):
         options["purpose"] = "tuning"  # how versions without the option said it
     if options["attention.name"] == "exact":
@@ -324,11 +316,12 @@ def flat_options(nested: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
-            flat |= _flattened(value, f"{prefix}{key}.")
+            flat |= flattened(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -340,58 +333,3 @@ def _at_least(least: int, group: str, **values: int) -> None:
             raise ValueError(
                 f"{group + '.' if group else ''}{name}={value}: must be at least {least}"
             )
-
-
-def load(values: DictConfig) -> Config:
-    """The typed, checked configuration of composed values; the method is made here, once.
-
-    Raises ValueError that names the user's dotted option.
-    """
-    for group in fields(Config):
-        if group.default is MISSING and values.get(group.name, group) is None:
-            raise ValueError(f"{group.name}=null: is a group of options, which can't be left out")
-    try:
-        schema = _schema(str(OmegaConf.select(values, "method.name")))
-        # Resolved first: OmegaConf does not look at the type of what an interpolation stands for.
-        given: Any = OmegaConf.to_container(values, resolve=True)
-        for name, value in _flattened(given).items():
-            conf.refuse_secret(name, str(value))
-            # OmegaConf lets lists within a list pass for words.
-            if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
-                raise ValueError(f"{name}={value}: must be a list of words, without lists in it")
-        options = OmegaConf.to_object(OmegaConf.merge(schema, given))
-    except OmegaConfBaseException as error:
-        raise ValueError(conf.explain(error, ())) from error
-    made = {f.name: getattr(options, f.name) for f in fields(Config)}
-    if made["world_size"] is None:
-        made["world_size"] = here().size
-    if made["parallel"] is None:
-        made["parallel"] = "none" if made["world_size"] == 1 else "ddp"
-    rows = max(made["micro_batch_size"] * made["model"].block_size, 1)  # Config refuses fewer
-    return Config(**made | {"method": make_method(made["method"], rows)})
-
-
-def _schema(method: str) -> DictConfig:
-    """The types of all options for OmegaConf: those of `Config`, with the options of `method`."""
-    hints = get_type_hints(Config) | {"method": method_schema(method)}
-    hints |= {"parallel": str | None, "world_size": int | None}  # null: see `load`
-    typed: list[Any] = [
-        (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory))
-        for f in fields(Config)
-        if f.name != "method"
-    ]
-    typed.append(("method", hints["method"], field(default=OMEGACONF_MISSING)))
-    schema = OmegaConf.structured(make_dataclass("Options", typed))
-    schema.method = OmegaConf.structured(method_schema(method))
-    # OmegaConf takes frozen dataclasses for values that must not be set; here they are the types.
-    for name in schema:
-        if OmegaConf.is_config(group := schema._get_node(name)):
-            OmegaConf.set_readonly(group, None)
-    return schema
-
-
-def configuration(overrides: Sequence[str]) -> Config:
-    """What train.py would run under `overrides`. Raises ValueError in one line for what can't be,
-    misspelt words too.
-    """
-    return load(conf.compose(overrides))

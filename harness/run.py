@@ -1,14 +1,11 @@
-"""A run between two steps: the loss of a micro-batch, what is measured beside it, and how it is
-saved and continued.
+"""A run between two steps: the loss of a micro-batch, and what is measured beside it.
 
 Of several processes (parallel.py) each has a `Run`. What is called here is called in all of them,
 at the same steps; the first writes, and what is shown is what it sees, but losses, which are means
 over all processes.
 
-How it comes to be stands in set_up.py, the loop in train.py. Batches and sketch noise need no
-state, they are functions of the step; a checkpoint holds the rest: weights, optimiser, random
-state, the losses not yet logged, the best validation loss, what the monitor last saw, the rank
-where it adapts.
+How it comes to be stands in set_up.py, the loop in train.py, how it is saved and continued in
+saving.py.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,15 +25,15 @@ from torch import Tensor, nn
 import basis
 from basis.convert import not_learning
 from basis.diagnostics.monitor import Monitor
-from basis.noise_key import NOISE_VERSION, assign_keys, base_key
+from basis.noise_key import assign_keys, base_key
 from basis.ops.noise import fold
 from data import Sampler, ValidationWindows
-from harness import attention, memory, parallel, world
+from harness import attention, memory, world
 from harness.build import layer_inputs
-from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config
 from harness.device import Runtime
-from harness.metrics import MetricsLog
+from harness.folder.checkpoint import Checkpoints
+from harness.folder.metrics import MetricsLog
 from harness.parallel import Parallel
 from harness.rank_control import RankControl
 from harness.tracker import Tracker
@@ -237,94 +234,6 @@ class Run:
     def wall_seconds(self) -> float:
         """Seconds since the run began, over all its segments, without the time between them."""
         return self.seconds + time.perf_counter() - self.started
-
-    def save(self) -> None:
-        """Checkpoint the present step, unless that is done. Raises NonFiniteError rather than save
-        broken weights.
-        """
-        if self.saved_step == self.step:
-            return
-        losses = self.pending_losses()
-        norms = torch._foreach_norm([world.local(p.detach()) for p in self.model.parameters()])
-        if world.largest(not bool(torch.stack(norms).isfinite().all())):
-            raise NonFiniteError(
-                self.step,
-                f"weights are not finite after the update (method "
-                f"{self.config.method.name}, optim.lr={self.config.optim.lr}); "
-                f"{self.last_checkpoint()}",
-            )
-        random = world.each(self._random_state())
-        state = {
-            "model": parallel.gathered(self.model.state_dict()),
-            "optimizer": parallel.gathered(self.optimizer.state_dict()),
-            **random[0],
-            "random_of_processes": random[1:],
-            "pending_losses": losses,
-            "monitor": None if self.monitor is None else self.monitor.state_dict(),
-            "val_step": self.val_step,
-            "val_loss": self.val_loss,
-            "best_val_loss": self.best_val_loss,
-            "run_id": self.id,
-            "config": self.config.to_dict(),
-            "data": self.data_hashes,
-            "runtime": self.runtime.describe(),
-            "noise": NOISE_VERSION,
-            "seconds": self.wall_seconds(),
-            "knobs": self.knobs,
-            "adaptive_rank": None if self.rank_control is None else self.rank_control.state_dict(),
-        }
-        # What the best is kept by: the loss of these very weights.
-        best_by = self.config.checkpoint.best and self.val_step == self.step
-
-        def write() -> None:
-            self.metrics.sync()
-            state["metrics"] = self.metrics.mark()
-            self.checkpoints.save(
-                self.step, state, val_loss=self.val_loss if best_by else None, run_id=self.id
-            )
-
-        world.agreed(write)
-        self.saved_step = self.step
-
-    def _random_state(self) -> dict[str, Tensor | None]:
-        """PyTorch's random numbers of this process, for dropout."""
-        cuda = self.runtime.device.type == "cuda"
-        return {
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state() if cuda else None,
-        }
-
-    def _restore_random_state(self, state: Mapping[str, Any]) -> None:
-        """Those of this process. With another number of processes than before, those that are new
-        draw what nobody drew.
-        """
-        rank = world.here().rank
-        every = [state, *state.get("random_of_processes", [])]
-        if rank >= len(every):
-            torch.manual_seed(fold("process", self.config.seed, rank, state["rng"].sum().item()))
-            return
-        torch.set_rng_state(every[rank]["rng"])
-        if self.runtime.device.type == "cuda" and every[rank]["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(every[rank]["rng_cuda"])
-
-    def restore(self, loaded: Loaded) -> None:
-        """Continue from a checkpoint of this run."""
-        state = loaded.state
-        parallel.load_model(self.model, state["model"])
-        parallel.load_optimizer(self.optimizer, state["optimizer"])
-        self._restore_random_state(state)
-        self.earlier_losses = state["pending_losses"]
-        if self.monitor is not None and state.get(
-            "monitor"
-        ):  # a run may have been without until now
-            self.monitor.load_state_dict(state["monitor"])
-        self.best_val_loss, self.val_step, self.val_loss = (
-            state["best_val_loss"],
-            state["val_step"],
-            state["val_loss"],
-        )
-        self.seconds = state["seconds"]
-        self.step = self.saved_step = loaded.step
 
     def measure_memory(self) -> dict[str, int]:
         """Bytes of one training step, under the metric names `mem/...`; nothing about the run is

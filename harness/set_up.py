@@ -26,18 +26,20 @@ from basis.ops.noise import fold
 from data import Sampler, validation_windows
 from data.prepare import prepare
 from data.tokens import TokenFile
-from harness import memory_limit, one_run, rundir, world
+from harness import memory_limit, world
 from harness.build import build_model, check_method, rank_controller, training_text
-from harness.checkpoint import Checkpoints, Loaded
 from harness.config import Config, flat_options
 from harness.device import Runtime, resolve
+from harness.folder import one_run, rundir
+from harness.folder.checkpoint import Checkpoints, Loaded
+from harness.folder.metrics import MetricsLog, NoMetrics
+from harness.folder.run_id import RUN_FILE, label_options, run_id, run_labels
 from harness.layer_budgets import apply_knobs, measure_knobs
-from harness.metrics import MetricsLog, NoMetrics
 from harness.optim import make_optimizer
 from harness.parallel import Parallel
 from harness.rank_control import RankControl
 from harness.run import Run
-from harness.run_id import RUN_FILE, label_options, run_id, run_labels
+from harness.saving import restore
 from harness.tracker import Tracker, make_tracker, require_wandb
 from models import GPT
 
@@ -235,7 +237,7 @@ def set_up(config: Config, folder: Path) -> Run:
         monitor=Monitor(model) if config.diagnostics.monitor else None,
     )
     if loaded:
-        run.restore(loaded)
+        restore(run, loaded)
         log.info("continuing from step %d (%s)", run.step, loaded.path)
         before = {"parallel": "none", "world_size": 1} | loaded.state["config"]
         if any(before[option] != getattr(config, option) for option in rundir.PROCESSES):

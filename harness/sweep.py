@@ -32,7 +32,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from harness import rundir, worker
+from harness import worker
+from harness.folder import rundir
 from harness.worker import Home, Interrupted, Record, Records
 
 log = logging.getLogger(__name__)

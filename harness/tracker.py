@@ -6,9 +6,9 @@ later with `wandb sync`. `online` uploads while training. `disabled` does not ev
 a machine without it can train. There is no "try online, else offline": without a network that costs
 a minute and a half of silence, and a run whose whereabouts are a surprise.
 
-*Identity.* Id and labels come from `harness/run_id.py`, which keeps them in the run directory: an
-interrupted run continues as itself, and a multirun never writes two runs into one. The whole nested
-configuration goes along, to group runs by any key of it.
+*Identity.* Id and labels come from `harness/folder/run_id.py`, which keeps them in the run
+directory: an interrupted run continues as itself, and a multirun never writes two runs into one.
+The whole nested configuration goes along, to group runs by any key of it.
 
 *Steps.* wandb's own step counter only ever grows, and drops what a run resumed from an earlier step
 reports again. So `step=` is never passed: `step` and `tokens` are logged like any metric, and
@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from harness.run_id import TAG_LIMIT, update_run_file
+from harness.folder.run_id import TAG_LIMIT, update_run_file
 
 if TYPE_CHECKING:
     import wandb

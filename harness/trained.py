@@ -13,9 +13,9 @@ from torch import Tensor
 
 from data.options import DataOptions
 from data.prepare import Prepared, find_prepared, prepare
-from harness.checkpoint import Checkpoints
-from harness.one_run import check_ids
-from harness.rundir import CHECKPOINT_FOLDER
+from harness.folder.checkpoint import Checkpoints
+from harness.folder.one_run import check_ids
+from harness.folder.rundir import CHECKPOINT_FOLDER
 from models import GPT, GPTConfig
 
 

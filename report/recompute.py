@@ -23,12 +23,12 @@ from tqdm import tqdm
 from data import validation_windows
 from data.options import DataOptions
 from data.prepare import Prepared, find_prepared, prepare
-from harness.checkpoint import CheckpointError, Checkpoints
 from harness.config import flat_options
 from harness.device import resolve
-from harness.one_run import check_history, check_ids
+from harness.folder.checkpoint import CheckpointError, Checkpoints
+from harness.folder.one_run import check_history, check_ids
+from harness.folder.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, changed_options
 from harness.run import validation_loss
-from harness.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, changed_options
 from harness.trained import plain_weights
 from models import GPT, GPTConfig
 from report.published import Published

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import flat_options
-from harness.metrics import read_metrics
-from harness.one_run import check_ids
-from harness.rundir import (
+from harness.folder.metrics import read_metrics
+from harness.folder.one_run import check_ids
+from harness.folder.rundir import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     FREE_OPTIONS,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.storage import write_atomic
-from harness.rundir import FREE_OPTIONS
+from harness.folder.rundir import FREE_OPTIONS
 from report import figures, losses
 from report.figures import Figure
 from report.recompute import Losses, runs_that_count

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from harness.checkpoint import CheckpointError
+from harness.folder.checkpoint import CheckpointError
 from harness.trained import load_trained
 
 

@@ -4,7 +4,8 @@
     python scripts/status.py runs/a runs/b
 
 `train.py -m` prints the same table of its cells when it ends. `runs=FOLDER`, as for eval.py, is
-understood too. What the words mean: harness/status.py. Exit code 1 if a folder does not exist.
+understood too. What the words mean: harness/folder/status.py. Exit code 1 if a folder does not
+exist.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import status
+from harness.folder import status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,9 +25,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.metrics import read_metrics
-from harness.run_id import new_run_id, read_run_file, run_id
-from harness.rundir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_config, read_summary
+from harness.folder.metrics import read_metrics
+from harness.folder.run_id import new_run_id, read_run_file, run_id
+from harness.folder.rundir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_config, read_summary
 from harness.tracker import TrackerOptions, open_tracker
 
 

@@ -39,6 +39,15 @@ if not torch.cuda.is_available():
 REHEARSAL = os.environ.get("BASIS_REHEARSAL") == "1"
 
 
+@pytest.fixture
+def forced() -> Iterator[None]:
+    """Kernels are used on every device: on the CPU in Triton's interpreter."""
+    from basis.ops import kernels
+
+    with kernels.forced():
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, and shown as such, where there is no CUDA device. Their
     warnings are shown and are no errors: compilers say there what a card is not good at.

@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +29,8 @@ from omegaconf import OmegaConf
 import conf
 import train
 from harness import command_line
-from harness.metrics import read_metrics
+from harness.config import flattened
+from harness.folder.metrics import read_metrics
 
 GROUPS: dict[str, tuple[list[str], int]] = {  # choices, and in how many of ten lines one is made
     "method": (conf.options("method"), 9),
@@ -108,17 +108,6 @@ TEXTS = {
 }
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every option by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
 @functools.cache
 def options_of(words: tuple[str, ...]) -> dict[str, Any]:
     """The options that exist with these choices, and their values; those of no choice if they
@@ -128,7 +117,7 @@ def options_of(words: tuple[str, ...]) -> dict[str, Any]:
         values = conf.compose(words)
     except ValueError:
         values = conf.compose(())
-    return flat(OmegaConf.to_container(values, resolve=False))
+    return flattened(OmegaConf.to_container(values, resolve=False))
 
 
 def fits(option: str, value: object) -> list[str]:

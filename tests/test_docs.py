@@ -19,7 +19,7 @@ from tiny import overrides, run_command
 import basis
 from data.prepare import load_options
 from experiments.arena import headline
-from harness.config import load
+from harness.compose import load
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in

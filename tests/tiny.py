@@ -134,7 +134,7 @@ def run_command(
 
 def losses(run_dir: Path) -> list[dict[str, Any]]:
     """Rows of metrics without what a clock or the operating system says."""
-    from harness.metrics import read_metrics
+    from harness.folder.metrics import read_metrics
 
     timed = ("step_seconds", "tokens_per_second", "mem/rss_bytes")
     return [

@@ -45,10 +45,11 @@ from basis.diagnostics.budget import BudgetError, parse_share
 from basis.estimators import ESTIMATORS
 from bench.memory_plan import plan
 from data.storage import write_atomic
-from harness import rundir
 from harness.build import check_method
-from harness.config import Config, configuration
-from harness.metrics import read_metrics
+from harness.compose import configuration
+from harness.config import Config
+from harness.folder import rundir
+from harness.folder.metrics import read_metrics
 
 LEDGER = "arena.json"
 BUDGETS = ("1/4", "1/8", "1/24")

@@ -41,7 +41,7 @@ from basis.diagnostics.monitor import Monitor
 from basis.ops.noise import fold
 from bench.timing import machine
 from data.storage import write_atomic
-from harness import config as compose
+from harness import compose
 from harness.build import build_model, check_method, training_text
 from harness.config import Config
 from harness.device import resolve

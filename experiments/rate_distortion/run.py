@@ -45,8 +45,8 @@ from basis.estimators.transform import rate_distortion_bound
 from bench.timing import machine
 from data import Sampler
 from experiments.rate_distortion import figures
-from harness.checkpoint import CheckpointError
-from harness.config import configuration
+from harness.compose import configuration
+from harness.folder.checkpoint import CheckpointError
 from harness.memory import format_bytes
 from harness.trained import load_trained
 from models import GPT

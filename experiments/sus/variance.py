@@ -40,7 +40,7 @@ from basis.ops.noise import fold
 from bench.timing import made_by
 from data import Sampler
 from experiments.sus.figures import draw_variance
-from harness.checkpoint import CheckpointError
+from harness.folder.checkpoint import CheckpointError
 from harness.provenance import provenance
 from harness.trained import load_trained
 from models import GPT

@@ -258,7 +258,7 @@ def test_a_run_says_what_its_state_is_of_the_inputs_and_warns_of_micro_batches(
     said = []
     for tokens in (16, 32):
         caplog.clear()
-        with caplog.at_level("INFO", logger="train"):
+        with caplog.at_level("INFO"):
             train_here(data, tmp_path / str(tokens), *options, f"tokens_per_step={tokens}")
         said.append(caplog.text)
     share = (4 * sum((16 + width) * 3 + 49 for width in (16, 64)) + 2 * 8) / (4 * 16 * (16 + 64))

@@ -27,7 +27,7 @@ from basis.diagnostics.budget import fit_budget, kept_bytes
 from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from basis.linear import SketchedLinear
-from harness.config import load
+from harness.compose import load
 
 METHODS = [
     BalancedSketch(6, center=True),

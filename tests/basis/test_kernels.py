@@ -6,7 +6,6 @@ There is no CUDA device here: kernels run in Triton's interpreter, failures are 
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,12 +20,6 @@ needs_triton = pytest.mark.skipif(not kernels._INSTALLED, reason="needs triton")
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_devices", {})
     monkeypatch.setattr(kernels, "_given_up", set())
-
-
-@pytest.fixture
-def forced() -> Iterator[None]:
-    with kernels.forced():
-        yield
 
 
 def plain(x: Tensor, by: float) -> Tensor:

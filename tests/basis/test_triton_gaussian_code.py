@@ -1,7 +1,5 @@
 """The kernels of transform coding, in Triton's interpreter, against the plain operators."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -9,17 +7,12 @@ from basis import Transform
 from basis.ops import gaussian_code, kernels, rotation
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("forced")
 
 
 @pytest.fixture
 def key() -> torch.Tensor:
     return torch.tensor(0x3ABCDEF987654321)
-
-
-@pytest.fixture(autouse=True)
-def forced() -> Iterator[None]:
-    with kernels.forced():
-        yield
 
 
 def planes(*bits: int) -> torch.Tensor:

@@ -2,8 +2,6 @@
 codes, ranges and numbers; and against the formula in float64.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from basis import Quantized
 from basis.ops import group_code, kernels
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("forced")
 
 SHAPES = [
     # rows, width, group
@@ -26,12 +25,6 @@ SHAPES = [
 @pytest.fixture
 def key() -> torch.Tensor:
     return torch.tensor(0x3ABCDEF987654321)
-
-
-@pytest.fixture(autouse=True)
-def forced() -> Iterator[None]:
-    with kernels.forced():
-        yield
 
 
 def plain(x: torch.Tensor, key: torch.Tensor, bits: float, group: int) -> list[torch.Tensor]:

@@ -1,7 +1,5 @@
 """The kernels of lean layers, in Triton's interpreter, against the plain operators and formulas."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,17 +8,12 @@ import basis
 from basis.ops import kernels, rounding, step_code
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("forced")
 
 
 @pytest.fixture
 def key() -> torch.Tensor:
     return torch.tensor(0x3ABCDEF987654321)
-
-
-@pytest.fixture(autouse=True)
-def forced() -> Iterator[None]:
-    with kernels.forced():
-        yield
 
 
 @pytest.fixture

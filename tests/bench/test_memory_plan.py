@@ -14,7 +14,8 @@ from bench import memory_plan as planning
 from bench import plan_memory
 from harness import activations, memory
 from harness.build import apply_method
-from harness.config import Config, load
+from harness.compose import load
+from harness.config import Config
 from harness.optim import make_optimizer
 from models import GPT
 

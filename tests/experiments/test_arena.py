@@ -16,7 +16,7 @@ from bench.bench_step import step_options
 from experiments.arena import plan, standings, step_times
 from experiments.arena import tables as arena
 from experiments.sections import studies
-from harness.config import configuration
+from harness.compose import configuration
 from report import write
 from report.recompute import Losses
 from report.results import RunResult, find_runs, group_runs

@@ -19,7 +19,7 @@ from conf import compose
 from experiments.arena import plan
 from experiments.arena import run as arena
 from experiments.sections import studies
-from harness.rundir import CONFIG_FILE
+from harness.folder.rundir import CONFIG_FILE
 from report import write
 from report.results import find_runs
 

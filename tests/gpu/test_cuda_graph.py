@@ -125,7 +125,7 @@ def test_the_papers_step_takes_a_millisecond(method: str, data: Path, tmp_path: 
     options += ["model.vocab_size=50257", "steps=1000", "log.every=100", "eval.every=0"]
     options += [f"method={method}", "checkpoint.every=0"]
     train_here(data, tmp_path / "run", *options)
-    from harness.metrics import read_metrics
+    from harness.folder.metrics import read_metrics
 
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     seconds = [row["step_seconds"] for row in rows if row["step"] > 200]

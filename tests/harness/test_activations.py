@@ -11,7 +11,7 @@ from tiny import losses, train_here
 
 from harness import activations
 from harness.activations import ActivationsOptions
-from harness.checkpoint import Checkpoints
+from harness.folder.checkpoint import Checkpoints
 from harness.memory import saved_bytes
 from models import GPT, GPTConfig
 

@@ -18,8 +18,8 @@ from checkpoint_checks import assert_is_step, filled, names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.checkpoint import CheckpointError, Checkpoints
-from harness.manifest import write_manifest
+from harness.folder.checkpoint import CheckpointError, Checkpoints
+from harness.folder.manifest import write_manifest
 
 # --- what is saved comes back
 # -----------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, c
     assert loaded.step == 1000
     assert_is_step(loaded.state, 1000)
     assert [(record.levelno, record.name) for record in caplog.records] == [
-        (logging.WARNING, "harness.checkpoint")
+        (logging.WARNING, "harness.folder.checkpoint")
     ]
     assert str(newest) in caplog.text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoint_checks import assert_is_step, filled, names
 
-from harness.checkpoint import Checkpoints
+from harness.folder.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ KILL_LOOP = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from harness.checkpoint import Checkpoints
+from harness.folder.checkpoint import Checkpoints
 
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 moments = random.Random(0)
@@ -118,7 +118,7 @@ def test_killed_while_removing_an_old_one(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("harness.checkpoint.shutil.rmtree", killed)
+        patch.setattr("harness.folder.checkpoint.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save(3, filled(3))
     assert checkpoints.steps() == [2, 3]

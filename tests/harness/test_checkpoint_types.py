@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.checkpoint import Checkpoints, check_state
+from harness.folder.checkpoint import Checkpoints, check_state
 
 
 @dataclasses.dataclass

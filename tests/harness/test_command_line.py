@@ -18,7 +18,7 @@ import conf
 import train
 from harness import command_line
 from harness.command_line import StopRequest
-from harness.config import configuration
+from harness.compose import configuration
 
 
 @pytest.fixture

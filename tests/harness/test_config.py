@@ -14,9 +14,10 @@ import pytest
 import conf
 from basis import BalancedSketch, Exact
 from basis.estimators import ESTIMATORS
-from harness import rundir
-from harness.config import Config, configuration, flat_options, load
-from harness.metrics import Stopwatch
+from harness.compose import configuration, load
+from harness.config import Config, flat_options
+from harness.folder import rundir
+from harness.folder.metrics import Stopwatch
 from harness.zeroth_order import ZerothOrder
 
 REPOSITORY = Path(__file__).resolve().parents[2]

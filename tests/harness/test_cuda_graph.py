@@ -21,7 +21,7 @@ import harness.set_up
 import harness.step
 import train
 from harness import device
-from harness.config import load
+from harness.compose import load
 from harness.device import launch_bound, resolve
 from harness.run import Run
 from harness.step import CapturedStep, CudaGraphs, EagerStep

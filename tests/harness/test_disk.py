@@ -12,9 +12,9 @@ import pytest
 from hydra.errors import CompactHydraException
 from tiny import losses, train_here
 
-from harness import disk, rundir
-from harness.checkpoint import Checkpoints
-from harness.metrics import MetricsLog
+from harness.folder import disk, rundir
+from harness.folder.checkpoint import Checkpoints
+from harness.folder.metrics import MetricsLog
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ import os
 import random
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import command, losses, run_command
 
-from harness.checkpoint import Checkpoints
+from harness.folder.checkpoint import Checkpoints
 
 KILLS = int(os.environ.get("BASIS_KILLS", "3"))
 
@@ -23,7 +24,7 @@ KILLS = int(os.environ.get("BASIS_KILLS", "3"))
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["exact", "basis", "transform"])
 def test_a_run_that_is_killed_again_and_again_has_the_same_bits(
-    method: str, tmp_path: Path
+    method: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     # A checkpoint after each step: half of the time goes into saves, and so do half of the kills.
     words = [f"method={method}", *(["method.rank=8"] if method == "basis" else [])]
@@ -53,5 +54,5 @@ def test_a_run_that_is_killed_again_and_again_has_the_same_bits(
         in_a_save += any(path.name.startswith(".") for path in saved.folder.iterdir())
     done = run_command(command(tmp_path, *words, f"hydra.run.dir={run}"), tmp_path)
     assert done.returncode == 0, done.stdout
-    print(f"{method}: {KILLS} kills, {in_a_save} within a save")  # noqa: T201
+    record_property(f"kills of {method}", f"{KILLS}, {in_a_save} within a save")
     assert losses(run) == losses(tmp_path / "straight")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ def _held(process: int) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [("method=basis", "method.rank=8"), ("method=transform",)])
-def test_nothing_grows(method: tuple[str, ...], tmp_path: Path) -> None:
+def test_nothing_grows(
+    method: tuple[str, ...], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     words = [*method, f"steps={STEPS}", *OPTIONS, f"hydra.run.dir={tmp_path / 'run'}"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     process = subprocess.Popen(
@@ -58,7 +61,9 @@ def test_nothing_grows(method: tuple[str, ...], tmp_path: Path) -> None:
         what: max(held[what] for held in late) - max(held[what] for held in early)
         for what in ("bytes", "threads", "files")
     }
-    print(f"{method[0]}, {STEPS} steps: {grown}, {early[-1]['bytes'] / MIB:.0f} MiB")  # noqa: T201
+    record_property(
+        f"long run, {method[0]}", f"{STEPS} steps: {grown} of {early[-1]['bytes'] // MIB} MiB"
+    )
     assert grown["bytes"] < 8 * MIB
     assert grown["threads"] <= 0
     assert grown["files"] <= 1  # a checkpoint that is being written

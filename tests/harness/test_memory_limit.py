@@ -8,8 +8,9 @@ import torch
 from hydra.errors import CompactHydraException
 from tiny import losses, train_here
 
-from harness import memory_limit, rundir
-from harness.config import configuration
+from harness import memory_limit
+from harness.compose import configuration
+from harness.folder import rundir
 from harness.memory_limit import HALVES, explain, is_out_of_memory, machine_bytes, parameter_count
 from harness.run import Run
 from models import GPT, GPTConfig

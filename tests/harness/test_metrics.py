@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.storage import write_atomic
-from harness.metrics import MetricsLog, read_metrics
+from harness.folder.metrics import MetricsLog, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [
@@ -187,7 +187,7 @@ def test_truncate_after_a_step_and_go_on(tmp_path):
 WRITE_LOOP = """
 import sys
 from pathlib import Path
-from harness.metrics import MetricsLog
+from harness.folder.metrics import MetricsLog
 log = MetricsLog(Path(sys.argv[1]))
 step = 0
 while True:

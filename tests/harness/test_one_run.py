@@ -13,9 +13,9 @@ import torch
 from hydra.errors import CompactHydraException
 from tiny import evaluate_here, losses, train_here
 
-from harness import rundir
-from harness.checkpoint import Checkpoints
-from harness.manifest import write_manifest
+from harness.folder import rundir
+from harness.folder.checkpoint import Checkpoints
+from harness.folder.manifest import write_manifest
 from harness.trained import load_trained
 from report.recompute import runs_that_count
 from report.results import find_runs

@@ -11,7 +11,7 @@ import pytest
 import torch
 from parallel_checks import on_processes, trained
 
-from harness.config import configuration
+from harness.compose import configuration
 from harness.world import World, _device, here
 
 Jobs = dict[str, tuple[str, dict[str, Any]]]

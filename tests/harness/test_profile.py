@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import losses, train_here
 
-from harness.config import configuration
+from harness.compose import configuration
 from harness.profile import FOLDER, SKIPPED
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.bounded import LARGEST_JSON
-from harness.run_id import read_run_file
-from harness.rundir import read_config, read_summary
+from harness.folder.bounded import LARGEST_JSON
+from harness.folder.run_id import read_run_file
+from harness.folder.rundir import read_config, read_summary
 
 LEVELS = "abcdefg"
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(

@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny import REPOSITORY
 
-from harness import rundir, status, sweep
+from harness import sweep
+from harness.folder import rundir, status
 from scripts.status import main
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import basis
 from harness.build import training_text
-from harness.checkpoint import Checkpoints
-from harness.config import configuration
+from harness.compose import configuration
+from harness.folder.checkpoint import Checkpoints
 from models import GPT, GPTConfig
 from models.gpt import CausalAttention
 

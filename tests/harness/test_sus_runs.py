@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import CompactHydraException
 from tiny import losses, rewrite_config, train_here
 
-from harness import rundir
+from harness.folder import rundir
 from report.results import find_runs, group_runs
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import command, losses, run_command, train_here
 
-from harness import rundir
+from harness.folder import rundir
 
 
 def test_a_finished_cell_is_skipped_within_two_seconds(data: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_rows_are_what_their_names_say(row: str, expected: dict[str, object]) ->
     from hydra import compose, initialize_config_dir
     from tiny import REPOSITORY
 
-    from harness.config import load
+    from harness.compose import load
 
     with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
         config = load(compose("config", overrides=["experiment=paper", f"row={row}"]))

@@ -17,8 +17,8 @@ import pytest
 from tiny import command, losses, overrides
 
 from bench.memory_plan import plan
-from harness.checkpoint import Checkpoints
-from harness.config import configuration
+from harness.compose import configuration
+from harness.folder.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.run_id import Labels, new_run_id, read_run_file, run_id, run_labels
+from harness.folder.run_id import Labels, new_run_id, read_run_file, run_id, run_labels
 from harness.tracker import Tracker, TrackerOptions, exit_code_of, make_tracker, require_wandb
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from offline_wandb import clean_environment, history, records, segments, summary
 
-from harness.run_id import read_run_file, run_id, run_labels
+from harness.folder.run_id import read_run_file, run_id, run_labels
 from harness.tracker import TrackerOptions, make_tracker
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ import torch
 from hydra.errors import CompactHydraException
 from tiny import REPOSITORY, command, losses, run_command, train_here
 
-from harness import rundir
-from harness.checkpoint import Checkpoints
+from harness.folder import rundir
+from harness.folder.checkpoint import Checkpoints
 from harness.run import Run
 
 METHODS = {"exact": ["method=exact"], "basis": ["method=basis", "method.rank=3"]}

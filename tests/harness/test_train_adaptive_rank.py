@@ -14,9 +14,10 @@ from basis import Subspace
 from basis.diagnostics.adaptive_rank import AdaptiveRank
 from basis.diagnostics.budget import state_bytes
 from basis.estimators import ESTIMATORS
-from harness import activations, rundir
-from harness.checkpoint import Checkpoints
-from harness.run_id import read_run_file
+from harness import activations
+from harness.folder import rundir
+from harness.folder.checkpoint import Checkpoints
+from harness.folder.run_id import read_run_file
 
 # At rank 2 the error is about 0.8, at rank 8 about 0.3: between these limits no rank is left alone
 # for long.

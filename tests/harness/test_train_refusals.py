@@ -10,7 +10,7 @@ import pytest
 from hydra.errors import CompactHydraException
 from tiny import REPOSITORY, command, run_command, train_here
 
-from harness import rundir
+from harness.folder import rundir
 
 ADAPTIVE = ["method=low_rank", "method.rank=2", "adaptive_rank.every=5"]
 REFUSED = [

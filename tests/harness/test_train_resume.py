@@ -13,8 +13,8 @@ from filelock import FileLock
 from hydra.errors import CompactHydraException
 from tiny import command, losses, rewrite_config, run_command, train_here
 
-from harness import rundir
-from harness.checkpoint import Checkpoints
+from harness.folder import rundir
+from harness.folder.checkpoint import Checkpoints
 from harness.run import Run
 
 METHODS = {
@@ -354,7 +354,7 @@ def test_a_run_with_the_noise_of_another_version_is_not_continued(
     for method in ("basis", "exact"):
         folder = tmp_path / method
         with monkeypatch.context() as older:
-            older.setattr("harness.run.NOISE_VERSION", 2)
+            older.setattr("harness.saving.NOISE_VERSION", 2)
             train_here(data, folder, f"method={method}", "steps=10")
         if method == "exact":  # which has none
             train_here(data, folder, f"method={method}", "steps=20")

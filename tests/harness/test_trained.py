@@ -6,7 +6,7 @@ import pytest
 from hydra.errors import CompactHydraException
 from tiny import train_here
 
-from harness import rundir
+from harness.folder import rundir
 from harness.trained import load_trained
 from report import write
 

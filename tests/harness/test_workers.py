@@ -25,9 +25,10 @@ from offline_wandb import clean_environment
 from omegaconf import OmegaConf
 from tiny import REPOSITORY, command, overrides, run_command
 
-from harness import rundir, sweep, worker
-from harness.metrics import read_metrics
-from harness.run_id import read_run_file
+from harness import sweep, worker
+from harness.folder import rundir
+from harness.folder.metrics import read_metrics
+from harness.folder.run_id import read_run_file
 
 
 @pytest.fixture

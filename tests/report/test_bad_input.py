@@ -20,7 +20,7 @@ from checkpoint_checks import filled
 from tiny import evaluate_here, train_here
 
 from experiments.sections import studies
-from harness.checkpoint import CheckpointError, Checkpoints
+from harness.folder.checkpoint import CheckpointError, Checkpoints
 from report import write
 from report.checked import fits
 from report.results import find_runs

@@ -16,8 +16,8 @@ from tiny import REPOSITORY, evaluate_here, run_command, train_here
 
 from experiments.paper.published import PUBLISHED
 from experiments.sections import studies
-from harness.checkpoint import Checkpoints
-from harness.metrics import MetricsLog
+from harness.folder.checkpoint import Checkpoints
+from harness.folder.metrics import MetricsLog
 from report import write
 from report.recompute import recompute
 from report.results import find_runs, group_runs

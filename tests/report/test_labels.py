@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import configuration
+from harness.compose import configuration
 from report import losses
 from report.labels import LONGEST, labels
 from report.recompute import Losses

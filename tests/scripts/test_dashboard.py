@@ -12,7 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from tiny import REPOSITORY, losses, train_here
 
-from harness.config import load
+from harness.compose import load
 
 
 def test_sweep_file_expands_to_the_papers_rows(monkeypatch: pytest.MonkeyPatch) -> None:

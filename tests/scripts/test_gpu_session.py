@@ -16,7 +16,7 @@ from tiny import REPOSITORY, overrides, run_command
 from bench import carried, gpu_session
 from bench.processes import Process, run_all
 from bench.session_runs import gpt2_runs, label, paper_runs, write_runs
-from harness.config import configuration
+from harness.compose import configuration
 
 
 def python(code: str, log: Path) -> Process:

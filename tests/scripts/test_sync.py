@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from offline_wandb import clean_environment, history, records, segments, summary
 
-from harness.metrics import MetricsLog
-from harness.run_id import read_run_file, run_labels
+from harness.folder.metrics import MetricsLog
+from harness.folder.run_id import read_run_file, run_labels
 from harness.tracker import TrackerOptions, make_tracker
 from scripts.sync import main
 

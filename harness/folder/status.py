@@ -26,8 +26,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from harness import sweep
-from harness.metrics import read_metrics
-from harness.rundir import (
+from harness.folder.metrics import read_metrics
+from harness.folder.rundir import (
     CONFIG_FILE,
     LOCK_FILE,
     METRICS_FILE,

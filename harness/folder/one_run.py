@@ -22,10 +22,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint import Checkpoints, Loaded
-from harness.metrics import digest_of, read_metrics
-from harness.run_id import RUN_FILE, read_run_file
-from harness.rundir import CHECKPOINT_FOLDER, METRICS_FILE, SUMMARY_FILE, read_summary
+from harness.folder.checkpoint import Checkpoints, Loaded
+from harness.folder.metrics import digest_of, read_metrics
+from harness.folder.run_id import RUN_FILE, read_run_file
+from harness.folder.rundir import CHECKPOINT_FOLDER, METRICS_FILE, SUMMARY_FILE, read_summary
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from basis.estimator import Estimator
 from data.storage import write_atomic
-from harness.bounded import json_object
+from harness.folder.bounded import json_object
 
 if TYPE_CHECKING:
     from harness.config import Config

@@ -27,8 +27,8 @@ from omegaconf import OmegaConf
 
 from data.prepare import prepare
 from data.storage import write_atomic
-from harness.bounded import json_object, yaml_mapping
 from harness.config import Config, flat_options
+from harness.folder.bounded import json_object, yaml_mapping
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"

@@ -13,8 +13,8 @@ name (`.old-step_...`), and while the final name is missing the reserved one is 
 
 *Damage is noticed.* `torch.load` reads a file with a flipped byte in a tensor without complaint,
 and training would go on from wrong weights. So sizes and hashes are compared before anything is
-unpickled (`harness/manifest.py`). `load_latest` reports a damaged checkpoint by name and turns to
-the one before; that is why two are kept by default.
+unpickled (`manifest.py`). `load_latest` reports a damaged checkpoint by name and turns to the one
+before; that is why two are kept by default.
 
 *It can be read by anyone, safely.* Files are opened with `weights_only=True`, which runs no code
 from the file. That mode refuses most types, and would do so at load time, hours after the mistake;
@@ -47,7 +47,7 @@ from typing import Any, BinaryIO
 import torch
 
 from data.storage import fsync_directory, naming
-from harness.manifest import DamagedError, read_manifest, verify, write_manifest
+from harness.folder.manifest import DamagedError, read_manifest, verify, write_manifest
 
 STATE_FILE = "state.pt"
 
