@@ -18,7 +18,7 @@ from torch import nn
 from basis.diagnostics.budget import BudgetError
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn, plain_name
-from basis.linear import WANTED, SketchedLinear
+from basis.linear import WANTED, Sketched, SketchedLinear
 from basis.ops.shared_noise import Passes
 
 
@@ -217,10 +217,10 @@ def put_back(model: nn.Module, kinds: tuple[type[StandIn], ...]) -> list[str]:
     return changed
 
 
-def sketched_layers(model: nn.Module) -> Iterator[tuple[str, SketchedLinear]]:
+def sketched_layers(model: nn.Module) -> Iterator[tuple[str, Sketched]]:
     """The sketched layers and their plain names, each once."""
     for name, module in model.named_modules():
-        if isinstance(module, SketchedLinear):
+        if isinstance(module, Sketched):
             yield plain_name(model, name), module
 
 

@@ -174,74 +174,16 @@ def basis_linear(
     )
 
 
-class SketchedLinear(StandIn, HasNoiseKey, Learning, nn.Linear):
-    """nn.Linear that keeps what `estimator` makes of its input instead of the input.
+class Sketched(StandIn, HasNoiseKey, Learning):
+    """Mixin of layers that keep what `estimator` makes of their input instead of the input: where
+    their noise comes from, what they have learned, what they share.
 
-    Same parameters, same forward; the same state_dict, unless the estimator learns: then with what
-    it has learned, in buffers named `estimator_<name>` (state.py). For `noise_key` see
-    noise_key.py.
-
-    As with nn.Linear, eval() changes nothing: where gradients are wanted they are the estimates of
-    training, and a method that learns goes on learning. A model may be trained in eval(), to keep
-    dropout off. Under torch.no_grad or inference_mode the layer is F.linear: nothing is kept, drawn
-    or learned. So it is in graphs of torch.export and torch.jit.trace, made in eval().
-
-    Raises TypeError if `estimator` is none.
+    `weight` is the Parameter whose gradient is estimated, whatever its shape; `in_features` is the
+    width of the input. For `noise_key` see noise_key.py.
     """
 
     passes: tuple[Passes, int]
     """Where no key is set: what this layer shares with others, and its place among them."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        estimator: Estimator,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if not isinstance(estimator, Estimator):
-            raise TypeError(f"sketched linear: estimator must be {WANTED}, got {estimator!r}")
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.estimator = estimator
-        self.passes = (Passes(1), 0)
-        self.forget()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if "estimator" in vars(self):  # not yet, when nn.Linear's own constructor calls it
-            self.forget()
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
-        """The same layer, sharing `linear`'s parameters (the very Parameter objects: optimisers and
-        ties stay valid), hooks, buffers, submodules and attributes.
-
-        Raises ValueError if the weight is not a parameter of its own but computed by a hook
-        (old-style weight_norm), and where `take_over` does.
-        """
-        if linear._parameters.get("weight") is None:
-            raise ValueError(
-                "sketched linear: the layer's weight is computed by a hook, not a parameter"
-            )
-        new = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            estimator=estimator,
-            device="meta",
-        )
-        new.forget(linear.weight.device)
-        return take_over(new, linear)
-
-    def original(self) -> nn.Linear:
-        """The plain layer again, with this layer's parameters, hooks and whatever else it has."""
-        return take_over(
-            nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"),
-            self,
-        )
 
     @property
     def own_names(self) -> frozenset[str]:
@@ -302,14 +244,87 @@ class SketchedLinear(StandIn, HasNoiseKey, Learning, nn.Linear):
             return None  # for one layer 8 bytes and a second draw are less than a kept hashing
         return passes.noise(place, input.device), place
 
+    def product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`sketched_linear` of this layer's noise and state; `weight` (M, N) may be computed from
+        the layer's own.
+        """
+        input = cast_for_autocast(input)
+        key, state = self.prepare(input)
+        return sketched_linear(input, weight, bias, key, self.estimator, state)
+
+
+class SketchedLinear(Sketched, nn.Linear):
+    """nn.Linear that keeps what `estimator` makes of its input instead of the input.
+
+    Same parameters, same forward; the same state_dict, unless the estimator learns: then with what
+    it has learned, in buffers named `estimator_<name>` (state.py). For `noise_key` see
+    noise_key.py.
+
+    As with nn.Linear, eval() changes nothing: where gradients are wanted they are the estimates of
+    training, and a method that learns goes on learning. A model may be trained in eval(), to keep
+    dropout off. Under torch.no_grad or inference_mode the layer is F.linear: nothing is kept, drawn
+    or learned. So it is in graphs of torch.export and torch.jit.trace, made in eval().
+
+    Raises TypeError if `estimator` is none.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        estimator: Estimator,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(estimator, Estimator):
+            raise TypeError(f"sketched linear: estimator must be {WANTED}, got {estimator!r}")
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.estimator = estimator
+        self.passes = (Passes(1), 0)
+        self.forget()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "estimator" in vars(self):  # not yet, when nn.Linear's own constructor calls it
+            self.forget()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, estimator: Estimator) -> SketchedLinear:
+        """The same layer, sharing `linear`'s parameters (the very Parameter objects: optimisers and
+        ties stay valid), hooks, buffers, submodules and attributes.
+
+        Raises ValueError if the weight is not a parameter of its own but computed by a hook
+        (old-style weight_norm), and where `take_over` does.
+        """
+        if linear._parameters.get("weight") is None:
+            raise ValueError(
+                "sketched linear: the layer's weight is computed by a hook, not a parameter"
+            )
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            estimator=estimator,
+            device="meta",
+        )
+        new.forget(linear.weight.device)
+        return take_over(new, linear)
+
+    def original(self) -> nn.Linear:
+        """The plain layer again, with this layer's parameters, hooks and whatever else it has."""
+        return take_over(
+            nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"),
+            self,
+        )
+
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return cast(Tensor, self.node(input))
         if self.for_inference():
             return F.linear(input, self.weight, self.bias)
-        input = cast_for_autocast(input)
-        key, state = self.prepare(input)
-        return sketched_linear(input, self.weight, self.bias, key, self.estimator, state)
+        return self.product(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, estimator={self.estimator}"

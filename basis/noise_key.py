@@ -99,7 +99,7 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     step, micro_batch: they decide which layers learn in the next forward: those whose method learns
     at `step`, in its first micro-batch. Modules on another device than `base` get copies.
     """
-    from basis.linear import SketchedLinear
+    from basis.linear import Sketched
 
     modules: list[HasNoiseKey] = []
     names: list[str] = []
@@ -119,7 +119,7 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     shared = SharedNoise(shared_key, len(places))
     for module, name, key in zip(modules, names, keys, strict=True):
         fixed = None
-        if isinstance(module, SketchedLinear):
+        if isinstance(module, Sketched):
             if len(places) > 1:
                 fixed = (shared, places[name])
             module.learning = (

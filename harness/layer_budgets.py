@@ -58,7 +58,7 @@ def _split(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[st
     errors = {
         name: (layer.in_features, statistics.fmean(squares[name]))
         for name, layer in basis.sketched_layers(model)
-        if layer is not model.head
+        if layer.weight is not model.head.weight
     }
     method = config.method
     assert method.budget is not None

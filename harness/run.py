@@ -278,7 +278,7 @@ class Run:
         layers = [layer for _, layer in basis.sketched_layers(self.model)]
         learned = memory.tensor_bytes(t for layer in layers for t in layer.state.values())
         widths = sum(
-            layer.in_features for layer in layers if layer is not self.model.head
+            layer.in_features for layer in layers if layer.weight is not self.model.head.weight
         )  # which keeps no input
         inputs = layer_inputs(self.config)
         measured |= {

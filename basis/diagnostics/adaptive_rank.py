@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from basis.checks import check_types
 from basis.convert import convert, sketched_layers
 from basis.diagnostics.budget import with_knob
-from basis.linear import SketchedLinear
+from basis.linear import Sketched
 from basis.ops.matrix import has_values
 from basis.ops.noise import fold
 from basis.state import learned_from_scratch
@@ -120,7 +120,7 @@ def reconstruction_error(model: nn.Module, forward: Callable[[], object], seed: 
     squares = []
 
     def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, SketchedLinear)
+        assert isinstance(layer, Sketched)
         if not has_values(inputs[0]):
             return
         x = inputs[0].flatten(0, -2).float()
