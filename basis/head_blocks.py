@@ -1,13 +1,13 @@
-"""What the loss head does with its rows, a block at a time: the logits Y = W X^T of a block, from
-them dY in their place, and what dY adds to dX and to dW (loss_head.py says what for).
+"""What the loss head does with its rows, a block at a time: the logits Y = W X^T + b of a block,
+from them dY in their place, and what dY adds to dX and to dW (loss_head.py says what for).
 
-From X (B, N), W (V, N), targets and the left factor L (B, k) of a method come
+From X (B, N), W (V, N), b (V,), targets and the left factor L (B, k) of a method come
 
-    loss            the mean of log sum exp(y) - y[target], 0-dimensional
+    loss            of all rows as loss_rows.py has it, 0-dimensional
     dX   (B, N)     dY W, exact
     P    (V, k)     dY^T L; without L but with `whole`, dY^T (V, B) itself
     |dY|^2          0-dimensional, if a method asks for it
-    sums (V,)       of dY's rows, if a method asks for them
+    sums (V,)       of dY's rows, if a method asks for them, or the bias, whose gradient they are
 
 in one of two ways, by the device.
 
@@ -43,49 +43,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from basis.head_sizes import blocks_of_rows, by_rows, most_rows, padded_classes
-from basis.ops.matrix import frobenius_norm, reduce_columns, tall_product, without_autocast
-from basis.ops.softmax import add_product, softmax_gradient_
+from basis.loss_rows import RowLosses, Rule
+from basis.ops.matrix import at_least_float32, frobenius_norm, tall_product, without_autocast
+from basis.ops.softmax import Terms, add_product, softmax_gradient_
 
+_MEAN = Rule()
 BlockObserver = Callable[[slice, Tensor], None]
 """Called with some rows and their dY^T (V, block), which it must leave as it is."""
-
-
-class _Targets:
-    """The classes of all rows (B,), and what each row counts for in the mean."""
-
-    def __init__(self, targets: Tensor, ignore_index: int | None, dtype: torch.dtype) -> None:
-        self.classes, self.rows, self.dtype = targets, len(targets), dtype
-        self.counted: Tensor | None = None
-        if ignore_index is not None:
-            self.counted = targets != ignore_index
-            self.classes = targets.where(self.counted, 0)
-            self.number = self.counted.sum()
-            self.shares = self.counted.to(dtype) / self.number.clamp(min=1)  # 1 / number or 0
-
-    def mean(self, losses: Tensor, block: slice) -> Tensor:
-        """What the losses of the block's rows contribute to the mean."""
-        if self.counted is None:
-            return losses.sum() / self.rows
-        # Not times 0: the loss of a row that is ignored may be infinite.
-        return losses.where(self.counted[block], 0.0).sum() / self.number
-
-    def loss_and_gradient(self, y: Tensor, block: slice) -> Tensor:
-        """The block's part of the loss from its logits y (V, block), which become dY^T."""
-        # y, the one large tensor, is overwritten: logits, then their exponentials, then dY^T.
-        index = self.classes[None, block]
-        at_target = y.gather(0, index)[0]
-        largest = reduce_columns(torch.amax, y)
-        sums = reduce_columns(torch.sum, y.sub_(largest).exp_())
-        # cross-entropy of a row: log sum exp(y) - y[target], the largest logit taken out of exp
-        losses = sums.log() + largest - at_target
-        if self.counted is None:
-            # softmax / rows in all places, and -1 / rows at the target
-            y.mul_(1.0 / (sums * self.rows))
-            y.scatter_add_(0, index, y.new_full(index.shape, -1.0 / self.rows))
-        else:
-            shares = self.shares[block]
-            y.mul_(shares / sums).scatter_add_(0, index, -shares[None])
-        return self.mean(losses, block)
 
 
 @dataclass(frozen=True)
@@ -119,32 +83,45 @@ def head_sums(
     left: Tensor | None,
     wanted: Wanted,
     observers: tuple[BlockObserver, ...] = (),
+    bias: Tensor | None = None,
+    rule: Rule = _MEAN,
+    number: Tensor | None = None,
 ) -> Sums:
     """The module's table for x (B, N), of the run's precision; weight (V, N); targets (B,); left
-    (B, k). P and sums are in the precision of the weight, of CUDA's blocks in float32 at least.
+    (B, k); number: what the sum of the losses is divided by, if it is given. P and sums are in the
+    precision of the weight, of CUDA's blocks in float32 at least.
     """
     form = _by_row if by_rows(x.device) else _by_class
     if torch.compiler.is_compiling() and not observers:
         if by_rows(x.device) or x.shape[0] > most_rows(weight.shape[0], x.dtype, x.device):
             flags = (wanted.whole, wanted.squares, wanted.sums)
-            return Sums(*_operator(x, weight, targets, ignore_index, left, *flags))
-        return form(x, weight, targets, ignore_index, left, wanted, ())
+            own = (bias, number, *_flat(rule))
+            return Sums(*_operator(x, weight, targets, ignore_index, left, *flags, *own))
+        losses = RowLosses(targets, ignore_index, at_least_float32(x.dtype), rule, number)
+        return form(x, weight, bias, losses, left, wanted, ())
     with without_autocast(x):
-        return form(x, weight, targets, ignore_index, left, wanted, observers)
+        losses = RowLosses(targets, ignore_index, at_least_float32(x.dtype), rule, number)
+        return form(x, weight, bias, losses, left, wanted, observers)
+
+
+def _flat(rule: Rule) -> tuple[float, float, float, float, bool]:
+    """What an operator can take of a rule: numbers."""
+    terms = rule.terms
+    return terms.label_smoothing, terms.z_loss, terms.softcap, rule.scale, rule.summed
 
 
 def _by_class(
     x: Tensor,
     weight: Tensor,
-    targets: Tensor,
-    ignore_index: int | None,
+    bias: Tensor | None,
+    count: RowLosses,
     left: Tensor | None,
     wanted: Wanted,
     observers: tuple[BlockObserver, ...],
 ) -> Sums:
     """`head_sums` in vocabulary-major blocks of float32, for the CPU."""
-    precise = torch.promote_types(x.dtype, torch.float32)
-    count, w = _Targets(targets, ignore_index, precise), weight.to(x.dtype)
+    w = weight.to(x.dtype)
+    b = None if bias is None else bias.to(x.dtype)[:, None]
     grad_x = x.new_empty(x.shape)
     product: Tensor | None = None
     losses: list[Tensor] = []
@@ -153,7 +130,8 @@ def _by_class(
     whole: list[Tensor] = []
     for block in blocks_of_rows(x, weight.shape[0], wanted.whole):
         # (V, N) (N, block) -> (V, block). The softmax of low-precision logits is taken in float32.
-        y = (w @ x[block].t()).to(precise)
+        columns = x[block].t()
+        y = (w @ columns if b is None else torch.addmm(b, w, columns)).to(count.dtype)
         losses.append(count.loss_and_gradient(y, block))
         grad_y = y.to(x.dtype)
         del y
@@ -187,25 +165,27 @@ def _by_class(
 def _by_row(
     x: Tensor,
     weight: Tensor,
-    targets: Tensor,
-    ignore_index: int | None,
+    bias: Tensor | None,
+    count: RowLosses,
     left: Tensor | None,
     wanted: Wanted,
     observers: tuple[BlockObserver, ...],
 ) -> Sums:
     """`head_sums` in row-major blocks of the run's precision, for CUDA."""
     (rows, width), classes = x.shape, weight.shape[0]
-    precise = torch.promote_types(x.dtype, torch.float32)
-    count = _Targets(targets, ignore_index, precise)
-    shares = x.new_full((rows,), 1.0 / rows, dtype=precise)
-    if count.counted is not None:
-        shares = count.shares
+    precise, rule = count.dtype, count.rule
+    shares = count.shares
+    if shares is None:
+        shares = x.new_full((rows,), count.share, dtype=precise)
     padded = padded_classes(classes, x.dtype)
     w = weight.to(x.dtype)
     if padded > classes:
         w = x.new_empty(padded, width)
         w[:classes] = weight  # cast and copied at once
         w[classes:] = 0
+    b: Tensor | None = None
+    if bias is not None:
+        b = torch.nn.functional.pad(bias.to(x.dtype), (0, padded - classes))
     blocks = blocks_of_rows(x, classes, wanted.whole)
     buffer = x.new_empty(rows if wanted.whole else blocks[0].stop, padded)
     grad_x = x.new_empty(x.shape)
@@ -218,9 +198,14 @@ def _by_row(
         sums = x.new_zeros(padded, dtype=sum_dtype)
     for block in blocks:
         y = buffer[block] if wanted.whole else buffer[: block.stop - block.start]
-        torch.mm(x[block], w.t(), out=y)  # (block, N) (N, V) -> (block, V)
-        rows_of = (t[block] for t in (count.classes, shares, losses, squares))
-        softmax_gradient_(y, classes, *rows_of)
+        # (block, N) (N, V) -> (block, V)
+        if b is None and rule.scale == 1.0:
+            torch.mm(x[block], w.t(), out=y)
+        else:  # rounded once, to scale (X W^T + b)
+            added = (y, 0.0) if b is None else (b, rule.scale)
+            torch.addmm(added[0], x[block], w.t(), beta=added[1], alpha=rule.scale, out=y)
+        found = losses[block], squares[block]
+        softmax_gradient_(y, classes, count.classes[block], shares[block], *found, rule.terms)
         torch.mm(y, w, out=grad_x[block])  # y is dY now: (block, V) (V, N) -> (block, N)
         if left is not None:
             add_product(product, y.t(), left[block].to(y.dtype))  # (V, block) (block, k)
@@ -229,7 +214,7 @@ def _by_row(
         for observe in observers:
             observe(block, y[:, :classes].t())
     return Sums(
-        count.mean(losses, slice(0, rows)),
+        count.reduced(losses, slice(0, rows)),
         grad_x,
         buffer[:, :classes].t() if wanted.whole else product[:classes],
         squares.sum() if wanted.squares else x.new_empty(0),
@@ -250,10 +235,19 @@ def _operator(
     whole: bool,
     squares: bool,
     sums: bool,
+    bias: Tensor | None = None,
+    number: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    summed: bool = False,
 ) -> Tensors:
     """`head_sums` as one operator of a compiled graph."""
     wanted = Wanted(whole, squares, sums)
-    return head_sums(x, weight, targets, ignore_index, left, wanted).tensors()
+    rule = Rule(Terms(label_smoothing, z_loss, softcap), scale, summed)
+    found = head_sums(x, weight, targets, ignore_index, left, wanted, (), bias, rule, number)
+    return found.tensors()
 
 
 @_operator.register_fake
@@ -266,6 +260,9 @@ def _(
     whole: bool,
     squares: bool,
     sums: bool,
+    bias: Tensor | None = None,
+    number: Tensor | None = None,
+    *_: float,
 ) -> Tensors:
     row_major, classes = by_rows(x.device), weight.shape[0]
     precise = torch.promote_types(x.dtype, torch.float32)

@@ -17,15 +17,18 @@ dW from blocks: an estimator says X ~ L Z (`Estimator.factors`), so dW = (L^T dY
 (k, V), is a sum over blocks. The exact one has L = X; a sketch has L = S^T with k = R. An estimator
 without factors is given dY whole, held in X's precision.
 
-What is exact: the loss, dX. What is estimated: dW, if the estimator says so. Kept until backward:
-dX (B N numbers) and dW (V N, the gradient itself, there a little earlier than usual) or, if they
-are fewer, the two factors of dW, k (V + N), whose product backward forms. Held during forward: one
-block, where F.linear and F.cross_entropy hold all of Y once or twice, and two or three times in
-backward. FLOPs: as without it.
+What is exact: the loss, dX, db. What is estimated: dW, if the estimator says so. Kept until
+backward: dX (B N numbers) and dW (V N, the gradient itself, there a little earlier than usual) or,
+if they are fewer, the two factors of dW, k (V + N), whose product backward forms. Held during
+forward: one block, where F.linear and F.cross_entropy hold all of Y once or twice, and two or three
+times in backward. FLOPs: as without it.
 
 So the peak beyond what the layers below keep is, in forward, a block, dX and dW or its factors; at
 the start of backward dX and dW. An exact dW cannot wait: it needs every dY. It is what remains as a
 gradient, but it is there while all activations are; a sketched one comes when the block is gone.
+
+Label smoothing, a z-loss, a soft cap of the logits, a bias, a sum and a number that the sum is
+divided by change what a block does with its logits (loss_rows.py), and not what is kept.
 
 With a head tied to an embedding, embedding.py lets dW flow on to it.
 """
@@ -34,10 +37,9 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from basis.embedding import graph_is_released
@@ -47,7 +49,9 @@ from basis.first_order import first_order, in_transform, link, refuse_nested_tra
 from basis.head_blocks import BlockObserver, Sums, Wanted, head_sums
 from basis.lean.recompute import RecomputingLinear
 from basis.linear import SketchedLinear, wants_weight_grad
+from basis.loss_rows import Rule, number_of, rule_of
 from basis.ops.matrix import (
+    at_least_float32,
     cast_for_autocast,
     frobenius_norm,
     has_values,
@@ -96,6 +100,14 @@ def _weight_gradient(
     return parts if sum(part.numel() for part in parts) < w.numel() else (_dense(parts),)
 
 
+def _bias_gradient(found: Sums, bias: Tensor | None, wanted: bool) -> tuple[Tensor, ...]:
+    """db (V,) in the precision of the bias, or nothing."""
+    if bias is None or not wanted:
+        return ()
+    # A copy: a centred method keeps the sums as well, and backward multiplies each in place.
+    return (found.sums.to(bias.dtype, copy=True),)
+
+
 class HeadHook(abc.ABC):
     """A forward hook for a layer that may be fused with its loss: called as any hook where it is
     not, and as `fused` where it is.
@@ -116,48 +128,62 @@ class HeadHook(abc.ABC):
 
 
 class _LinearCrossEntropyFunction(torch.autograd.Function):
-    """(loss, dX, dW or its parts) of the mean cross-entropy of X W^T; all but the loss are kept for
-    backward, not differentiated.
+    """(loss, dX, db if there is a bias that wants it, dW or its parts) of the cross-entropy of
+    X W^T + b; all but the loss are kept for backward, not differentiated.
     """
 
     @staticmethod
     def forward(
         x: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
+        needs_weight_grad: bool,
+        needs_bias_grad: bool,
         targets: Tensor,
         ignore_index: int | None,
+        rule: Rule,
+        number: Tensor | None,
         key: Tensor,
         estimator: Estimator,
-        needs_weight_grad: bool,
         observers: tuple[BlockObserver, ...],
         *state: Any,  # as pack_state gives it
     ) -> tuple[Tensor, ...]:
+        loss_of = (observers, bias, rule, number)
         if not needs_weight_grad:
-            found = head_sums(x, weight, targets, ignore_index, None, Wanted(), observers)
-            return found.loss, found.grad_x
+            wanted = Wanted(sums=needs_bias_grad)
+            found = head_sums(x, weight, targets, ignore_index, None, wanted, *loss_of)
+            return found.loss, found.grad_x, *_bias_gradient(found, bias, needs_bias_grad)
         with without_autocast(x):
             kept = estimator.compress(x, key, unpack_state(*state))
             factors = estimator.factors(kept, x.shape[0])
             if factors is None:
-                left, wanted = None, Wanted(whole=True)
+                left, wanted = None, Wanted(whole=True, sums=needs_bias_grad)
             else:
                 left = factors.left
-                wanted = Wanted(squares=factors.scale is not None, sums=factors.mean is not None)
-            found = head_sums(x, weight, targets, ignore_index, left, wanted, observers)
+                wanted = Wanted(
+                    squares=factors.scale is not None,
+                    sums=factors.mean is not None or needs_bias_grad,
+                )
+            found = head_sums(x, weight, targets, ignore_index, left, wanted, *loss_of)
             parts = _weight_gradient(estimator, kept, factors, found, weight)
-        return found.loss, found.grad_x, *parts
+        grad_bias = _bias_gradient(found, bias, needs_bias_grad)
+        return found.loss, found.grad_x, *grad_bias, *parts
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         refuse_nested_transforms()
-        x, weight, *_ = inputs
-        _, grad_x, *parts = output
+        x, weight, bias, _, ctx.has_bias_grad, *_ = inputs
+        _, grad_x, *gradients = output
         ctx.inputs = len(inputs)
-        ctx.mark_non_differentiable(grad_x, *parts)
+        ctx.mark_non_differentiable(grad_x, *gradients)
         ctx.set_materialize_grads(False)
         ctx.transformed = in_transform()
         ctx.save_for_backward(
-            grad_x if ctx.needs_input_grad[0] else None, link(x), link(weight), *parts
+            grad_x if ctx.needs_input_grad[0] else None,
+            link(x),
+            link(weight),
+            None if bias is None else link(bias),
+            *gradients,
         )
 
     @staticmethod
@@ -165,7 +191,8 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        grad_x, _, _, *parts = ctx.saved_tensors
+        grad_x, _, _, _, *parts = ctx.saved_tensors
+        grad_bias = parts.pop(0) if ctx.has_bias_grad else None
         if grad_loss is None:
             return (None,) * ctx.inputs
         # A look at the value spares a pass over dW. Not on a GPU, where looking waits for it, nor
@@ -180,11 +207,13 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         if factor is not None:
             multiply = Tensor.mul_ if graph_is_released() else Tensor.mul
             grad_x = None if grad_x is None else multiply(grad_x, factor.to(grad_x.dtype))
+            if grad_bias is not None:
+                grad_bias = multiply(grad_bias, factor.to(grad_bias.dtype))
             if grad_weight is not None:
                 grad_weight = multiply(grad_weight, factor.to(grad_weight.dtype))
         if len(parts) > 1:
             grad_weight = _dense(tuple(parts), factor)
-        return grad_x, grad_weight, *(None,) * (ctx.inputs - 2)
+        return grad_x, grad_weight, grad_bias, *(None,) * (ctx.inputs - 3)
 
 
 def linear_cross_entropy(
@@ -194,20 +223,41 @@ def linear_cross_entropy(
     *,
     weight: Tensor | None = None,
     ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
     """`F.cross_entropy(layer(input), targets)` in nats, a scalar, with dW by the layer's estimator.
 
-    layer: nn.Linear or SketchedLinear, N to V features; input (..., N); targets (...) int64 in [0,
-    V), or `ignore_index`: such rows do not count in the mean, and their gradient is zero. Where no
-    row counts the loss is NaN and the gradients are zero. `ignore_index=None` says that all rows
-    count, and saves a GPU a few launches. Without gradients to form, where the layer has a bias or
-    hooks that must see its output (all but `HeadHook`s), in float16 (whose small gradients live by
-    a scaled loss, and the scale is not known in forward), and for an input without rows or on the
-    meta device, PyTorch's own functions do it, from whole logits. weight: what `tied_embedding`
-    returned, through which dW then flows. Raises ValueError if the shapes do not fit, and for other
-    targets; on a GPU, where a look would wait for it, PyTorch's own assertion of the device meets
-    these.
+    layer: nn.Linear or SketchedLinear, N to V features, with or without a bias; input (..., N);
+    targets (...) int64 in [0, V), or `ignore_index`: such rows do not count, and their gradient is
+    zero. Where no row counts a mean is NaN and the gradients are zero. `ignore_index=None` says
+    that all rows count, and saves a GPU a few launches. weight: what `tied_embedding` returned,
+    through which dW then flows.
+
+    What else there may be in the loss, all of it exact:
+
+    - label_smoothing in [0, 1], as F.cross_entropy has it;
+    - z_loss: this coefficient times the square of log sum exp of a row's logits;
+    - softcap: logits are softcap tanh(logits / softcap), after they were multiplied by logit_scale;
+    - reduction: "mean" over the rows that count, or their "sum";
+    - num_items_in_batch: the sum is divided by it, a whole number or a tensor of one number. For
+      gradient accumulation it is the number of targets that count in all micro-batches of a step,
+      whose losses and gradients then add up to those of one batch. Means do not: with 4
+      micro-batches their gradients add up to 4 times those of one batch.
+
+    Without gradients to form, where the layer has hooks that must see its output (all but
+    `HeadHook`s), in float16 (whose small gradients live by a scaled loss, and the scale is not
+    known in forward), and for an input without rows or on the meta device, PyTorch's own functions
+    do it, from whole logits.
+
+    Raises ValueError if the shapes do not fit, for an option out of range, and for other targets;
+    on a GPU, where a look would wait for it, PyTorch's own assertion of the device meets these.
     """
+    rule = rule_of(label_smoothing, z_loss, softcap, logit_scale, reduction, num_items_in_batch)
     if input.shape[:-1] != targets.shape:
         raise ValueError(
             f"linear_cross_entropy: targets {tuple(targets.shape)} do not fit the rows of input "
@@ -230,16 +280,17 @@ def linear_cross_entropy(
         others or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
     kinds = (nn.Linear, RecomputingLinear, SketchedLinear)
-    fusible = type(layer) in kinds and layer.bias is None and not hooked
-    needs_grad = torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
+    fusible = type(layer) in kinds and not hooked
+    bias = layer.bias if fusible else None
+    bias_wanted = bias is not None and wants_weight_grad(bias)
+    needs_grad = bias_wanted or (
+        torch.is_grad_enabled() and (input.requires_grad or layer.weight.requires_grad)
+    )
     x = cast_for_autocast(input)
+    number = number_of(num_items_in_batch, at_least_float32(x.dtype), input.device)
     if not fusible or not needs_grad or x.dtype == torch.float16 or not has_values(x):
         logits = layer(input).flatten(0, -2)
-        return F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)),
-            targets.flatten(),
-            ignore_index=-100 if ignore_index is None else ignore_index,
-        )
+        return rule.of_logits(logits, targets.flatten(), ignore_index, number)
     wanted = wants_weight_grad(layer.weight)
     state: State = {}
     if isinstance(layer, SketchedLinear):
@@ -253,11 +304,15 @@ def linear_cross_entropy(
     loss, *_ = _LinearCrossEntropyFunction.apply(
         x,
         layer.weight if weight is None else weight,
+        bias,
+        wanted,
+        bias_wanted,
         targets.flatten(),
         ignore_index,
+        rule,
+        number,
         key,
         estimator,
-        wanted,
         tuple(observe for observe, _ in watched),
         *pack_state(state),
     )

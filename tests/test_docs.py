@@ -143,6 +143,22 @@ def test_the_library_examples_run(page: str, containing: str) -> None:
         assert list(basis.sketched_layers(model))
 
 
+def test_the_accumulation_example_is_one_batch() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    body, head = torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11)
+    tokens, targets = torch.randint(0, 11, (2, 4, 6))
+    targets[0, :5] = targets[2, 1] = -100
+    parts = list(zip(tokens, targets, strict=True))
+    optimizer = torch.optim.SGD([*body.parameters(), *head.parameters()], 0.0)
+    names = {"basis": basis, "micro_batches": parts, "body": body, "head": head}
+    exec(code_block("docs/library.md", "python", "micro_batches"), names | {"optimizer": optimizer})
+    loss = torch.nn.functional.cross_entropy(head(body(tokens)).flatten(0, 1), targets.flatten())
+    wanted = torch.autograd.grad(loss, list(head.parameters()))
+    torch.testing.assert_close(tuple(p.grad for p in head.parameters()), wanted)
+
+
 def after(text: str, line: str, new: str) -> str:
     assert text.count(line) == 1
     return text.replace(line, line + new)

@@ -8,13 +8,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from basis.ops.group_code import Part
-from basis.ops.triton import gaussian_code, group_code, rounding, step_code
+from basis.ops.triton import gaussian_code, group_code, rounding, softmax, step_code
 
 POINTERS = {
     **dict.fromkeys(("x", "z", "y", "out", "boundaries", "levels"), "*bf16"),
     **dict.fromkeys(("scales", "shift", "cosine"), "*fp32"),
     **dict.fromkeys(("ranges", "starts"), "*i32"),
-    "key": "*i64",
+    **dict.fromkeys(("shares", "losses", "squares"), "*fp32"),
+    **dict.fromkeys(("key", "targets"), "*i64"),
+    "at_targets": "*bf16",
     "packed": "*u8",
 }
 
@@ -42,6 +44,10 @@ def main() -> None:
         compile_for(capability, rounding._decode, sizes, "*i8")
         for kernel in (step_code._encode, step_code._times_levels):
             compile_for(capability, kernel, {"BITS": 2, "BYTES": 512})
+        sizes = {"CLASSES": 211, "PADDED": 256, "WHOLE": 128, "TILE": 128}
+        for terms in ((0.0, 0.0, 0.0), (0.1, 0.02, 30.0)):
+            own = dict(zip(("SMOOTHING", "Z_LOSS", "SOFTCAP"), terms, strict=True))
+            compile_for(capability, softmax._gradient, {**sizes, **own})
         for blocks in (12, 64):
             sizes = gaussian_code._constants(blocks, torch.bfloat16)
             compile_for(capability, gaussian_code._encode, sizes)
