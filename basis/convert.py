@@ -120,7 +120,8 @@ def convert(
     for name, module in modules.items():
         if exchange.accepts(module) and not name.startswith(inside):
             found[name] = module
-            inside = (*inside, f"{name}.")
+            if not exchange.looks_inside(module):
+                inside = (*inside, f"{name}.")
     names = {name: plain_name(model, name) for name in found}
     others = {
         plain_name(model, name): why

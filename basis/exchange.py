@@ -28,6 +28,9 @@ class StandIn(nn.Module):
     torch.fx.symbolic_trace calls the stand-in as one module, as it calls nn.Linear (`node`).
     """
 
+    stands_for: ClassVar[type[nn.Module]] = nn.Module
+    """For a subclass of the class whose modules it stands for: that class."""
+
     @property
     def own_names(self) -> frozenset[str]:
         """Attributes and buffers of this object that the module it stands for does not have. Those
@@ -68,7 +71,7 @@ def take_over(layer: Module, old: nn.Module) -> Module:
         )
     leave: set[str] = set()
     if isinstance(old, StandIn):
-        leave = {name for name in vars(old) if _has_more(type(old), nn.Module, name)}
+        leave = {name for name in vars(old) if _has_more(type(old), old.stands_for, name)}
         leave |= old.own_names
     kept = {name: value for name, value in vars(old).items() if name not in leave}
     tables = {
@@ -125,10 +128,21 @@ def refuse_replaced_forward(module: nn.Module) -> None:
         raise ValueError("it was compiled by its compile(); do that afterwards, or exclude it")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether `module` has hooks of forward or backward."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, table) for table in tables)
+
+
+def is_special(module: nn.Module) -> bool:
+    """Whether a call of `module` may do more than the forward of its class."""
+    compiled = vars(module).get("_compiled_call_impl") is not None
+    return has_hooks(module) or compiled or "forward" in vars(module)
+
+
 def refuse_hooks(module: nn.Module) -> None:
     """Raise ValueError if `module` has hooks of forward or backward, which would not be called."""
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, table) for table in tables):
+    if has_hooks(module):
         raise ValueError(
             "it has hooks, which would no longer be called; remove them first, or exclude it"
         )
@@ -191,6 +205,10 @@ class Exchange(abc.ABC):
 
         Raises ValueError where it can't be replaced.
         """
+
+    def looks_inside(self, module: nn.Module) -> bool:
+        """Whether modules that `module`, an accepted one, holds are replaced too."""
+        return False
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why a module that looks like one of the kind is not accepted; None if it does not."""

@@ -32,7 +32,13 @@ BITS = (1, 2, 4)
 
 
 def derivative(x: float, approximate: str) -> float:
-    """GELU'(x); approximate: "none" or "tanh"."""
+    """GELU'(x); approximate: "none" or "tanh". Also SiLU'(x), "silu", and that of x / (1 +
+    exp(-1.702 x)), "quick".
+    """
+    if approximate in ("silu", "quick"):
+        z = x if approximate == "silu" else 1.702 * x
+        gate = 1 / (1 + math.exp(-z))
+        return gate * (1 + z * (1 - gate))
     if approximate == "none":
         density = math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
         return 0.5 * (1 + math.erf(x / math.sqrt(2))) + x * density
@@ -43,7 +49,7 @@ def derivative(x: float, approximate: str) -> float:
 
 @functools.cache
 def steps(bits: int, approximate: str) -> tuple[Levels, Levels]:
-    """Boundaries (2^bits - 1) and levels (2^bits) of the step function nearest to GELU'.
+    """Boundaries (2^bits - 1) and levels (2^bits) of the step function nearest to `derivative`.
 
     Exact for a grid of 240 points: the best division into n intervals is the best of n - 1 up to
     some point, and one more. Plain Python, since it is asked for wherever a model is made, on the

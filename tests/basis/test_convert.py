@@ -241,6 +241,9 @@ MAKERS: dict[str, tuple[Callable[[], nn.Module], object]] = {
     "dense": (lambda: nn.Linear(8, 8), SKETCH),
     "norm": (lambda: nn.LayerNorm(8), basis.Lean()),
     "gelu": (nn.GELU, basis.Lean()),
+    "rms norm": (lambda: nn.RMSNorm(8), basis.Lean()),
+    "silu": (nn.SiLU, basis.Lean()),
+    "dropout": (nn.Dropout, basis.Lean()),
 }
 of_each_kind = pytest.mark.parametrize("kind", MAKERS)
 

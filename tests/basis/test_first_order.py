@@ -10,11 +10,29 @@ from torch import Tensor, nn
 import basis
 from basis.embedding import tied_embedding
 from basis.estimator import Estimator
-from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
+from basis.lean import (
+    LeanActivation,
+    LeanAttention,
+    LeanDropout,
+    LeanGatedMLP,
+    LeanGELU,
+    LeanLayerNorm,
+    LeanRMSNorm,
+)
 from basis.linear import SketchedLinear, basis_linear
 from basis.sus import SusAttention
 
 REFUSED = r"second derivatives.*not supported.*basis\.revert, or exclude"
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Causal(nn.Module):
@@ -52,6 +70,10 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "tied": tied_loss,
     "norm": lambda x: LeanLayerNorm(4)(x).sum(),
     "gelu": lambda x: LeanGELU()(x).sum(),
+    "rms norm": lambda x: LeanRMSNorm.from_norm(nn.RMSNorm(4))(x).sum(),
+    "silu": lambda x: LeanActivation.from_activation(nn.SiLU(), 2)(x).sum(),
+    "gated": lambda x: LeanGatedMLP.from_mlp(Gated(), 4)(x).sum(),
+    "dropout": lambda x: LeanDropout(0.5)(x).sum(),
     "sus": lambda x: SusAttention(Causal(), c=2)(*heads(x)).sum(),
     "lean attention": lambda x: LeanAttention(Causal())(*heads(x)).sum(),
 }
