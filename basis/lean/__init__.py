@@ -20,7 +20,7 @@ And of what other models' blocks keep, in bytes a number where that is bfloat16:
 | RMSNorm of transformers | 6 to 8 | 1.1 | the same | the same |
 | SwiGLU, GEGLU, of `gate` and `up` | 6 | 1.1 | 4 bits, unbiased (gated.py) | noise, 12%, no bias |
 | and the input of `down`, if plain | 2 | 1.0 | 8 bits, unbiased | noise, 1% of dW, no bias |
-| SiLU, GELU of transformers | 2 to 8 | 0.25 | 2 bits, as GELU (activation.py) | 13 to 15% of dX, fixed |
+| SiLU, GELU of transformers | 2 to 8 | 0.25 | 2 bits, as GELU (activation.py) | 15% of dX, fixed |
 | dropout | 1 or 2 | 0.13 | 1 bit (dropout.py) | none |
 
 Modules are replaced in place and keep their parameters. Forward is exact in all of them. Those of
