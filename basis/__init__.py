@@ -14,7 +14,8 @@ Needs torch alone.
 and the plain nn.Linear layers behind them, or `SUS`, which replaces attention. Noise comes from
 PyTorch's default generator, or, after `set_noise_key(model, seed=, step=, ...)`, is a pure function
 of those numbers. `linear_cross_entropy` is a model's last layer and its loss without whole logits;
-`gradient_quality` compares estimated with exact gradients.
+`fuse_head` puts it into a language model of transformers. `gradient_quality` compares estimated
+with exact gradients.
 
 Everything else has its place one level down:
 
@@ -32,6 +33,7 @@ Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16
 
 from typing import TYPE_CHECKING
 
+from basis.causal_lm import fuse_head, unfuse_head
 from basis.convert import convert, revert, sketched_layers
 from basis.diagnostics.quality import gradient_quality
 from basis.estimators import (
@@ -67,11 +69,13 @@ __all__ = [
     "Subspace",
     "Transform",
     "convert",
+    "fuse_head",
     "gradient_quality",
     "linear_cross_entropy",
     "revert",
     "set_noise_key",
     "sketched_layers",
+    "unfuse_head",
 ]
 
 __version__ = "0.3.0"

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from basis.causal_lm import unfused
 from basis.diagnostics.budget import BudgetError
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn, plain_name
@@ -173,13 +174,15 @@ def convert(
 
 def revert(model: nn.Module) -> list[str]:
     """Put the plain modules back that sketched, lean and SUS ones stand for, with the same
-    parameters. Returns the names changed, each once.
+    parameters, and undo `fuse_head`. Returns the names changed, each once.
 
     Raises ValueError, before anything is changed, if `model` itself stands for another module:
     `model.original()` is that one; and if something was put on a converted layer since that would
     be lost: a replaced forward, a parametrization, hooks of an attention module.
     """
-    return put_back(model, (StandIn,))
+    with unfused(model) as head:
+        changed = put_back(model, (StandIn,))
+    return changed if head is None or head in changed else [*changed, head]
 
 
 def put_back(model: nn.Module, kinds: tuple[type[StandIn], ...]) -> list[str]:

@@ -216,6 +216,11 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, *(None,) * (ctx.inputs - 3)
 
 
+def fusible_kinds() -> tuple[type[nn.Module], ...]:
+    """The layers whose forward a fused head knows."""
+    return nn.Linear, RecomputingLinear, SketchedLinear
+
+
 def linear_cross_entropy(
     layer: nn.Linear,
     input: Tensor,
@@ -279,8 +284,7 @@ def linear_cross_entropy(
     hooked = (
         others or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
-    kinds = (nn.Linear, RecomputingLinear, SketchedLinear)
-    fusible = type(layer) in kinds and not hooked
+    fusible = type(layer) in fusible_kinds() and not hooked
     bias = layer.bias if fusible else None
     bias_wanted = bias is not None and wants_weight_grad(bias)
     needs_grad = bias_wanted or (
