@@ -79,6 +79,8 @@ def convert(
     method: Method,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
+    *,
+    exact_if_kept: bool = False,
 ) -> list[str]:
     """Replace modules of `model` whose names match `include` and not `exclude`, in place, as
     `method` says. Returns the names changed.
@@ -89,6 +91,10 @@ def convert(
       differ (diagnostics/budget.py);
     - `basis.Lean(...)`: LayerNorm, GELU and attention in few bits;
     - `basis.SUS(...)`: attention whose backward follows a few entries of each row.
+
+    exact_if_kept: whether dense layers are exact where a sketch would add bytes: where the
+    operation that made their input keeps it anyway, as attention, tanh and ReLU do
+    (shared_input.py; not under torch.compile).
 
     What stands in for another module already takes the options of the new `method`.
 
@@ -165,6 +171,9 @@ def convert(
                 raise ValueError(f"include={names[name]!r}: {error}") from None
     for name in chosen:
         _replace(model, name, made[id(found[name])])
+    for layer in made.values():
+        if isinstance(layer, SketchedLinear):
+            layer.exact_if_kept = exact_if_kept
     layers = [layer for _, layer in sketched_layers(model)]
     passes = Passes(len(layers))
     for place, layer in enumerate(layers):

@@ -110,6 +110,9 @@ class Estimator(abc.ABC):
     else nothing would limit it.
     """
 
+    at_most_input: ClassVar[bool] = True
+    """False if what `compress` returns is kept even where X itself takes no more bytes."""
+
     def __post_init__(self) -> None:
         """Called by dataclasses once the options are there: they must have the types that they are
         declared with.
@@ -181,3 +184,22 @@ class Estimator(abc.ABC):
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
         """The state after `x` (B, N): new tensors of the same names, shapes and dtypes."""
         return state
+
+
+def kept_of(
+    estimator: Estimator, x: Tensor, key: Tensor, state: State
+) -> tuple[Tensor, ...] | None:
+    """What a layer keeps of `x` (B, N): `estimator.compress`, or None where that takes as many
+    bytes as `x` or more. Then `x` itself is kept, and dW is exact.
+
+    Tensors of `state` are not counted: they are there anyway.
+    """
+    kept = estimator.compress(x, key, state)
+    if not estimator.at_most_input:
+        return kept
+    size = sum(
+        t.numel() * t.element_size()
+        for t in kept
+        if not any(t is known for known in state.values())
+    )
+    return None if size >= x.numel() * x.element_size() else kept

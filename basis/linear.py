@@ -5,6 +5,9 @@ One autograd Function serves all estimators. What autograd keeps between forward
 as soon as nobody else holds it. Gradients that nobody asked for are neither prepared nor computed:
 without grad mode, or with a frozen weight, the layer is F.linear.
 
+Layers that read the same tensor keep one sketch of it (shared_input.py). A sketch that would take
+as many bytes as X, or more, is not kept: X is, and dW is exact.
+
 Under autocast the input is cast first and sketched in the low precision, so what is kept is small
 too; the weight is kept as the parameter itself and cast again in backward, so no copy of it is
 kept.
@@ -15,6 +18,7 @@ Second derivatives are refused, since X is not kept (first_order.py). So is forw
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from basis.estimator import Estimator, State
+from basis.estimator import Estimator, State, kept_of
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
@@ -30,6 +34,7 @@ from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast, has_values, in_eager_mode, without_autocast
 from basis.ops.noise import draw_key, encode_hashing
 from basis.ops.shared_noise import Passes, SharedNoise
+from basis.shared_input import Reading, can_share, find, is_kept_anyway, note
 from basis.state import Learning, learned_from_scratch, pack_state, unpack_state
 
 WANTED = "an Estimator, such as basis.BalancedSketch(rank=32)"
@@ -45,6 +50,7 @@ class _SketchedLinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         key: Tensor,
         estimator: Estimator,
+        reading: Reading | None,
         *state: Any,  # as pack_state gives it
     ) -> Tensor:
         output = F.linear(input, weight, bias)  # (..., N) (M, N) -> (..., M)
@@ -55,13 +61,21 @@ class _SketchedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, key, estimator, *state = inputs
+        input, weight, _, key, estimator, reading, *state = inputs
         refuse_nested_transforms()
-        kept: tuple[Tensor, ...] = ()
+        kept: tuple[Tensor, ...] | None = ()
         if ctx.needs_input_grad[1]:
-            rows = input.reshape(-1, input.shape[-1])
-            with without_autocast(rows):
-                kept = estimator.compress(rows, key, unpack_state(*state))
+            if reading is not None and reading.is_kept:
+                kept = reading.kept
+            else:
+                rows = input.reshape(-1, input.shape[-1])
+                with without_autocast(rows):
+                    kept = kept_of(estimator, rows, key, unpack_state(*state))
+                if reading is not None:
+                    reading.is_kept, reading.kept = True, kept
+        ctx.keeps_input = kept is None
+        if kept is None:
+            kept = (input,)
         ctx.inputs = len(inputs)
         ctx.estimator = estimator
         ctx.transformed = in_transform()
@@ -75,10 +89,12 @@ class _SketchedLinearFunction(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = grad_output @ weight.to(grad_output.dtype)  # (..., M) (M, N) -> (..., N)
-        if ctx.needs_input_grad[1]:
-            grad_weight = ctx.estimator.weight_grad(tuple(kept), grad_rows).to(
-                weight.dtype
-            )  # (M, N)
+        if ctx.needs_input_grad[1]:  # (M, N)
+            if ctx.keeps_input:
+                grad_weight = grad_rows.t() @ kept[0].reshape(-1, kept[0].shape[-1])
+            else:
+                grad_weight = ctx.estimator.weight_grad(tuple(kept), grad_rows)
+            grad_weight = grad_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
         return grad_input, grad_weight, grad_bias, *(None,) * (ctx.inputs - 3)
@@ -98,14 +114,16 @@ def sketched_linear(
     key: Tensor,
     estimator: Estimator,
     state: State | None = None,
+    reading: Reading | None = None,
 ) -> Tensor:
     """`F.linear(input, weight, bias)` whose weight gradient is `estimator`'s.
 
     input (..., N), of which all leading dimensions count as B rows; weight (M, N); bias (M,) or
     None; key: int64 tensor on the input's device (ops/noise.py); state: what the layer has learned,
-    None for a method that does not learn, or that shall learn from this input alone. Returns (...,
-    M). An input without rows, or on the meta device, is F.linear's: dW is zero, or has no values.
-    Raises ValueError for an input that is not floating point or has another last dimension than the
+    None for a method that does not learn, or that shall learn from this input alone; reading: what
+    the layers that read this input keep together (shared_input.py). Returns (..., M). An input
+    without rows, or on the meta device, is F.linear's: dW is zero, or has no values. Raises
+    ValueError for an input that is not floating point or has another last dimension than the
     weight.
     """
     if not input.is_floating_point():
@@ -120,7 +138,9 @@ def sketched_linear(
     if state is None:
         rows = input.detach().reshape(-1, input.shape[-1])
         state = learned_from_scratch(estimator, rows, key)
-    return _SketchedLinearFunction.apply(input, weight, bias, key, estimator, *pack_state(state))
+    return _SketchedLinearFunction.apply(
+        input, weight, bias, key, estimator, reading, *pack_state(state)
+    )
 
 
 def basis_linear(
@@ -185,6 +205,9 @@ class Sketched(StandIn, HasNoiseKey, Learning):
     passes: tuple[Passes, int]
     """Where no key is set: what this layer shares with others, and its place among them."""
 
+    exact_if_kept: bool = False
+    """Whether an input that is kept by the operation before is kept as it is (shared_input.py)."""
+
     @property
     def own_names(self) -> frozenset[str]:
         return frozenset(
@@ -218,11 +241,16 @@ class Sketched(StandIn, HasNoiseKey, Learning):
         be sketched: what the layer has learned, after a look at the input if this is a step to
         learn at, and what it shares with other layers.
         """
+        return self._prepare(input, self._in_pass(input))
+
+    def _prepare(
+        self, input: Tensor, in_pass: tuple[SharedNoise, int] | None
+    ) -> tuple[Tensor, State]:
         wanted = wants_weight_grad(self.weight) and has_values(input)
-        shared, key = self._shared_with(input), None
+        key = None
         drawn: State = {}
-        if shared is not None and wanted:
-            noise, place = shared
+        if in_pass is not None and wanted and self.estimator.shares_noise:
+            noise, place = in_pass
             rows = input.numel() // input.shape[-1]
             drawn = self.estimator.shared_noise(noise, place, rows, input)
             if drawn and self.noise_key is None:
@@ -231,16 +259,15 @@ class Sketched(StandIn, HasNoiseKey, Learning):
             key = self.key_for(input)
         return key, {**(self.learn(input, key) if wanted else self.state), **drawn}
 
-    def _shared_with(self, input: Tensor) -> tuple[SharedNoise, int] | None:
-        """The noise that this layer shares with others in a forward now, and its place; None where
-        it draws by its own key.
+    def _in_pass(self, input: Tensor) -> tuple[SharedNoise, int] | None:
+        """What this layer shares with others in a forward that begins now, and its place among
+        them; None where it shares nothing.
         """
-        if not self.estimator.shares_noise:
-            return None
         if self.noise_key is not None:
             return self._fixed_noise
         passes, place = self.passes
-        if passes.layers == 1 or not self._draws() or not in_eager_mode(input):
+        trains = self.weight.requires_grad and (self.training or torch.is_grad_enabled())
+        if passes.layers == 1 or not trains or not in_eager_mode(input):
             return None  # for one layer 8 bytes and a second draw are less than a kept hashing
         return passes.noise(place, input.device), place
 
@@ -248,9 +275,24 @@ class Sketched(StandIn, HasNoiseKey, Learning):
         """`sketched_linear` of this layer's noise and state; `weight` (M, N) may be computed from
         the layer's own.
         """
-        input = cast_for_autocast(input)
-        key, state = self.prepare(input)
-        return sketched_linear(input, weight, bias, key, self.estimator, state)
+        x = cast_for_autocast(input)
+        in_pass = self._in_pass(x)
+        if not (wants_weight_grad(self.weight) and has_values(x)):
+            self._prepare(x, in_pass)  # draws what a recomputation of this forward will draw
+            return F.linear(x, weight, bias)
+        noise = None if in_pass is None else in_pass[0]
+        by_hand = self.noise_key is not None and noise is None
+        reading = None if by_hand else find(input, x.dtype, self.estimator, noise)
+        if reading is None:
+            reading = Reading(self.estimator, *self._prepare(x, in_pass))
+            if not by_hand:
+                note(input, x.dtype, reading, noise)
+        elif self._state_names:
+            self.learn(x, reading.key)
+        if self.exact_if_kept and x is input and can_share(x) and is_kept_anyway(x):
+            reading = replace(reading, is_kept=True, kept=None)
+        memo = reading if can_share(x) else None
+        return sketched_linear(x, weight, bias, reading.key, self.estimator, reading.state, memo)
 
 
 class SketchedLinear(Sketched, nn.Linear):

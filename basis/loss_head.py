@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.embedding import graph_is_released
-from basis.estimator import Estimator, Factors, State
+from basis.estimator import Estimator, Factors, State, kept_of
 from basis.estimators.exact import Exact
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.head_blocks import BlockObserver, Sums, Wanted, head_sums
@@ -154,7 +154,9 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
             found = head_sums(x, weight, targets, ignore_index, None, wanted, *loss_of)
             return found.loss, found.grad_x, *_bias_gradient(found, bias, needs_bias_grad)
         with without_autocast(x):
-            kept = estimator.compress(x, key, unpack_state(*state))
+            kept = kept_of(estimator, x, key, unpack_state(*state))
+            if kept is None:
+                estimator, kept = _EXACT, (x,)
             factors = estimator.factors(kept, x.shape[0])
             if factors is None:
                 left, wanted = None, Wanted(whole=True, sums=needs_bias_grad)

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from basis.estimator import Estimator
+from basis.estimator import Estimator, kept_of
 
 LEAST_SPENT = 0.9
 """Of a budget, where a method's largest setting falls short of it."""
@@ -47,11 +47,16 @@ class BudgetError(ValueError):
 def kept_bytes(
     estimator: Estimator, rows: int, width: int, dtype: torch.dtype = torch.float32
 ) -> int:
-    """Bytes that `estimator` keeps of X (rows, width) in `dtype` until backward; no state."""
+    """Bytes that `estimator` keeps of X (rows, width) in `dtype` until backward, once for all
+    layers that read it; no state.
+    """
     with FakeTensorMode():
         x = torch.empty(rows, width, dtype=dtype, device="cpu")
         state = estimator.initial_state(width, x.device)
-        kept = estimator.compress(x, torch.zeros((), dtype=torch.int64, device="cpu"), state)
+        key = torch.zeros((), dtype=torch.int64, device="cpu")
+        kept = kept_of(estimator, x, key, state)
+        if kept is None:
+            return x.nbytes
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
         return sum(size for storage, size in storages.items() if storage not in own)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from basis.checks import whole_number
 from basis.convert import sketched_layers
-from basis.estimator import Estimator, State
+from basis.estimator import Estimator, State, kept_of
 from basis.ops.noise import fold
 from basis.ops.shared_noise import SharedNoise
 from basis.state import pack_state, unpack_state
@@ -136,6 +136,8 @@ class _Recorder(Estimator):
     gradients.
     """
 
+    at_most_input = False  # it keeps X and more
+
     def __init__(self, estimator: Estimator, name: str, masks: int) -> None:
         self.estimator, self.name, self.masks = estimator, name, masks
         self.uses_noise = estimator.uses_noise  # type: ignore[misc]  # of this object, as of the one it stands for
@@ -174,9 +176,10 @@ class _Recorder(Estimator):
         def estimate(with_key: Tensor) -> Tensor:
             # Noise that layers share belongs to the layer's own key.
             known = state if with_key is key else learned_state
-            return self.estimator.weight_grad(
-                self.estimator.compress(x, with_key, known), grad_y
-            ).float()
+            sketch = kept_of(self.estimator, x, with_key, known)
+            if sketch is None:
+                return grad_y.float().t() @ x.float()
+            return self.estimator.weight_grad(sketch, grad_y).float()
 
         with torch.autocast(
             x.device.type, enabled=False

@@ -96,6 +96,11 @@ class BalancedSketch(Estimator):
         if not self.eps > 0.0:
             raise ValueError(f"eps={self.eps}: must be positive")
 
+    @property
+    def at_most_input(self) -> bool:  # type: ignore[override]
+        """With shrinkage, dW is shrunk at every rank, also where it could be exact."""
+        return self.shrinkage == 0.0
+
     def shared_noise(self, shared: SharedNoise, place: int, rows: int, like: Tensor) -> State:
         if self._is_permutation(rows):
             return {}

@@ -31,12 +31,21 @@ from basis.ops.noise import draw_key
 class SharedNoise:
     """What the layers of a model share in one micro-batch.
 
-    key: 0-dimensional int64. layers: how many places there are for layers; each has its own.
+    key: 0-dimensional int64; or the device on which it is drawn when it is first asked for. layers:
+    how many places there are for layers; each has its own.
     """
 
-    def __init__(self, key: Tensor, layers: int) -> None:
-        self.key, self.layers = key, layers
+    def __init__(self, key: Tensor | torch.device, layers: int) -> None:
+        self._key, self.layers = key, layers
         self._drawn: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+        self.readings: dict[int, Any] = {}
+        """How the inputs of this micro-batch are kept (shared_input.py)."""
+
+    @property
+    def key(self) -> Tensor:
+        if isinstance(self._key, torch.device):
+            self._key = draw_key(self._key)
+        return self._key
 
     def once(
         self,
@@ -54,7 +63,8 @@ class SharedNoise:
         return self._drawn[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_drawn": {}}  # drawn again from the key
+        # drawn again from the key
+        return vars(self) | {"_key": self.key, "_drawn": {}, "readings": {}}
 
 
 class Passes:
@@ -68,7 +78,7 @@ class Passes:
     def noise(self, place: int, device: torch.device) -> SharedNoise:
         """What the layer at `place` shares in a forward that begins now."""
         if self._now is None or place in self._seen:
-            self._now, self._seen = SharedNoise(draw_key(device), self.layers), set()
+            self._now, self._seen = SharedNoise(device, self.layers), set()
         self._seen.add(place)
         return self._now
 

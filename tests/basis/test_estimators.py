@@ -72,8 +72,9 @@ def test_kept_bytes_are_the_docstrings(itemsize: int) -> None:
         LowRank(3): 3 * (rows + width) * itemsize,
         LowRank(3, truncate=False): 7 * (rows + width) * itemsize,
     }
+    whole = rows * width * itemsize
     for estimator, size in expected.items():
-        assert kept_bytes(estimator, rows, width, dtype) == size, estimator
+        assert kept_bytes(estimator, rows, width, dtype) == min(size, whole), estimator
         kept = estimator.compress(torch.randn(rows, width, dtype=dtype), key(1), {})
         assert sum(t.untyped_storage().nbytes() for t in kept) == size, estimator
 

@@ -1,0 +1,309 @@
+"""Layers that read one tensor keep one sketch of it, as one layer of all their outputs would; and
+no sketch takes more bytes than its input.
+"""
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any, cast
+
+import estimator_checks as checks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import basis
+from basis.diagnostics.budget import kept_bytes
+from basis.estimator import Estimator
+from basis.linear import SketchedLinear
+
+ROWS, WIDTH, OUT = 24, 16, 8
+SKETCH = basis.BalancedSketch(6)
+# Without the norms of dY, which are those of each layer's own dY.
+LINEAR_IN_DY = basis.BalancedSketch(6, invariant_scalars=False)
+METHODS = [
+    LINEAR_IN_DY,
+    basis.Quantized(bits=4),
+    basis.Transform(bits=1.0),
+    basis.Subspace(4),
+    basis.EMASketch(3, rows=ROWS),
+]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+
+
+class Three(nn.Module):
+    """Three layers that read what a norm returns, as q, k and v do. edit: what is done to it before
+    the second one reads it.
+    """
+
+    def __init__(self, edit: Callable[[Tensor], object] = lambda h: None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v = (nn.Linear(WIDTH, OUT, bias=False) for _ in range(3))
+        self.edit = edit
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q = self.q(h)
+        self.edit(h)
+        return torch.cat((q, self.k(h), self.v(h)), -1)
+
+
+class One(nn.Module):
+    """The same as one layer."""
+
+    def __init__(self, three: Three) -> None:
+        super().__init__()
+        self.norm, self.q = three.norm, nn.Linear(WIDTH, 3 * OUT, bias=False)
+        layers = [cast(nn.Linear, three.q), cast(nn.Linear, three.k), cast(nn.Linear, three.v)]
+        with torch.no_grad():
+            self.q.weight.copy_(torch.cat([layer.weight for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.q(self.norm(x)))
+
+
+class Pair(nn.Module):
+    """A model of two parts, so that there is more than one dense layer."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.last = part, nn.Linear(3 * OUT, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.last(torch.sin(self.part(x))))
+
+
+def models(method: Estimator) -> tuple[Pair, Pair]:
+    torch.manual_seed(0)
+    three = Pair(Three())
+    one = copy.deepcopy(Pair(One(cast(Three, three.part))))
+    one.last.load_state_dict(three.last.state_dict())
+    for model in (three, one):
+        basis.convert(model, method, include=["part.*"])
+    return three, one
+
+
+def inputs(seed: int = 1) -> Tensor:
+    return torch.randn(2, ROWS // 2, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: nn.Module, x: Tensor, run: Callable[..., Any] | None = None) -> list[Tensor]:
+    model.zero_grad()
+    (model if run is None else run)(x).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def kept(model: nn.Module, x: Tensor, run: Callable[..., Any] | None = None) -> int:
+    """Bytes of distinct storages that autograd saves, without parameters, buffers and `x`."""
+    known = [*model.parameters(), *model.buffers(), x]
+    own = {t.untyped_storage()._cdata for t in known}
+    seen: dict[int, Any] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        (model if run is None else run)(x)
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+@every_method
+def test_three_layers_are_to_a_method_what_one_layer_would_be(method: Estimator) -> None:
+    three, one = models(method)
+    for step in range(2):  # those that learn have learned something in the second
+        for model in (three, one):
+            basis.set_noise_key(model, seed=0, step=step)
+        # The norm's two, then the weights of q, k, v or of all at once.
+        found, wanted = (gradients(model, inputs(step)) for model in (three, one))
+        assert checks.relative(torch.cat(found[2:5]), wanted[2]) < 1e-5
+        assert checks.relative(found[0], wanted[0]) < 1e-6
+
+
+@every_method
+def test_kept_once(method: Estimator) -> None:
+    three, one = models(method)
+    for model in (three, one):
+        basis.set_noise_key(model, seed=0, step=0)
+    assert 0 <= kept(three, inputs()) - kept(one, inputs()) <= 3 * 8  # keys
+    exact = copy.deepcopy(three)
+    basis.revert(exact)
+    saved = kept(exact, inputs()) - kept(three, inputs())
+    whole = ROWS * WIDTH * 4
+    assert saved > 0.9 * (whole - kept_bytes(method, ROWS, WIDTH)) - 300  # keys and hashing
+
+
+def test_noise_is_new_in_each_pass_and_the_same_within_one() -> None:
+    """Also where one batch comes round again, with keys and without."""
+    three, _ = models(SKETCH)
+    x = inputs()
+    for keyed in (True, False):
+        seen = []
+        for step in range(2):
+            if keyed:
+                basis.set_noise_key(three, seed=0, step=step)
+            seen.append(gradients(three, x))
+        assert checks.relative(seen[0][2], seen[1][2]) > 0.1
+        for _, layer in basis.sketched_layers(three):
+            layer.noise_key = None
+    first = nn.Sequential(nn.Linear(WIDTH, OUT), nn.Linear(OUT, OUT))
+    basis.convert(first, basis.Quantized(bits=1))
+    assert checks.relative(*(gradients(first, x)[0] for _ in range(2))) > 0.1
+
+
+def test_what_was_written_to_is_another_input() -> None:
+    def double(h: Tensor) -> None:
+        with torch.no_grad():
+            h.mul_(2)
+
+    torch.manual_seed(0)
+    model = Pair(Three(edit=double))
+
+    def by_hand(x: Tensor) -> Tensor:
+        h = model.part.norm(x)  # type: ignore[union-attr, operator]
+        layers = cast(Any, model.part)
+        read = torch.cat((layers.q(h), layers.k(2 * h), layers.v(2 * h)), -1)
+        return cast(Tensor, model.last(torch.sin(read)))
+
+    exact = gradients(model, inputs(), by_hand)
+    basis.convert(model, basis.Quantized(bits=8), include=["part.*"])
+    for found, wanted in zip(gradients(model, inputs())[2:5], exact[2:5], strict=True):
+        assert checks.relative(found, wanted) < 0.02
+
+
+def test_other_precisions_methods_and_hand_set_keys_are_not_mixed() -> None:
+    x = inputs()
+
+    def key_sets(change: Callable[[Pair], object]) -> int:
+        three, _ = models(basis.Quantized(bits=1))
+        basis.set_noise_key(three, seed=0, step=0)
+        change(three)
+        gradients(three, x)
+        noise, _ = cast(Any, three.part).q._fixed_noise
+        h = three.part.norm(x)  # type: ignore[union-attr, operator]
+        layers = cast(Any, three.part)
+        for layer in (layers.q, layers.k, layers.v):
+            layer(h)
+        return len({id(entry.reading) for entry in noise.readings.values()}) + sum(
+            layer._fixed_noise is None for layer in (layers.q, layers.k, layers.v)
+        )
+
+    def other_method(model: Pair) -> None:
+        cast(Any, model.part).k.estimator = basis.Quantized(bits=8)
+
+    assert key_sets(lambda model: None) == 1
+    assert key_sets(lambda model: cast(Any, model.part).k.set_noise_key(5)) == 2
+    three, _ = models(basis.Quantized(bits=1))
+    other_method(three)
+    exact = copy.deepcopy(three)
+    basis.revert(exact)
+    found, wanted = gradients(three, x), gradients(exact, x)
+    assert checks.relative(found[3], wanted[3]) < 0.02 < checks.relative(found[4], wanted[4])
+    # Under autocast what is read is a copy in the low precision, and one sketch of it is kept.
+    with torch.autocast("cpu", torch.bfloat16):
+        cast(Any, three.part).k.estimator = basis.Quantized(bits=1)
+        once = kept(three, x)
+        for layer in ("k", "v"):
+            getattr(three.part, layer).weight.requires_grad_(False)
+        assert once - kept(three, x) < 3 * 8  # no sketch, a few empty or 8-byte tensors
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_a_checkpoint_the_gradients_are_the_same(reentrant: bool) -> None:
+    three, _ = models(SKETCH)
+    basis.set_noise_key(three, seed=0, step=0)
+    x = inputs().requires_grad_()
+    plain = gradients(three, x)
+
+    def run(x: Tensor) -> Tensor:
+        return cast(
+            Tensor, three.last(torch.sin(checkpoint(three.part, x, use_reentrant=reentrant)))
+        )
+
+    for found, wanted in zip(gradients(three, x, run), plain, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_nothing_is_remembered_longer_than_the_input() -> None:
+    three, _ = models(SKETCH)
+    basis.set_noise_key(three, seed=0, step=0)
+    noise, _ = cast(Any, three.part).q._fixed_noise
+    gradients(three, inputs())
+    gc.collect()
+    assert noise.readings == {}
+    copied = copy.deepcopy(three)
+    assert cast(Any, copied.part).q._fixed_noise[0].readings == {}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LINEAR_IN_DY,
+        *(pytest.param(m, marks=pytest.mark.slow) for m in (METHODS[1], METHODS[2], METHODS[3])),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_a_compiled_graph_shares_as_eager_mode_does(method: Estimator) -> None:
+    three, one = models(method)
+    eager = copy.deepcopy(three)
+    run, run_one = (torch.compile(m, fullgraph=True, backend="aot_eager") for m in (three, one))
+    for step in range(2):
+        for model in (eager, three, one):
+            basis.set_noise_key(model, seed=0, step=step)
+        found, wanted = gradients(three, inputs(step), run), gradients(eager, inputs(step))
+        for a, b in zip(found, wanted, strict=True):
+            assert checks.relative(a, b) < 1e-5
+    x = inputs()
+    assert kept(three, x, run) - kept(one, x, run_one) <= 64
+    assert not vars(x)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, WIDTH // 2)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return cast(Tensor, self.last(torch.tanh(self.out(y))))
+
+
+def test_an_input_that_is_kept_anyway_is_kept_as_it_is_where_that_is_wanted() -> None:
+    """Attention's output and that of tanh; x itself is not the result of anything."""
+    torch.manual_seed(0)
+    model = Attention()
+    x = inputs().requires_grad_()
+    exact, bytes_exact = gradients(model, x), kept(model, x)
+    basis.convert(model, SKETCH, exact_if_kept=True)
+    found = gradients(model, x)
+    names = [name for name, _ in model.named_parameters()]
+    off = {n: checks.relative(a, b) for n, a, b in zip(names, found, exact, strict=True)}
+    assert off["qkv.weight"] > 0.1
+    assert off["out.weight"] == off["last.weight"] == 0
+    assert kept(model, x) <= bytes_exact + kept_bytes(SKETCH, ROWS, WIDTH) + 2 * ROWS * 8
+    basis.convert(model, SKETCH)
+    off_all = [checks.relative(a, b) for a, b in zip(gradients(model, x), exact, strict=True)]
+    assert off_all[names.index("out.weight")] > 0.1
+
+
+@pytest.mark.parametrize("rank", [ROWS, ROWS + 40])
+def test_a_rank_of_all_rows_keeps_the_input_itself(rank: int) -> None:
+    layer = nn.Linear(WIDTH, OUT, bias=False)
+    x = torch.sin(inputs().requires_grad_())  # kept by nobody else
+    exact = torch.autograd.grad(layer(x).square().sum(), layer.weight, retain_graph=True)[0]
+    for method in (basis.BalancedSketch(rank), basis.CountSketch(rank), basis.Gaussian(rank)):
+        sketched = SketchedLinear.from_linear(layer, method)
+        assert kept(sketched, x) == 0
+        found = torch.autograd.grad(sketched(x).square().sum(), layer.weight, retain_graph=True)[0]
+        assert torch.equal(found, exact)
+        assert kept_bytes(method, ROWS, WIDTH) == ROWS * WIDTH * 4
+    shrunk = SketchedLinear.from_linear(layer, basis.BalancedSketch(rank, shrinkage=0.5))
+    found = torch.autograd.grad(shrunk(x).square().sum(), layer.weight, retain_graph=True)[0]
+    assert checks.relative(found, exact / 4) < 1e-6
