@@ -80,7 +80,7 @@ def convert(
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     *,
-    exact_if_kept: bool = False,
+    exact_if_kept: bool = True,
 ) -> list[str]:
     """Replace modules of `model` whose names match `include` and not `exclude`, in place, as
     `method` says. Returns the names changed.
@@ -92,9 +92,9 @@ def convert(
     - `basis.Lean(...)`: LayerNorm, GELU and attention in few bits;
     - `basis.SUS(...)`: attention whose backward follows a few entries of each row.
 
-    exact_if_kept: whether dense layers are exact where a sketch would add bytes: where the
-    operation that made their input keeps it anyway, as attention, tanh and ReLU do
-    (shared_input.py; not under torch.compile).
+    exact_if_kept: a dense layer whose input is kept anyway by the operation that made it, as
+    attention, tanh and ReLU do, keeps that and is exact, since a sketch would only add bytes
+    (shared_input.py). False: it is sketched all the same, as it is under torch.compile.
 
     What stands in for another module already takes the options of the new `method`.
 

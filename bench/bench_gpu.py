@@ -102,7 +102,7 @@ def make_step(size: Size, context: int, alternative: Alternative, runtime: Runti
         torch.manual_seed(0)
         model = GPT(dataclasses.replace(size.model, block_size=context))
     if alternative.method is not None:
-        basis.convert(model, alternative.method, include=alternative.include)
+        basis.convert(model, alternative.method, include=alternative.include, exact_if_kept=False)
     activations.apply(model, alternative.kept)
     model.to(runtime.device)
     return Step(

@@ -90,7 +90,10 @@ def apply_method(model: GPT, config: Config) -> list[str]:
         else:
             share = method.budget.share
             chosen = within_budget(method.estimator, share=share, **layer_inputs(config))
-        return basis.convert(model, chosen, include=method.include, exclude=method.exclude)
+        # Every layer is sketched, as in the paper, also one whose input attention keeps anyway.
+        return basis.convert(
+            model, chosen, include=method.include, exclude=method.exclude, exact_if_kept=False
+        )
     except BudgetError as error:
         assert method.budget is not None
         raise BudgetError(method.budget.text, error.reason, option="method.budget") from None

@@ -73,4 +73,10 @@ def apply_knobs(model: GPT, config: Config, knobs: Mapping[str, Any]) -> None:
         assert isinstance(layer, SketchedLinear)  # `apply_method` was there before
         return with_knob(layer.estimator, knobs[name]) if name in knobs else layer.estimator
 
-    basis.convert(model, choose, include=config.method.include, exclude=config.method.exclude)
+    basis.convert(
+        model,
+        choose,
+        include=config.method.include,
+        exclude=config.method.exclude,
+        exact_if_kept=False,
+    )

@@ -180,7 +180,7 @@ class Outcome:
 
 def chosen_layers(task: Task) -> list[nn.Linear]:
     """The layers that a method would sketch, found by sketching nothing."""
-    names = basis.convert(task.model, basis.Exact(), include=task.include)
+    names = basis.convert(task.model, basis.Exact(), include=task.include, exact_if_kept=False)
     basis.revert(task.model)
     layers = [task.model.get_submodule(name) for name in names]
     return [layer for layer in layers if isinstance(layer, nn.Linear)]
@@ -194,13 +194,13 @@ def put_in(task: Task, variant: Variant, share: float) -> AdaptiveRank | None:
         return None
     if variant.adaptive is None:
         chosen = within_budget(variant.estimator, share=share, rows=task.rows)
-        basis.convert(task.model, chosen, include=task.include)
+        basis.convert(task.model, chosen, include=task.include, exact_if_kept=False)
         return None
     widths = {layer.in_features for layer in chosen_layers(task)}
     most = min(
         int(knob_value(fit_budget(variant.estimator, 1.0, task.rows, width))) for width in widths
     )
-    basis.convert(task.model, variant.estimator, include=task.include)
+    basis.convert(task.model, variant.estimator, include=task.include, exact_if_kept=False)
     rule = variant.adaptive
     return AdaptiveRank(min(rule.start, most), low=rule.low, high=rule.high, maximum=most)
 

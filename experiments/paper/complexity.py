@@ -86,7 +86,7 @@ class Point:
         """The paper's model with L blocks, sketched if the method says so."""
         model = GPT(GPTConfig(vocab_size=50257, block_size=WINDOW, n_layer=self.L))
         if self.method == "basis":
-            basis.convert(model, basis.BalancedSketch(self.R, shrinkage=0.01))
+            basis.convert(model, basis.BalancedSketch(self.R, shrinkage=0.01), exact_if_kept=False)
         return model
 
 
