@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING as OMEGACONF_MISSING
@@ -50,8 +51,11 @@ def load(values: DictConfig) -> Config:
     return Config(**made | {"method": make_method(made["method"], rows)})
 
 
+@cache
 def _schema(method: str) -> DictConfig:
-    """The types of all options for OmegaConf: those of `Config`, with the options of `method`."""
+    """The types of all options for OmegaConf: those of `Config`, with the options of `method`. To
+    be merged from, which copies it.
+    """
     hints = get_type_hints(Config) | {"method": method_schema(method)}
     hints |= {"parallel": str | None, "world_size": int | None}  # null: see `load`
     typed: list[Any] = [

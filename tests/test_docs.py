@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composed import composed
 from tiny import overrides, run_command
 
 import basis
@@ -56,8 +56,7 @@ def test_a_command_composes_or_knows_its_options(
     words = shlex.split(command)[1:]
     if words[0] in ("train.py", "eval.py"):
         given = [without_sweep(word) for word in words[1:] if word not in ("-m", "--help")]
-        with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-            values = compose("config" if words[0] == "train.py" else "eval", overrides=given)
+        values = composed(*given, name="config" if words[0] == "train.py" else "eval")
         if words[0] == "train.py":
             load(values)
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import importlib
 import os
 import random
@@ -12,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from composed import composed
 from omegaconf import DictConfig, OmegaConf
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -65,24 +63,9 @@ def overrides(folder: Path) -> list[str]:
     return [*data, *MODEL, *QUICK, "tracker.mode=disabled"]
 
 
-@functools.cache
-def _composed(words: tuple[str, ...], name: str = "config") -> DictConfig:
-    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
-        return compose(name, overrides=list(words))
-
-
 def values_of(folder: Path, *more: str) -> DictConfig:
-    """The configuration of a tiny run, whose like was perhaps composed before (0.2 s): the folders
-    of the text are put in afterwards.
-    """
-    words = overrides(folder)
-    paths = [word for word in words if str(folder) in word]
-    values = copy.deepcopy(_composed((*(word for word in words if word not in paths), *more)))
-    given = {word.partition("=")[0] for word in more}
-    for name, _, value in (word.partition("=") for word in paths):
-        if name not in given:
-            OmegaConf.update(values, name, value)
-    return values
+    """The configuration of a tiny run."""
+    return composed(*overrides(folder), *more)
 
 
 def train_here(folder: Path, run_dir: Path, *more: str) -> None:
@@ -95,7 +78,7 @@ def train_here(folder: Path, run_dir: Path, *more: str) -> None:
 def evaluate_here(*words: str) -> None:
     """The work of eval.py in this process."""
     evaluate = importlib.import_module("eval").evaluate
-    evaluate(copy.deepcopy(_composed(words, "eval")))
+    evaluate(composed(*words, name="eval"))
 
 
 def rewrite_config(run_dir: Path, values: dict[str, Any]) -> None:

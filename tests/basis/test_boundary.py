@@ -94,7 +94,7 @@ def test_the_loss_is_exact_and_gradients_are_near(bits: int, least: float, most:
     assert not torch.equal(other[2], found[2])
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.2), (4, 0.3)])
+@pytest.mark.parametrize(("bits", "most"), [pytest.param(8, 0.2, marks=pytest.mark.slow), (4, 0.3)])
 def test_most_of_the_error_averages_out(bits: int, most: float) -> None:
     """Of 40 steps' noise; independent errors would leave 0.16."""
     exact = gradients(gpt(None))
@@ -118,7 +118,7 @@ def test_a_block_keeps_its_codes_alone(bits: int) -> None:
 @pytest.mark.parametrize(
     ("bits", "method", "most"),
     [
-        (8, (), 1e-6),
+        pytest.param(8, (), 1e-6, marks=pytest.mark.slow),
         (4, (basis.BalancedSketch(4),), 1e-5),
         # it learns from x in eager mode, from x^ here
         pytest.param(8, (basis.EMASketch(2, rows=48),), 0.1, marks=pytest.mark.slow),
@@ -149,7 +149,11 @@ def test_compiled_blocks_give_what_eager_ones_do_from_few_graphs(
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("method", [(), (basis.Quantized(4),)], ids=["exact", "quantized"])
+@pytest.mark.parametrize(
+    "method",
+    [(), pytest.param((basis.Quantized(4),), marks=pytest.mark.slow)],
+    ids=["exact", "quantized"],
+)
 def test_compiled_blocks_do_not_repeat_their_last_product(
     method: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,10 +21,10 @@ from basis.estimator import Estimator
 from basis.ops.hashing import draw_hashing
 from basis.ops.noise import encode_hashing
 
-COUNT = 3000
+COUNT = 1800
 
 
-@pytest.mark.parametrize("rank", [1, 6])
+@pytest.mark.parametrize("rank", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_count_sketch(rank: int) -> None:
     x, dy = data()
     estimates = draws(CountSketch(rank), x, dy, COUNT)

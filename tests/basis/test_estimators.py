@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from composed import composed
 from estimator_checks import data, estimate, key, relative
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 import basis
@@ -53,7 +53,7 @@ METHODS = [
 every_method = pytest.mark.parametrize("estimator", METHODS, ids=str)
 
 
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("itemsize", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_kept_bytes_are_the_docstrings(itemsize: int) -> None:
     rows, width = 44, 20
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
@@ -83,7 +83,7 @@ def test_four_bits_cost_four_and_a_quarter() -> None:
     assert 8 * kept_bytes(Quantized(4), 768, 512) / (768 * 512) < 4.2502
 
 
-@pytest.mark.parametrize("width", [128, 512])
+@pytest.mark.parametrize("width", [128, pytest.param(512, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -179,17 +179,14 @@ def test_autocast_through_the_layer(estimator: Estimator) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "exact"])
 def test_configuration_and_class_agree(name: str) -> None:
-    conf = Path(__file__).parents[2] / "conf"
-    with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
-        values = compose("config", overrides=[f"method={name}"])
-        method = load(values).method
-        kind = ESTIMATORS[name]
-        assert {field.name for field in fields(kind)} <= set(
-            values.method
-        )  # or an option is hidden from the command line
-        assert type(method.estimator) is kind
-        with pytest.raises(ValueError, match=rf"method\.{kind.knob}=0(\.0)?: must be"):
-            load(compose("config", overrides=[f"method={name}", f"method.{kind.knob}=0"]))
+    values = composed(f"method={name}")
+    method = load(values).method
+    kind = ESTIMATORS[name]
+    # Or an option is hidden from the command line.
+    assert {field.name for field in fields(kind)} <= set(values.method)
+    assert type(method.estimator) is kind
+    with pytest.raises(ValueError, match=rf"method\.{kind.knob}=0(\.0)?: must be"):
+        load(composed(f"method={name}", f"method.{kind.knob}=0"))
 
 
 @pytest.mark.parametrize(
@@ -218,9 +215,10 @@ def gradient(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     "estimator",
     [
         BalancedSketch(4, center=True),
-        CountSketch(4),
-        Gaussian(4),
-        RowSampling(4),
+        *(
+            pytest.param(estimator, marks=pytest.mark.slow)
+            for estimator in (CountSketch(4), Gaussian(4), RowSampling(4))
+        ),
         Quantized(3),
         LowRank(2),
     ],

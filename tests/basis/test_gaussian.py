@@ -15,10 +15,10 @@ from estimator_checks import (
 from basis import Gaussian
 from basis.ops.noise import normal_rows, sign_rows
 
-COUNT = 3000
+COUNT = 1800
 
 
-@pytest.mark.parametrize("rank", [1, 6])
+@pytest.mark.parametrize("rank", [6, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_rmm(distribution: str, rank: int) -> None:
     x, dy = data()

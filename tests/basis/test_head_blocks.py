@@ -236,8 +236,12 @@ def nodes_of_forward(layer: SketchedLinear, x: Tensor, targets: Tensor) -> list[
     return found[0]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("estimator", [Exact(), BalancedSketch(4)], ids=["exact", "sketch"])
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "estimator",
+    [pytest.param(Exact(), marks=pytest.mark.slow), BalancedSketch(4)],
+    ids=["exact", "sketch"],
+)
 def test_a_compiled_graph_does_not_grow_with_the_blocks(
     kind: str, estimator: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

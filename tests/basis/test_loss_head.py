@@ -106,7 +106,9 @@ def test_under_autocast_products_are_low_and_the_loss_is_float32() -> None:
         assert (got - exact).norm() < 0.02 * exact.norm()
 
 
-def test_compiled_without_a_break() -> None:
+# Of all: test_head_blocks.py.
+@pytest.mark.parametrize(("kind", "blocks"), [("cuda", 4)], indirect=True)
+def test_compiled_without_a_break(kind: str, blocks: int) -> None:
     layer, (x, targets) = head(BalancedSketch(4), torch.float32), batch(torch.float32)
     assert isinstance(layer, SketchedLinear)
     layer.set_noise_key(7)

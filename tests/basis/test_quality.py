@@ -47,7 +47,7 @@ def test_of_one_draw_as_formed_by_hand() -> None:
     ] * 2
 
 
-@pytest.mark.parametrize("hashing", ["balanced", "uniform"])
+@pytest.mark.parametrize("hashing", ["balanced", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_variance_and_bias_of_the_unbiased_sketch(hashing: str) -> None:
     model, x = mlp()
     layer, inputs = model[2], torch.tanh(model[0](x)).detach()

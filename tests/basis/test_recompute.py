@@ -71,7 +71,9 @@ def test_with_a_method_nothing_more_is_kept_than_before() -> None:
     assert kept(method, basis.Recompute(), blocks=2) == kept(method, blocks=2)
 
 
-@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "low", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 def test_compiled_it_is_one_graph_that_keeps_as_little(low: bool) -> None:
     from torch._functorch import config
 

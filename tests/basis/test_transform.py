@@ -286,7 +286,7 @@ def test_without_a_wish_as_many_directions_as_can_use_the_bits(bits: float, trac
 
 
 @pytest.mark.parametrize("share", [1 / 4, 1 / 8, 1 / 24, 1 / 48])
-@pytest.mark.parametrize("width", [128, 512])
+@pytest.mark.parametrize("width", [128, pytest.param(512, marks=pytest.mark.slow)])
 def test_budgets_are_met(share: float, width: int) -> None:
     fitted = fit_budget(Transform(1.0), share, 768, width)
     assert 0.97 * share < kept_bytes(fitted, 768, width) / (4 * 768 * width) <= share

@@ -20,6 +20,9 @@ SHAPES = [
     (21, 130, 128),
     (300, 20, 3),  # several programs
 ]
+BITS = [1, 2, 3, 4, 5, 6, 7, 8, 2.5, 7.75]
+# Each width of a code and each shape; all with all are slow.
+QUICK = {(1, 0), (2, 1), (3, 2), (4, 5), (5, 4), (6, 0), (7, 3), (8, 1), (2.5, 4), (7.75, 2)}
 
 
 @pytest.fixture
@@ -32,10 +35,16 @@ def plain(x: torch.Tensor, key: torch.Tensor, bits: float, group: int) -> list[t
         return list(group_code.encode(x, key, bits, group))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 2.5, 7.75])
+@pytest.mark.parametrize(
+    ("bits", "shape"),
+    [
+        pytest.param(bits, shape, marks=() if (bits, number) in QUICK else pytest.mark.slow)
+        for bits in BITS
+        for number, shape in enumerate(SHAPES)
+    ],
+)
 def test_codes_ranges_and_numbers_are_those_of_the_operators(
-    shape: tuple[int, int, int], bits: float, key: torch.Tensor
+    bits: float, shape: tuple[int, int, int], key: torch.Tensor
 ) -> None:
     rows, width, group = shape
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)) ** 3

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from tiny import REPOSITORY
+from composed import composed
 
 import basis
 from basis.head_sizes import SIZES, Sizes, blocks_of
@@ -30,31 +29,40 @@ SMALL = [
 
 
 def config(*overrides: str) -> Config:
-    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
-        return load(compose("config", overrides=[*SMALL, *overrides]))
+    return load(composed(*SMALL, *overrides))
 
 
+METHODS = [["method=exact"], ["method=basis", "method.include=['*']", "method.rank=4"]]
+KINDS = [
+    "plain",
+    "lean",
+    "recompute",
+    "checkpoint",
+    "checkpoint activations.selective=true",
+    *(f"checkpoint activations.boundary={bits}" for bits in (8, 4)),
+]
+STEPS = [
+    ["device=cpu"],
+    ["device=cpu", "precision=bfloat16"],
+    ["device=cpu", "optim=adamw", "model.tie_head=false", "tokens_per_step=512"],
+    ["device=cuda", "precision=bfloat16"],
+]
+
+
+# Each method with each kind, and each with each step; all with all are slow.
 @pytest.mark.parametrize(
-    "method", [["method=exact"], ["method=basis", "method.include=['*']", "method.rank=4"]]
-)
-@pytest.mark.parametrize(
-    "kind",
+    ("method", "kind", "more"),
     [
-        "plain",
-        "lean",
-        "recompute",
-        "checkpoint",
-        "checkpoint activations.selective=true",
-        *(f"checkpoint activations.boundary={bits}" for bits in (8, 4)),
-    ],
-)
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["device=cpu"],
-        ["device=cpu", "precision=bfloat16"],
-        ["device=cpu", "optim=adamw", "model.tie_head=false", "tokens_per_step=512"],
-        ["device=cuda", "precision=bfloat16"],
+        pytest.param(
+            method,
+            kind,
+            more,
+            marks=() if (m * 2 + k + k // 4) % 4 == s else pytest.mark.slow,
+            id=f"{method[0]}-{kind}-{','.join(more)}",
+        )
+        for m, method in enumerate(METHODS)
+        for k, kind in enumerate(KINDS)
+        for s, more in enumerate(STEPS)
     ],
 )
 def test_plan_agrees_with_a_step_that_is_taken(
@@ -126,11 +134,16 @@ def test_a_deep_model_is_planned_as_if_it_were_walked_through(vocabulary: int) -
     assert planning.plan(options) == planning._walk(options).plan()
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "method", [["method=exact"], ["method=basis", "method.include=['*']", "method.rank=4"]]
+    ("kind", "device"),
+    [
+        ("plain", "cpu"),
+        ("checkpoint", "cuda"),
+        pytest.param("checkpoint", "cpu", marks=pytest.mark.slow),
+        pytest.param("plain", "cuda", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("kind", ["plain", "checkpoint"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_three_blocks_of_the_head_say_what_all_do(
     method: list[str], kind: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

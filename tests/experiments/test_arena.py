@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composed import in_place_of_conf
 from tiny import evaluate_here, train_here
 
+import conf
 from bench.bench_step import step_options
 from experiments.arena import plan, standings, step_times
 from experiments.arena import tables as arena
@@ -24,6 +26,11 @@ from report.statistics import Estimate
 
 BLOCKS = "method.include=[blocks.*]"
 QUICK = ["micro_batch_size=4", "diagnostics.every=10"]
+
+
+@pytest.fixture(autouse=True)
+def quick_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conf, "compose", in_place_of_conf)
 
 
 @pytest.fixture(scope="module")

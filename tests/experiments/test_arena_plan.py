@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import IO
 
 import pytest
+from composed import composed, in_place_of_conf
 from hydra.errors import CompactHydraException
 from tiny import REPOSITORY, overrides, run_command, train_here
 
+import conf
 import train
-from conf import compose
 from experiments.arena import plan
 from experiments.arena import run as arena
 from experiments.sections import studies
@@ -26,6 +27,11 @@ from report.results import find_runs
 BLOCKS = "method.include=[blocks.*]"
 QUICK = ["micro_batch_size=4", "diagnostics.every=10"]
 SHORT = ["steps=6", "optim.warmup_steps=0", "micro_batch_size=2"]
+
+
+@pytest.fixture(autouse=True)
+def quick_composition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conf, "compose", in_place_of_conf)
 
 
 def test_plan_of_the_small_model() -> None:
@@ -131,7 +137,7 @@ class TrainedHere:
 
     def __init__(self, words: Sequence[str], environment: object, output: IO[bytes]) -> None:
         (folder,) = (word for word in words if word.startswith("hydra.run.dir="))
-        values = compose([word for word in words if word != folder])
+        values = composed(*(word for word in words if word != folder))
         self.returncode = 0
         try:
             train.execute(values, Path(folder.partition("=")[2]))

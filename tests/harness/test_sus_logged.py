@@ -67,7 +67,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(more, marks=pytest.mark.slow if name in ("exact", "checkpointed") else ())
+        for name, more in VARIANTS.items()
+    ],
+    ids=VARIANTS,
+)
 def test_the_logged_entries_are_those_of_the_probabilities_and_training_stays(
     more: list[str], data: Path, tmp_path: Path
 ) -> None:

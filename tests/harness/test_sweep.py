@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from composed import composed
 from tiny import command, losses, run_command, train_here
 
+from harness.compose import load
 from harness.folder import rundir
 
 
@@ -101,13 +103,7 @@ def test_repeated_sweep_skips_continues_and_reports(data: Path, tmp_path: Path) 
     ],
 )
 def test_rows_are_what_their_names_say(row: str, expected: dict[str, object]) -> None:
-    from hydra import compose, initialize_config_dir
-    from tiny import REPOSITORY
-
-    from harness.compose import load
-
-    with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
-        config = load(compose("config", overrides=["experiment=paper", f"row={row}"]))
+    config = load(composed("experiment=paper", f"row={row}"))
     method = config.method.to_dict()
     assert {name: method[name] for name in expected} == expected
     table_2 = (

@@ -78,7 +78,12 @@ def test_the_rank_rises_and_falls_with_the_error_and_memory_is_that_of_the_new_r
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["precision=bfloat16", "activations=lean"]], ids=["plain", "bfloat16, lean"]
+    "more",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["precision=bfloat16", "activations=lean"],
+    ],
+    ids=["plain", "bfloat16, lean"],
 )
 @pytest.mark.parametrize("method", ["ema_sketch", "low_rank", "subspace"])
 def test_looks_alone_change_nothing(

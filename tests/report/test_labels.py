@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composed import composed
 
-from harness.compose import configuration
+from harness.compose import load
 from report import losses
 from report.labels import LONGEST, labels
 from report.recompute import Losses
@@ -16,7 +17,7 @@ from report.results import RunResult, group_runs
 
 def options(*words: str, text: str = "text") -> dict[str, Any]:
     """What `python train.py <words>` runs with, as far as it changes a loss."""
-    known = configuration(list(words)).flat()
+    known = load(composed(*words)).flat()
     free = (
         "tracker.",
         "checkpoint.",
@@ -143,7 +144,7 @@ def test_of_equally_frequent_values_the_default_is_the_usual_one() -> None:
 
 def run(*words: str) -> RunResult:
     summary = {"status": "finished", "run_id": " ".join(words), "step": 1, "data": "text"}
-    config = configuration(list(words)).flat()
+    config = load(composed(*words)).flat()
     return RunResult(Path("nowhere"), config, summary, [{"step": 1, "val/loss": 5.0}])
 
 

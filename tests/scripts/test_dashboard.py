@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
+from composed import composed
 from tiny import REPOSITORY, losses, train_here
 
 from harness.compose import load
@@ -33,8 +33,7 @@ def test_sweep_file_expands_to_the_papers_rows(monkeypatch: pytest.MonkeyPatch) 
         for word in create_sweep_command(list(sweep["command"])):
             words += arguments["args_no_hyphens"] if word == "${args_no_hyphens}" else [word]
         assert words[:3] == ["${env}", "python", "${program}"]
-        with initialize_config_dir(config_dir=str(REPOSITORY / "conf"), version_base="1.3"):
-            config = load(compose("config", overrides=words[3:]))
+        config = load(composed(*words[3:]))
         assert (config.steps, config.micro_batch_size, config.optim.lr, config.optim.momentum) == (
             50_000,
             1,
