@@ -37,6 +37,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from data.bar import bar
 from harness import command_line, memory, memory_limit, worker, world
 from harness.command_line import StopRequest
 from harness.compose import load
@@ -62,7 +63,7 @@ def train(run: Run, stop: StopRequest) -> dict[str, Any]:
     table = run.measure_memory()
     describe(run, table)
     take_step = make_step(run)
-    progress = tqdm(
+    progress = bar(
         total=config.steps,
         initial=run.step,
         unit="step",

@@ -218,20 +218,20 @@ def _tokenizer(options: DataOptions, source: Source, folder: Path, progress: boo
     """The tokenizer to encode with; a character vocabulary is collected from the corpus, with a bar
     if `progress`, and saved into the folder.
     """
-    from tqdm import tqdm
+    from data.bar import bar
 
     if options.tokenizer != "char":
         return load_tokenizer(options.tokenizer, options.cache_path())
     characters = {CharTokenizer.separator}
-    with tqdm(
+    with bar(
         desc=f"collecting characters of {source.name}",
         unit="char",
         unit_scale=True,
         disable=None if progress else True,  # None: a bar on a terminal only
-    ) as bar:
+    ) as shown:
         for document in source.documents():
             characters.update(document.text)
-            bar.update(len(document.text))
+            shown.update(len(document.text))
     tokenizer = CharTokenizer(characters)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)

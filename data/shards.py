@@ -91,7 +91,7 @@ def tokenize(
     max_tokens: stop once that many training tokens are written, the last document cut to hit it
     exactly. Raises ValueError naming the manifest in `folder` if it is damaged or of another text.
     """
-    from tqdm import tqdm
+    from data.bar import bar
 
     folder.mkdir(parents=True, exist_ok=True)
     manifest = Manifest.read(folder)
@@ -110,14 +110,14 @@ def tokenize(
         return manifest
     pending: dict[str, list[Ids]] = {split: [] for split in SPLITS}
     with (
-        tqdm(
+        bar(
             desc=f"tokenizing {source.name}",
             total=max_tokens,
             initial=manifest.tokens["train"],
             unit="token",
             unit_scale=True,
             disable=None if progress else True,  # None: a bar on a terminal only
-        ) as bar,
+        ) as shown,
         ThreadPoolExecutor(THREADS) as threads,
         closing(_groups(source.documents(manifest.position))) as groups,
     ):
@@ -129,7 +129,7 @@ def tokenize(
                 if document.split == "train":
                     if max_tokens is not None:
                         ids = ids[: max_tokens - manifest.tokens["train"]]
-                    bar.update(len(ids))
+                    shown.update(len(ids))
                 pending[document.split].append(ids)
                 manifest.tokens[document.split] += len(ids)
                 manifest.documents[document.split] += 1

@@ -37,7 +37,6 @@ from harness.folder import disk, status
 from harness.worker import SIGNALS
 from harness.world import here
 
-STARTED = time.time()
 FULL_ERROR = "HYDRA_FULL_ERROR"
 LINGER = 10.0  # seconds
 ECHO = 2.0  # seconds in which torchrun passes a signal on that its processes have had already
@@ -119,10 +118,11 @@ def _end_of_sweep(jobs: sweep.Jobs, folder: Path) -> None:
     """
     jobs.collect()
     record = folder / sweep.RECORD
-    if made_now(record) and list(folder.iterdir()) == [record]:
+    written = record.exists() and sweep.version(record) != jobs.record_before
+    if written and list(folder.iterdir()) == [record]:
         record.unlink()
         remove_if_empty(folder)
-    elif made_now(record):
+    elif written:
         cells = status.of_sweep(folder, {overrides: str(error) for overrides, error in jobs.failed})
         if cells and here().first:
             print(status.table(cells), flush=True)
@@ -144,9 +144,23 @@ def remove_if_empty(folder: Path) -> None:
         candidate.rmdir()
 
 
-def made_now(path: Path) -> bool:
-    """Whether this process made or changed the file or folder."""
-    return path.exists() and path.stat().st_mtime >= STARTED
+def made_now(folder: Path) -> bool:
+    """Whether this process made the folder. Not by its time: the clock may have been set since."""
+    return folder.is_dir() and os.path.realpath(folder) in _made
+
+
+_made: set[str] = set()
+
+
+def _note_made(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: Hydra makes folders before any code of the project is asked."""
+    if event == "os.mkdir":
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if not Path(path).exists():
+            _made.add(path)
+
+
+sys.addaudithook(_note_made)
 
 
 class StopRequest:

@@ -48,13 +48,15 @@ SUBDIR = "${run_name:${hydra:job.override_dirname}}"  # as in conf/config.yaml
 @dataclass
 class Jobs:
     """count: jobs that ended. failed: overrides and error of each that failed, an error in words
-    where it happened in another process. folder: of a sweep; None in a single run. code: 128 + the
-    signal that interrupted jobs of other processes.
+    where it happened in another process. folder: of a sweep; None in a single run. record_before:
+    the version of its RECORD, before it began. code: 128 + the signal that interrupted jobs of
+    other processes.
     """
 
     count: int = 0
     failed: list[tuple[str, BaseException | str]] = field(default_factory=list)
     folder: Path | None = None
+    record_before: tuple[int, ...] | None = None
     records: Records | None = None
     code: int | None = None
 
@@ -66,6 +68,14 @@ class Jobs:
                 self.code = record.code
             elif record.error is not None:
                 self.failed.append((record.overrides, record.error))
+
+
+def version(file: Path) -> tuple[int, ...] | None:
+    """What changes when the file is written, whatever the clock says; None if there is none."""
+    if not file.exists():
+        return None
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 jobs = Jobs()
@@ -82,6 +92,7 @@ class ReportFailedJobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         jobs.folder = Path(str(config.hydra.sweep.dir))
+        jobs.record_before = version(jobs.folder / RECORD)
         launcher = str(config.hydra.launcher._target_)
         if launcher.endswith("BasicLauncher"):
             return
