@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | results | audit | gpu | clean.  PYTHON=python3.12 picks the interpreter.
+# make demo | test | test-all | integrations | lint | results | audit | gpu | clean.  PYTHON=python3.12 picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
@@ -6,7 +6,7 @@ DEMO_STEPS ?= 1000
 QUIET_INSTALL := install -qq --disable-pip-version-check --root-user-action=ignore \
 	--constraint constraints.txt
 
-.PHONY: demo test test-all lint format results audit gpu clean
+.PHONY: demo test test-all integrations lint format results audit gpu clean
 
 demo: .venv/installed
 	$(BIN)/python train.py -m experiment=demo steps=$(DEMO_STEPS) method=exact
@@ -19,6 +19,12 @@ test: .venv/installed
 # With what is marked slow.
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m ''
+
+# The library in models and trainers of other packages. They come into .venv too; before that, the
+# other targets skip these tests by name.
+integrations: .venv/installed
+	$(BIN)/python -m pip $(QUIET_INSTALL) --editable ".[integrations]"
+	$(BIN)/python -m pytest -m '' tests/integrations
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -78,6 +78,22 @@ def test_make_targets_exist() -> None:
     assert named <= set(targets)
 
 
+def test_the_api_reference_is_current() -> None:
+    from scripts import api
+
+    assert PAGES["docs/api.md"] == api.page(), "run: python -m scripts.api"
+    for name in basis.__all__:
+        assert f"## basis.{name}\n" in PAGES["docs/api.md"]
+
+
+def test_what_an_index_shows_links_to_no_file() -> None:
+    text = PAGES["docs/package.md"]
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    assert set(re.findall(r"basis\.(\w+)\(", text)) <= set(basis.__all__)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page: str) -> None:
     text = re.sub(r"`[^`]*`", "", PAGES[page])
@@ -115,7 +131,11 @@ def test_the_readme_figure_is_drawn_from_the_ranking(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "containing"),
-    [("README.md", "train_step"), ("docs/library.md", "basis.BalancedSketch")],
+    [
+        ("README.md", "train_step"),
+        ("docs/package.md", "train_step"),
+        ("docs/library.md", "basis.BalancedSketch"),
+    ],
 )
 def test_the_library_examples_run(page: str, containing: str) -> None:
     import torch
@@ -135,7 +155,7 @@ def test_the_library_examples_run(page: str, containing: str) -> None:
         code_block(page, "python", containing),
         {"model": model, "batches": [tokens], "train_step": train_step},
     )
-    if page == "README.md":
+    if containing == "train_step":
         assert changed[0] > 0
         assert {name: type(module) for name, module in model.named_modules()} == plain
     else:
