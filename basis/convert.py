@@ -7,71 +7,34 @@ weights and the state_dict all stay as they were. Patterns are shell patterns ov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
 
 from torch import nn
 
 from basis.causal_lm import unfused
 from basis.diagnostics.budget import BudgetError
-from basis.estimator import Estimator
-from basis.exchange import Exchange, StandIn, plain_name
-from basis.linear import WANTED, Sketched, SketchedLinear
+from basis.exchange import StandIn, plain_name
+from basis.layers.adapters import keep_out_of_adapters
+from basis.layers.left import Left, left_alone, warn_of_little
+from basis.layers.sketch import Method, Sketch, exchange_of
+from basis.linear import Sketched
 from basis.ops.shared_noise import Passes
 
-
-@dataclass(frozen=True)
-class _Sketch(Exchange):
-    """Dense layers for SketchedLinear. estimator: as `convert` takes it."""
-
-    kind: ClassVar[str] = "dense layer"
-
-    estimator: Estimator | Callable[[str, nn.Linear], Estimator]
-
-    def accepts(self, module: nn.Module) -> bool:
-        return type(module) in (nn.Linear, SketchedLinear)
-
-    def stand_in(self, name: str, module: nn.Module) -> SketchedLinear:
-        assert isinstance(module, nn.Linear)
-        if isinstance(self.estimator, Estimator):
-            return SketchedLinear.from_linear(module, self.estimator)
-        estimator = self.estimator(name, module)
-        if not isinstance(estimator, Estimator):
-            raise TypeError(
-                f"convert: the function must return {WANTED}; for {name} it gave {estimator!r}"
-            )
-        return SketchedLinear.from_linear(module, estimator)
-
-    def why_not(self, module: nn.Module) -> str | None:
-        kind = type(module).__name__
-        if self.accepts(module):
-            return None
-        if isinstance(module, nn.LazyLinear):
-            return f"{kind}: has no weight before its first forward"
-        if nn.utils.parametrize.is_parametrized(module) and isinstance(module, nn.Linear):
-            return f"{kind}: its weight is computed by a parametrization"
-        if isinstance(module, nn.Linear):
-            return f"{kind}: a subclass of nn.Linear, whose own forward would be lost"
-        looks_dense = "Linear" in kind or kind == "Conv1D"  # transformers' Conv1D is a dense layer
-        return f"{kind}: no nn.Linear" if looks_dense else None
+__all__ = [
+    "Left",
+    "Method",
+    "convert",
+    "left_alone",
+    "not_learning",
+    "put_back",
+    "revert",
+    "sketched_layers",
+]
 
 
-Method = Exchange | Estimator | Callable[[str, nn.Linear], Estimator]
-"""What `convert` takes."""
-
-
-def _exchange(method: Method) -> Exchange:
-    if isinstance(method, Exchange):
-        return method
-    if isinstance(method, type) or not (isinstance(method, Estimator) or callable(method)):
-        raise TypeError(
-            f"convert: method must be {WANTED}, a basis.Lean or basis.SUS, or a function of a "
-            f"layer's name and the layer that returns an estimator; got {method!r}"
-        )
-    return _Sketch(method)
+EVERYTHING = ["*"]
 
 
 def convert(
@@ -87,8 +50,10 @@ def convert(
 
     method:
     - an estimator, such as `basis.BalancedSketch(32)`: each nn.Linear becomes a SketchedLinear with
-      it; or a function of a layer's name and the layer that returns an estimator, where layers
-      differ (diagnostics/budget.py);
+      it, and so do the dense layers of layers/sketch.py that are no nn.Linear; or a function of a
+      layer's name and the layer that returns an estimator, where layers differ
+      (diagnostics/budget.py). A layer that is no nn.Linear is described to it by one of its size on
+      the meta device;
     - `basis.Lean(...)`: LayerNorm, GELU and attention in few bits;
     - `basis.SUS(...)`: attention whose backward follows a few entries of each row.
 
@@ -98,11 +63,14 @@ def convert(
 
     What stands in for another module already takes the options of the new `method`.
 
-    Dense layers that are left as they are, whatever the patterns: subclasses of nn.Linear, whose
-    own forward would be lost. Those are the out_proj of nn.MultiheadAttention (which never calls
-    it), nn.LazyLinear before its first forward, layers under torch.nn.utils.parametrizations
-    (weight_norm, spectral_norm, ...) and other libraries' layers. So are dense layers that are no
-    nn.Linear at all.
+    Dense layers that are left as they are, whatever the patterns: those whose weight is frozen, of
+    whose input nothing is kept anyway; and subclasses of nn.Linear, whose own forward would be
+    lost. Those are nn.LazyLinear before its first forward, layers under
+    torch.nn.utils.parametrizations (weight_norm, spectral_norm, ...: convert first, then put them
+    on) and other libraries' layers. With the default `include`, layers with a very narrow input are
+    left too, such as lora_B of an adapter. `left_alone` lists what was left, and why; and a
+    UserWarning says so where, with the default `include`, less than half of the model's trained
+    matrices are in layers that were changed.
 
     An estimator that learns adds `estimator_...` buffers to the state_dict. A plain model's
     state_dict is loaded all the same, and leaves what the layers have learned (after `convert`:
@@ -116,7 +84,8 @@ def convert(
     torch.nn.utils.weight_norm; attention with dropout or hooks, for SUS); TypeError if `method` is
     none of the above.
     """
-    exchange = _exchange(method)
+    exchange = exchange_of(method)
+    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     if exchange.accepts(model):
         hint = "; use SketchedLinear.from_linear" if isinstance(model, nn.Linear) else ""
         raise ValueError(f"convert: the model is itself a {exchange.kind}{hint}")
@@ -135,10 +104,9 @@ def convert(
         for name, module in modules.items()
         if (why := exchange.why_not(module))
     }
-    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(plain, pattern) for plain in names.values()):
+            if not any(_matches(plain, [pattern]) for plain in names.values()):
                 known = _first_twelve(names.values())
                 left = _first_twelve(
                     f"{name} ({why})" for name, why in others.items() if fnmatchcase(name, pattern)
@@ -148,11 +116,12 @@ def convert(
                     f"{option}={pattern!r}: matches no {exchange.kind}; the model's are "
                     f"{known or 'none'}{but}"
                 )
+    spared = exchange.spared(modules) if include == EVERYTHING else {}
+    excluded = {name for name, plain in names.items() if _matches(plain, exclude)}
     chosen = [
         name
         for name, plain in names.items()
-        if any(fnmatchcase(plain, p) for p in include)
-        and not any(fnmatchcase(plain, p) for p in exclude)
+        if name not in excluded and name not in spared and _matches(plain, include)
     ]
     if not chosen:
         raise ValueError(
@@ -171,13 +140,18 @@ def convert(
                 raise ValueError(f"include={names[name]!r}: {error}") from None
     for name in chosen:
         _replace(model, name, made[id(found[name])])
-    for layer in made.values():
-        if isinstance(layer, SketchedLinear):
-            layer.exact_if_kept = exact_if_kept
+    for new in made.values():
+        for layer in new.modules():
+            if isinstance(layer, Sketched):
+                layer.exact_if_kept = exact_if_kept
+    keep_out_of_adapters(model)
     layers = [layer for _, layer in sketched_layers(model)]
     passes = Passes(len(layers))
     for place, layer in enumerate(layers):
         layer.passes = (passes, place)
+    if include == EVERYTHING and isinstance(exchange, Sketch):
+        passed_over = [modules[name] for name in (*excluded, *spared)]
+        warn_of_little(model, exchange, passed_over, stacklevel=3)
     return [names[name] for name in chosen]
 
 
@@ -260,6 +234,10 @@ def _patterns(option: str, patterns: Iterable[str]) -> list[str]:
     if isinstance(patterns, str):
         raise ValueError(f"{option}={patterns!r}: give a list of patterns, such as [{patterns!r}]")
     return list(patterns)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

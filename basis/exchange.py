@@ -8,7 +8,7 @@ module back that it stands for. `convert` and `revert` know nothing else of eith
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -33,8 +33,8 @@ class StandIn(nn.Module):
 
     @property
     def own_names(self) -> frozenset[str]:
-        """Attributes and buffers of this object that the module it stands for does not have. Those
-        with a default in the class need not be named.
+        """Attributes, buffers and submodules of this object that the module it stands for does not
+        have. Those with a default in the class need not be named.
         """
         return frozenset()
 
@@ -93,6 +93,57 @@ def take_over(layer: Module, old: nn.Module) -> Module:
     for name, value in kept.items():
         vars(layer)[name] = _rebound(value, layer) if name.endswith("_hooks") else value
     return layer
+
+
+class StandInOfClass(StandIn):
+    """Mixin of stand-ins for modules of many classes, such as those of other libraries: the class
+    of each is made of the mixin and the class of the module (`standing_in`), so that isinstance
+    goes on saying what it did.
+    """
+
+    mixin: ClassVar[type[StandInOfClass]]
+
+    def original(self) -> nn.Module:
+        return take_over(_blank(self.stands_for), self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A class made on the way has no name by which it could be found again.
+        state = tuple(super().__reduce_ex__(protocol))[2:]
+        return _unpickled, (self.mixin, self.stands_for), *state
+
+
+OfClass = TypeVar("OfClass", bound=StandInOfClass)
+
+
+def standing_in(mixin: type[OfClass], module: nn.Module) -> OfClass:
+    """A stand-in of kind `mixin` for `module`, with nothing in it: `take_over` comes next. `module`
+    may be such a one already.
+    """
+    plain = module.stands_for if isinstance(module, mixin) else type(module)
+    return _blank(_class_of(mixin, plain))  # type: ignore[return-value]
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _class_of(mixin: type[StandInOfClass], plain: type[nn.Module]) -> type[nn.Module]:
+    """The one class that is both, so that two modules of one class stay of one class."""
+    if (mixin, plain) not in _CLASSES:
+        members = {"mixin": mixin, "stands_for": plain, "__doc__": mixin.__doc__}
+        _CLASSES[mixin, plain] = type(f"Sketched{plain.__name__}", (mixin, plain), members)
+    return _CLASSES[mixin, plain]
+
+
+def _blank(cls: type[Module]) -> Module:
+    """A module of class `cls` that has nothing yet."""
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    return module
+
+
+def _unpickled(mixin: type[StandInOfClass], plain: type[nn.Module]) -> nn.Module:
+    cls = _class_of(mixin, plain)
+    return cls.__new__(cls)
 
 
 def _has_more(cls: type, other: type, name: str) -> bool:
@@ -210,6 +261,22 @@ class Exchange(abc.ABC):
         """Whether modules that `module`, an accepted one, holds are replaced too."""
         return False
 
+    def stands_in(self, module: nn.Module) -> bool:
+        """Whether `module` is what this kind of exchange put into a model."""
+        return isinstance(module, StandIn) and self.accepts(module)
+
     def why_not(self, module: nn.Module) -> str | None:
         """Why a module that looks like one of the kind is not accepted; None if it does not."""
         return None
+
+    def spared(self, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+        """Of `modules`, all those of a model by name, the accepted ones that are better left as
+        they are unless they are asked for by name, and why.
+        """
+        return {}
+
+    def parts(self, module: nn.Module) -> tuple[str, ...]:
+        """Names within `module`, an accepted one, that are replaced along with it: who asks for one
+        of them gets `module`.
+        """
+        return ()

@@ -99,13 +99,14 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     step, micro_batch: they decide which layers learn in the next forward: those whose method learns
     at `step`, in its first micro-batch. Modules on another device than `base` get copies.
     """
+    from basis.layers.conv1d import is_conv1d
     from basis.linear import Sketched
 
     modules: list[HasNoiseKey] = []
     names: list[str] = []
     places: dict[str, int] = {}  # of dense layers, sketched or not: their noise is the same then
     for name, module in plainly_named(model):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
             places.setdefault(name, len(places))
         if isinstance(module, HasNoiseKey):
             modules.append(module)
@@ -120,7 +121,7 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     for module, name, key in zip(modules, names, keys, strict=True):
         fixed = None
         if isinstance(module, Sketched):
-            if len(places) > 1:
+            if len(places) > 1 and name in places:
                 fixed = (shared, places[name])
             module.learning = (
                 micro_batch == 0

@@ -75,6 +75,8 @@ class Learning(nn.Module):
     """Whether the next training forward learns; None: each one does. Set for a step by
     `basis.set_noise_key`.
     """
+    saves_state: bool = True
+    """Whether the state is in the state_dict; see layers/adapters.py for where it is not."""
     first_step: int = 0
     """The step at which the layer knew nothing; the method's `learns_at` counts steps from it."""
     frozen: bool = False
@@ -91,8 +93,13 @@ class Learning(nn.Module):
             self.in_features, self.weight.device if device is None else device
         )
         for name, tensor in state.items():
-            self.register_buffer(f"estimator_{name}", tensor)
+            self.register_buffer(f"estimator_{name}", tensor, persistent=self.saves_state)
         self._state_names = tuple(state)
+
+    def leave_state_unsaved(self) -> None:
+        """From now on the state is in no state_dict."""
+        self.saves_state = False
+        self._non_persistent_buffers_set |= {f"estimator_{name}" for name in self._state_names}
 
     def learn(self, input: Tensor, key: Tensor) -> State:
         """The state with which a forward on `input` compresses, after a look at it if this is a
