@@ -99,6 +99,10 @@ def convert(
             if not exchange.looks_inside(module):
                 inside = (*inside, f"{name}.")
     names = {name: plain_name(model, name) for name in found}
+    known_as = {
+        name: [plain, *(f"{plain}.{part}" for part in exchange.parts(found[name]))]
+        for name, plain in names.items()
+    }
     others = {
         plain_name(model, name): why
         for name, module in modules.items()
@@ -106,7 +110,8 @@ def convert(
     }
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(_matches(plain, [pattern]) for plain in names.values()):
+            to_match = [plain for all_of in known_as.values() for plain in all_of]
+            if not any(_matches(plain, [pattern]) for plain in to_match):
                 known = _first_twelve(names.values())
                 left = _first_twelve(
                     f"{name} ({why})" for name, why in others.items() if fnmatchcase(name, pattern)
@@ -120,8 +125,10 @@ def convert(
     excluded = {name for name, plain in names.items() if _matches(plain, exclude)}
     chosen = [
         name
-        for name, plain in names.items()
-        if name not in excluded and name not in spared and _matches(plain, include)
+        for name in names
+        if name not in excluded
+        and name not in spared
+        and any(_matches(known, include) for known in known_as[name])
     ]
     if not chosen:
         raise ValueError(

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from basis.checks import whole_number
 from basis.convert import sketched_layers
 from basis.estimator import Estimator, State, kept_of
+from basis.layers.experts import ExpertProduct
 from basis.ops.noise import fold
 from basis.ops.shared_noise import SharedNoise
 from basis.state import pack_state, unpack_state
@@ -219,8 +220,9 @@ def gradient_quality(
     loss: runs `model` and returns a scalar with graph, not scaled (a head fused with its loss sees
     the loss before any scaling, other layers after it). masks: further noises per layer, 0 or at
     least 2. Returns one `Quality` per layer that took part, by name, and all of them together as
-    "all"; an empty dict if no layer is sketched. Raises ValueError for a wrong `masks`, and for a
-    layer that is used twice in one forward; TypeError if `loss` is no function or returns no such
+    "all"; an empty dict if no layer is sketched. Products of experts take no part. Raises
+    ValueError for a wrong `masks`, and for a layer that is used twice in one forward; TypeError if
+    `loss` is no function or returns no such
     scalar; RuntimeError where gradients are off.
     """
     if not callable(loss):
@@ -235,7 +237,11 @@ def gradient_quality(
             "gradient_quality: compares gradients, and they are off here (torch.no_grad or "
             "inference_mode)"
         )
-    layers = dict(sketched_layers(model))
+    layers = {
+        name: layer
+        for name, layer in sketched_layers(model)
+        if not isinstance(layer, ExpertProduct)  # which makes as many estimates as it has experts
+    }
     if not layers:
         return {}
     learning = {name: layer.learning for name, layer in layers.items()}

@@ -2,6 +2,7 @@
 
     nn.Linear                           SketchedLinear
     transformers' Conv1D                SketchedConv1D (conv1d.py)
+    experts of a mixture                SketchedExperts (experts.py)
 
 A layer is left as it is if its weight is frozen: it keeps nothing of its input anyway, and what a
 method learns would be bytes for nothing. So is, unless it is asked for by name, one whose input is
@@ -20,7 +21,7 @@ from torch import nn
 
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn
-from basis.layers import conv1d
+from basis.layers import conv1d, experts
 from basis.linear import WANTED, Sketched, SketchedLinear
 
 NARROW = 256
@@ -51,6 +52,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _is_dense(module: nn.Module) -> bool:
     """Whether `module` is of a class that has a stand-in."""
+    if experts.is_experts(module):
+        return experts.why_not(module) is None
     return _is_linear(module) or conv1d.is_conv1d(module)
 
 
@@ -58,6 +61,8 @@ def width_of(module: nn.Module) -> int:
     """Features of the widest input of a dense layer, an expert or an attention."""
     if isinstance(module, nn.Linear | Sketched):
         return module.in_features
+    if experts.is_experts(module):
+        return max(experts.as_linear(module, p).in_features for p in experts.matrices(module))
     return conv1d.as_linear(module).in_features
 
 
@@ -79,11 +84,15 @@ class Sketch(Exchange):
         return _is_dense(module) and not is_frozen(module)
 
     def stands_in(self, module: nn.Module) -> bool:
-        return isinstance(module, Sketched)
+        return isinstance(module, Sketched | experts.SketchedExperts)
 
     def stand_in(self, name: str, module: nn.Module) -> StandIn:
         if isinstance(module, nn.Linear):
             return SketchedLinear.from_linear(module, self._chosen(name, module))
+        if experts.is_experts(module):
+            return experts.sketched_experts(
+                module, lambda product, layer: self._chosen(f"{name}.{product}", layer)
+            )
         return conv1d.sketched_conv1d(module, self._chosen(name, conv1d.as_linear(module)))
 
     def _chosen(self, name: str, layer: nn.Linear) -> Estimator:
@@ -106,6 +115,11 @@ class Sketch(Exchange):
             if width <= NARROW and width * WIDER <= widest and self.accepts(modules[name])
         }
 
+    def parts(self, module: nn.Module) -> tuple[str, ...]:
+        if experts.is_experts(module):
+            return tuple(experts.SKETCHES[name] for name in experts.matrices(module))
+        return ()
+
     def why_not(self, module: nn.Module) -> str | None:
         kind = type(module).__name__
         if self.accepts(module):
@@ -119,7 +133,7 @@ class Sketch(Exchange):
         if isinstance(module, nn.Linear):
             return f"{kind}: a subclass of nn.Linear, whose own forward would be lost"
         if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
-            return f"{kind}: {_other_reason(module)}"
+            return f"{kind}: {experts.why_not(module) or _other_reason(module)}"
         return f"{kind}: no nn.Linear" if "Linear" in kind or kind == "Conv1D" else None
 
 

@@ -104,3 +104,45 @@ def test_lora_sketches_what_is_trained_and_wide_and_saves_adapters_as_ever(tmp_p
     )
     basis.revert(model)
     assert list(model.state_dict()) == keys
+
+
+def moe(kind: str, implementation: str) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"num_experts_per_tok": 2, "output_router_logits": False, "head_dim": 8}
+    config, model = {
+        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+        "qwen3": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+        "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
+    }[kind]
+    experts = {"num_experts": 4} if kind == "qwen3" else {"num_local_experts": 4}
+    if kind == "qwen3":
+        options["moe_intermediate_size"] = 24
+    made = model(config(**SMALL, **experts, **options, attn_implementation="eager"))
+    made.set_experts_implementation(implementation)
+    for name, p in made.named_parameters():
+        if "experts" in name:  # those of gpt_oss are made without values
+            nn.init.normal_(p, std=0.1)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [("mixtral", "eager"), ("mixtral", "grouped_mm"), ("qwen3", "eager"), ("gpt_oss", "eager")],
+)
+def test_experts_are_sketched_with_exact_outputs(kind: str, implementation: str) -> None:
+    plain, model = moe(kind, implementation), moe(kind, implementation)
+    loss, exact = gradients(plain)
+    changed = basis.convert(model, UNBIASED)
+    assert sum(name.endswith("experts") for name in changed) == 2
+    found, sketched = gradients(model)
+    assert found == pytest.approx(loss, rel=1e-5)
+    same = [name for name in exact if "norm" in name or "embed" in name or "bias" in name]
+    torch.testing.assert_close([sketched[n] for n in same], [exact[n] for n in same])
+    some = next(name for name in exact if name.endswith("experts.gate_up_proj"))
+    assert not torch.allclose(sketched[some], exact[some])
+    basis.convert(model, basis.Exact())
+    everything = gradients(model)[1]
+    torch.testing.assert_close(everything, exact)
+    assert falls(model)
+    basis.revert(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]

@@ -1,0 +1,208 @@
+"""Experts of a mixture (transformers 5): two products, each with E weights in one 3-D Parameter.
+
+A token goes to k of E experts, so T tokens make S = k T rows. They are sorted by expert; expert e
+then has a segment X_e of n_e rows, and
+
+    Y_e = X_e W_e^T,   dX_e = dY_e W_e,   dW_e = dY_e^T X_e
+
+Y and dX are exact, and what is kept of each X_e is what the method makes of it: a sketch per
+segment, with noise of its own, so that dW_e is what the method would give a dense layer on X_e. A
+method whose rank counts rows (an R-row sketch) keeps R of T rows in a dense layer of the same
+model, and here the same share of each segment, ceil(n_e R / T) rows; but 8 at least, or all where a
+segment has no more. All other options are the method's own. What it learns it learns from all
+segments together.
+
+Rows are gathered by their index, which is all that is kept of that; the activation between the two
+products and the routing weights keep what they keep in the plain module. Sizes of segments are
+looked at on the host once a forward, as in transformers' own plain forward; torch.compile breaks
+its graph there. Many small experts in eager mode are many small operations.
+
+The module has a forward of its own instead of an entry in transformers' registry of experts'
+functions: that is chosen by the model's configuration, for all layers at once, and would be saved
+with it. So `model.set_experts_implementation` is without effect while the module is sketched, in
+training; where no gradient is wanted the plain forward runs, whichever was chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from basis.estimator import Estimator
+from basis.exchange import StandInOfClass, standing_in, take_over
+from basis.linear import Sketched, sketched_linear, wants_weight_grad
+from basis.ops.matrix import cast_for_autocast, has_values
+from basis.ops.noise import combine
+from basis.ops.shared_noise import Passes
+
+LEAST_ROWS = 8
+"""Rows that a segment keeps at least, where a method keeps rows."""
+
+SKETCHES = {"gate_up_proj": "gate_up_sketch", "up_proj": "up_sketch", "down_proj": "down_sketch"}
+"""The Parameter of a product -> the submodule that keeps for it."""
+
+
+class ExpertProduct(Sketched):
+    """One product of sketched experts. It has no parameters: its weights are the experts' own."""
+
+    def __init__(self, owner: nn.Module, parameter: str, estimator: Estimator) -> None:
+        super().__init__()
+        self.owner = (owner,)  # in a tuple, so that it does not count as a submodule
+        self.parameter, self.estimator = parameter, estimator
+        self.in_features = as_linear(owner, parameter).in_features
+        self.passes = (Passes(1), 0)
+        self.forget()
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(E, M, N), or (E, N, M) where the experts are transposed."""
+        return cast(Tensor, getattr(self.owner[0], self.parameter))
+
+    def original(self) -> nn.Module:
+        raise ValueError("a product of experts stands for no module; revert the experts")
+
+    def forward(self, x: Tensor, counts: list[int], tokens: int) -> Tensor:
+        """The rows `x` (S, N), sorted by expert, times the experts' weights: (S, M).
+
+        counts: rows of each expert; tokens: T, by which a method's rank counts.
+        """
+        x = cast_for_autocast(x)
+        owner = self.owner[0]
+        weights = self.weight.mT if owner.is_transposed else self.weight
+        biases = getattr(owner, f"{self.parameter}_bias") if owner.has_bias else None
+        key = self.key_for(x)
+        wanted = wants_weight_grad(self.weight) and has_values(x)
+        state = self.learn(x, key) if wanted else self.state
+        experts = torch.arange(len(counts), dtype=torch.int64, device=x.device)
+        parts = list(
+            zip(
+                x.split(counts),
+                weights.unbind(),
+                [None] * len(counts) if biases is None else biases.unbind(),
+                combine(key, experts).unbind(),
+                strict=True,
+            )
+        )
+        busy = [part for part in parts if len(part[0])] or parts[:1]
+        return torch.cat(
+            [
+                sketched_linear(
+                    rows, weight, bias, key, _for_part(self.estimator, len(rows), tokens), state
+                )
+                for rows, weight, bias, key in busy
+            ]
+        )
+
+    def extra_repr(self) -> str:
+        experts, out, width = self.weight.shape
+        return f"{experts} experts, {(out, width)}, estimator={self.estimator}"
+
+
+def _for_part(estimator: Estimator, rows: int, whole: int) -> Estimator:
+    """`estimator` for `rows` rows of a layer whose method is meant for `whole` rows."""
+    if estimator.knob != "rank" or estimator.error_tells_rank:
+        return estimator
+    rank = max(-(-rows * cast(Any, estimator).rank // whole), LEAST_ROWS)
+    return _with_rank(estimator, min(rank, max(rows, 1)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_rank(estimator: Estimator, rank: int) -> Estimator:
+    return cast(Estimator, dataclasses.replace(cast(Any, estimator), rank=rank))
+
+
+class SketchedExperts(StandInOfClass):
+    """Experts that keep a sketch of each segment of their inputs. Same Parameters, same
+    state_dict; what a method learns is in buffers of two submodules.
+    """
+
+    has_gate: bool
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+    @property
+    def own_names(self) -> frozenset[str]:
+        return frozenset(SKETCHES.values())
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (T, H); top_k_index (T, k): experts, E for none; top_k_weights (T, k)."""
+        if isinstance(hidden_states, Proxy):
+            return cast(Tensor, self.node(hidden_states, top_k_index, top_k_weights))
+        first, second = (getattr(self, SKETCHES[name]) for name in matrices(self))
+        exact = not any(wants_weight_grad(part.weight) for part in (first, second))
+        if exact or self.for_inference() or not has_values(hidden_states):
+            for part in (first, second):
+                part.key_for(hidden_states)  # a reentrant checkpoint: see Sketched._draws
+            return cast(Tensor, super().forward(hidden_states, top_k_index, top_k_weights))
+        tokens, k = top_k_index.shape
+        expert, order = top_k_index.flatten().sort(stable=True)
+        counts = torch.bincount(expert, minlength=len(first.weight))[: len(first.weight)].tolist()
+        used = sum(counts)  # what goes to no expert is sorted to the end
+        order = order[:used]
+        h = first(hidden_states[order // k], counts, tokens)
+        h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+        y = second(h, counts, tokens)
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights.flatten()[order].unsqueeze(-1)
+        y = y.new_zeros(tokens * k, y.shape[-1]).index_copy(0, order, y)
+        return y.unflatten(0, (tokens, k)).sum(1).to(hidden_states.dtype)
+
+
+def matrices(module: nn.Module) -> tuple[str, str]:
+    """The Parameters of the two products of `module`, an experts module."""
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` is an experts module of transformers (one that is made for its registry of
+    experts' functions), or stands in for one.
+    """
+    options = ("has_gate", "has_bias", "is_transposed", "num_experts", "config")
+    if not (hasattr(module, "_apply_gate") and all(name in vars(module) for name in options)):
+        return False
+    parameters = [module._parameters.get(name) for name in matrices(module)]
+    return all(p is not None and p.ndim == 3 for p in parameters)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why `module`, which has parameters of three dimensions, is no experts module to sketch."""
+    if is_experts(module) and getattr(module, "_is_expert_parallel", False):
+        return "its experts are spread over several processes"
+    return None
+
+
+def as_linear(module: nn.Module, parameter: str) -> nn.Linear:
+    """An nn.Linear of the size of one expert's product, without memory."""
+    _, out, width = module.get_parameter(parameter).shape
+    if module.is_transposed:
+        out, width = width, out
+    return nn.Linear(width, out, bias=bool(module.has_bias), device="meta")
+
+
+def sketched_experts(
+    module: nn.Module, choose: Callable[[str, nn.Linear], Estimator]
+) -> SketchedExperts:
+    """What stands in for `module`, an experts module, with the same Parameters. choose: gives the
+    method for a product, from the name of its Parameter and an expert's size.
+
+    Raises ValueError for a method that needs the same rows in each step.
+    """
+    chosen = {name: choose(name, as_linear(module, name)) for name in matrices(module)}
+    for estimator in chosen.values():
+        if estimator.state_replaces_input:
+            raise ValueError(
+                f"{type(estimator).__name__} pairs the rows of each step with those before, and an "
+                "expert's rows are others each time; exclude it, or choose another method"
+            )
+    new = take_over(standing_in(SketchedExperts, module), module)
+    for name, estimator in chosen.items():
+        setattr(new, SKETCHES[name], ExpertProduct(new, name, estimator))
+    return new

@@ -1,0 +1,231 @@
+"""Experts of a mixture: a sketch per segment, exact outputs and input gradients."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from lookalikes import Experts, Mixture
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import basis
+from basis.convert import left_alone
+from basis.layers.experts import ExpertProduct, SketchedExperts
+from basis.linear import SketchedLinear
+
+SKETCH = basis.BalancedSketch(8, invariant_scalars=False)
+KINDS = {
+    "gated": {},
+    "not gated": {"gate": False},
+    "with bias": {"bias": True},
+    "transposed": {"transposed": True, "bias": True},
+}
+
+
+def mixture(**options: bool) -> Mixture:
+    torch.manual_seed(0)
+    return Mixture(**options)
+
+
+def rows(count: int = 64) -> Tensor:
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    return y.detach(), x.grad, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_method_that_keeps_all_gives_the_plain_gradients(kind: str) -> None:
+    plain = gradients(mixture(**KINDS[kind]), rows())
+    for method in (basis.Exact(), basis.BalancedSketch(64, invariant_scalars=False)):
+        model = mixture(**KINDS[kind])
+        assert basis.convert(model, method) == ["router", "experts"]
+        torch.testing.assert_close(gradients(model, rows()), plain)
+
+
+@pytest.mark.parametrize("kind", ["gated", "transposed"])
+def test_each_experts_gradient_is_unbiased_and_all_else_exact(kind: str) -> None:
+    y, dx, exact = gradients(mixture(**KINDS[kind]), rows())
+    model = mixture(**KINDS[kind])
+    basis.convert(model, SKETCH, include=["experts"])
+    draws: dict[str, list[Tensor]] = {"experts.gate_up_proj": [], "experts.down_proj": []}
+    for step in range(200):
+        basis.set_noise_key(model, seed=0, step=step)
+        found_y, found_dx, found = gradients(model, rows())
+        torch.testing.assert_close((found_y, found_dx), (y, dx))
+        for name, grad in found.items():
+            if name in draws:
+                draws[name].append(grad)
+            else:
+                torch.testing.assert_close(grad, exact[name])
+    for name, grads in draws.items():
+        stack = torch.stack(grads)
+        z = (stack.mean(0) - exact[name]) / (stack.std(0) / len(grads) ** 0.5)
+        for expert in z:
+            assert expert.square().mean() < 2.2  # its entries go together
+            assert expert.abs().max() < 5
+
+
+def test_noise_differs_between_experts_and_follows_the_key() -> None:
+    """Two experts with the same rows and weights get different estimates."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": Experts(2, gate=False)})
+    with torch.no_grad():
+        for p in model.parameters():
+            p[1] = p[0]
+    basis.convert(model, SKETCH)
+    chosen, weights = torch.tensor([[0, 1]]).expand(64, 2), torch.ones(64, 2)
+
+    def grad(step: int) -> Tensor:
+        model.zero_grad()
+        basis.set_noise_key(model, seed=0, step=step)
+        model["experts"](rows(), chosen, weights).square().sum().backward()
+        return model["experts"].up_proj.grad.clone()
+
+    first = grad(0)
+    assert not torch.allclose(first[0], first[1])
+    assert torch.equal(first, grad(0))
+    assert not torch.allclose(first, grad(1))
+
+
+def test_experts_without_tokens_get_zero_and_what_goes_to_none_is_left_out() -> None:
+    plain, model = (copy.deepcopy(mixture().experts) for _ in range(2))
+    model = nn.ModuleDict({"experts": model})
+    basis.convert(model, basis.Exact())
+    chosen = torch.tensor([[0, 4], [2, 0], [4, 4]])  # there is no expert 4
+    x, weights = rows(3), torch.rand(3, 2)
+    found = []
+    for experts in (plain, model["experts"]):
+        y = experts(x, chosen, weights)
+        y.square().sum().backward()
+        found.append((y, experts.gate_up_proj.grad))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[1][1][1].abs().max() == 0
+
+
+def test_a_rank_counts_rows_of_the_layer_and_few_rows_are_kept_whole() -> None:
+    """Rank 16 of 64 tokens: a quarter of each segment; 8 rows at least, or all there are."""
+    model = nn.ModuleDict({"experts": mixture(gate=False).experts})
+    basis.convert(model, basis.BalancedSketch(16))
+    chosen = torch.tensor([0] * 40 + [1] * 20 + [2] * 4)[:, None]
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model["experts"](rows(), chosen, torch.ones(64, 1))
+    # Of the first product's input: weights (12, 8), sketches (R, 8); of the second's, transposed.
+    # Besides: what SiLU and the product with the routing weights keep, (64, 12) and (64, 8).
+    matrices = Counter(shape for shape in kept if len(shape) == 2 and 0 not in shape)
+    first = {(12, 8): 3, (10, 8): 1, (8, 8): 1, (4, 8): 1, (64, 8): 1}
+    second = {(8, 12): 3 + 1, (10, 12): 1, (4, 12): 1, (64, 12): 1}
+    assert matrices == Counter({**first, **second, (64, 1): 1})
+
+
+def test_it_is_found_named_and_put_back_with_all_that_hangs_on_it() -> None:
+    model = mixture()
+    parameters, keys = dict(model.named_parameters()), list(model.state_dict())
+    model.experts.register_buffer("mask", torch.ones(2))
+    keys.append("experts.mask")
+    assert basis.convert(model, SKETCH) == ["router", "experts"]
+    layers = dict(basis.sketched_layers(model))
+    assert list(layers) == ["router", "experts.gate_up_sketch", "experts.down_sketch"]
+    assert layers["experts.down_sketch"].weight is model.experts.down_proj
+    assert isinstance(model.experts, SketchedExperts)
+    assert isinstance(model.experts, Experts)
+    assert sorted(model.state_dict()) == sorted(keys)
+    assert left_alone(model, SKETCH) == []
+    assert type(copy.deepcopy(model).experts) is type(model.experts)
+    copied = copy.deepcopy(model)
+    assert copied.experts.down_sketch.weight is copied.experts.down_proj
+    basis.convert(model, basis.BalancedSketch(2), include=["experts"])
+    assert model.experts.down_sketch.estimator.rank == 2
+    basis.convert(model, basis.BalancedSketch(3), include=["experts.down_sketch", "router"])
+    assert model.experts.down_sketch.estimator.rank == 3
+    assert basis.revert(model) == ["router", "experts"]
+    assert type(model.experts) is Experts
+    assert set(vars(model.experts)) == set(vars(mixture().experts))
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+
+
+def test_a_function_chooses_for_each_product_from_an_experts_size() -> None:
+    seen = {}
+
+    def choose(name: str, layer: nn.Linear) -> basis.BalancedSketch:
+        seen[name] = (layer.in_features, layer.out_features)
+        return basis.BalancedSketch(2 if "down" in name else 4)
+
+    model = mixture(transposed=True, bias=True)
+    basis.convert(model, choose, include=["experts"])
+    assert seen == {"experts.gate_up_proj": (8, 24), "experts.down_proj": (12, 8)}
+    assert model.experts.gate_up_sketch.estimator.rank == 4
+    assert model.experts.down_sketch.estimator.rank == 2
+
+
+def test_what_is_learned_is_learned_from_all_segments_saved_and_loaded() -> None:
+    model = mixture()
+    plain = copy.deepcopy(model.state_dict())
+    basis.convert(model, basis.Transform(bits=2.0, every=1), include=["experts"])
+    basis.set_noise_key(model, seed=0, step=0)
+    gradients(model, rows())
+    state = model.state_dict()
+    assert {key.rpartition(".")[0] for key in state.keys() - plain.keys()} == {
+        "experts.gate_up_sketch",
+        "experts.down_sketch",
+    }
+    assert model.experts.down_sketch.state["looks"] == 1
+    other = mixture()
+    basis.convert(other, basis.Transform(bits=2.0, every=1), include=["experts"])
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.state_dict(), state)
+    model.load_state_dict(plain)
+
+
+def test_frozen_experts_and_those_spread_over_processes_are_left_with_the_reason() -> None:
+    model = mixture()
+    model.experts.requires_grad_(False)
+    basis.convert(model, SKETCH)
+    assert [entry.why for entry in left_alone(model, SKETCH)] == [
+        "frozen, so it keeps nothing of its input"
+    ]
+    model = mixture()
+    model.experts._is_expert_parallel = True
+    with pytest.warns(UserWarning, match="Experts: its experts are spread over several processes"):
+        basis.convert(model, SKETCH)
+    assert type(model.router) is SketchedLinear
+    with pytest.raises(ValueError, match=r"include='experts'.*EMASketch pairs the rows"):
+        basis.convert(mixture(), basis.EMASketch(rank=2, rows=64), include=["experts"])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_in_a_checkpoint_it_draws_the_same_noise(reentrant: bool) -> None:
+    found = []
+    for recompute in (False, True):
+        model = mixture()
+        basis.convert(model, SKETCH)
+        torch.manual_seed(3)
+        x = rows().requires_grad_()
+        y = checkpoint(model, x, use_reentrant=reentrant) if recompute else model(x)
+        y.square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_under_autocast_and_without_gradients() -> None:
+    model = mixture()
+    basis.convert(model, SKETCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(rows())
+    y.sum().backward()
+    assert model.experts.gate_up_proj.grad.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(model(rows()), mixture()(rows()))
+    assert isinstance(model.experts.down_sketch, ExpertProduct)
