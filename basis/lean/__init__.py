@@ -20,6 +20,7 @@ And of what other models' blocks keep, in bytes a number where that is bfloat16:
 | RMSNorm of transformers | 6 to 8 | 1.1 | the same | the same |
 | SwiGLU, GEGLU, of `gate` and `up` | 6 | 1.1 | 4 bits, unbiased (gated.py) | noise, 12%, no bias |
 | and the input of `down`, if plain | 2 | 1.0 | 8 bits, unbiased | noise, 1% of dW, no bias |
+| transformers' attention | 2 each | 1.1 each | q, k, v, output: 8 bits (sdpa.py) | noise, 1 to 4% |
 | SiLU, GELU of transformers | 2 to 8 | 0.25 | 2 bits, as GELU (activation.py) | 15% of dX, fixed |
 | dropout | 1 or 2 | 0.13 | 1 bit (dropout.py) | none |
 
@@ -48,6 +49,7 @@ from basis.lean.dropout import LeanDropout
 from basis.lean.gated import LeanGatedMLP
 from basis.lean.gelu import LeanGELU, check_bits
 from basis.lean.norm import LeanLayerNorm
+from basis.lean.registered import LeanRegistered, is_registered
 from basis.lean.rms_norm import LeanRMSNorm, kind_of
 from basis.lean.subclass import LeanSubclass
 
@@ -60,6 +62,7 @@ __all__ = [
     "LeanGatedMLP",
     "LeanLayerNorm",
     "LeanRMSNorm",
+    "LeanRegistered",
 ]
 
 
@@ -73,8 +76,9 @@ class Lean(Exchange):
     bits that a gated MLP (SwiGLU, GEGLU) keeps for each number of `gate` and of `up`; None leaves
     gated MLPs as they are, and the activation in them to gelu_bits. dropout: whether nn.Dropout is
     replaced. attention: the class of modules that take q, k, v (b, h, T, d) and return the output,
-    or a tuple of such classes. What an attention module holds is not replaced itself; one that says
-    `is_causal = True` and has no dropout stays within one graph of torch.compile.
+    or a tuple of such classes. What such a module holds is not replaced itself; one that says
+    `is_causal = True` and has no dropout stays within one graph of torch.compile. attention="sdpa":
+    the attention of transformers' models (registered.py).
 
     Which RMSNorms, activations and gated MLPs: those of PyTorch and of transformers, found by what
     they compute (rms_norm.py, activation.py, gated.py). Raises ValueError that begins with the name
@@ -87,7 +91,7 @@ class Lean(Exchange):
     gelu_bits: int | None = 2
     gated_bits: int | None = 4
     dropout: bool = True
-    attention: type[nn.Module] | tuple[type[nn.Module], ...] = ()
+    attention: type[nn.Module] | tuple[type[nn.Module], ...] | str = ()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -95,13 +99,27 @@ class Lean(Exchange):
             check_bits(self.gelu_bits)
         if self.gated_bits is not None:
             gated.check_bits(self.gated_bits)
-        module_classes("attention", self.attention)
+        if isinstance(self.attention, str) and self.attention != "sdpa":
+            raise ValueError(
+                f'attention={self.attention!r}: must be "sdpa", a class of modules, or a tuple of '
+                "such classes"
+            )
+        self._attention_classes()
+
+    def _attention_classes(self) -> tuple[type[nn.Module], ...]:
+        if isinstance(self.attention, str):
+            return ()
+        return module_classes("attention", self.attention)
+
+    def looks_inside(self, module: nn.Module) -> bool:
+        return is_registered(module)  # for norms of queries and keys, and dropout
 
     def accepts(self, module: nn.Module) -> bool:
         if isinstance(module, LeanAttention):
             module = module.attend
         return (
-            type(module) in module_classes("attention", self.attention)
+            type(module) in self._attention_classes()
+            or (self.attention == "sdpa" and is_registered(module))
             or (self.norm and _is_norm(module))
             or (self.gelu_bits is not None and _is_activation(module))
             or (self.gated_bits is not None and gated.is_gated(module))
@@ -111,8 +129,10 @@ class Lean(Exchange):
     def stand_in(self, name: str, module: nn.Module) -> StandIn:
         if isinstance(module, LeanAttention):
             return LeanAttention(module.original())
-        if type(module) in module_classes("attention", self.attention):
+        if type(module) in self._attention_classes():
             return LeanAttention(module)
+        if is_registered(module):
+            return LeanRegistered.from_attention(module)
         if isinstance(module, nn.LayerNorm):
             return LeanLayerNorm.from_norm(module)
         if isinstance(module, nn.Dropout):

@@ -7,11 +7,9 @@ bits (rounding.py) and restored in backward. No product is computed twice. There
 - In eager mode the wrapped module runs as it is, whatever kernel it picks, and hooks on what
   autograd saves do the rounding.
 - torch.compile can't trace such hooks inside a graph. So in a compiled graph an autograd Function
-  calls the kernel and its backward by name: PyTorch's flash attention on the CPU and, in low
-  precision, on CUDA; its memory-efficient attention on CUDA in float32. That is done for a wrapped
-  module that says `is_causal = True` and has no dropout: its output is that of
-  `F.scaled_dot_product_attention(q, k, v, is_causal=True)`. With another one the hooks stay, and
-  the graph breaks.
+  calls the kernel and its backward by name (sdpa.py). That is done for a wrapped module that says
+  `is_causal = True` and has no dropout: its output is that of `F.scaled_dot_product_attention(q, k,
+  v, is_causal=True)`. With another one the hooks stay, and the graph breaks.
 
 What is exact: the output. What is noisy: dq, dk, dv; each kept number is unbiased, the gradients
 are not linear in them, so a bias of the order of the rounding's variance is left. Kept: 4 x 0.27 of
@@ -20,7 +18,7 @@ a B x T x C tensor in float32, instead of 4, and the log-sum-exp.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,90 +26,12 @@ from torch.fx import Proxy
 
 from basis.diagnostics.saved import announce
 from basis.exchange import StandIn, refuse_hooks, refuse_replaced_forward
-from basis.first_order import (
-    first_order,
-    in_transform,
-    refuse_graph_of_backward,
-    refuse_nested_transforms,
-)
+from basis.first_order import refuse_graph_of_backward
+from basis.lean.sdpa import lean_sdpa
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast
-from basis.ops.rounding import Rounded, restore, restore_all, round_all, round_to_int8
+from basis.ops.rounding import Rounded, restore, round_to_int8
 from basis.sus.attention import SusAttention
-
-_FLASH_WIDTH = 256
-"""The widest head that flash attention takes on CUDA."""
-
-
-def _kernel(q: Tensor) -> str | None:
-    """Which of PyTorch's kernels a compiled graph calls; None: there is none to call by name."""
-    if q.device.type == "cpu":
-        return "cpu"
-    if q.device.type != "cuda":
-        return None
-    width = q.shape[-1]
-    if q.dtype in (torch.float16, torch.bfloat16) and width <= _FLASH_WIDTH and width % 8 == 0:
-        return "flash"
-    return "efficient" if width * q.dtype.itemsize % 16 == 0 else None
-
-
-class _LeanCausalAttention(torch.autograd.Function):
-    """Causal attention of q, k, v (b, h, T, d) by a kernel called by name.
-
-    Returns the output (b, h, T, d) and what else the kernel's backward wants, not differentiated.
-    """
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, key: Tensor, kernel: str) -> tuple[Any, ...]:
-        aten = torch.ops.aten
-        if kernel == "cpu":
-            made = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        elif kernel == "flash":
-            made = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-        else:
-            made = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
-        return tuple(made)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        q, k, v, key, ctx.kernel = inputs
-        refuse_nested_transforms()
-        ctx.transformed = in_transform()
-        out, *others = output
-        kept = (k, q, v, out)  # in the order in which autograd saves them, to have the same noise
-        ctx.dtypes = [x.dtype for x in kept]
-        rounded = round_all(kept, key)
-        tensors = [x for x in others if isinstance(x, Tensor)]
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in others]
-        ctx.mark_non_differentiable(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*rounded, *tensors)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 5
-        kept = ctx.saved_tensors
-        k, q, v, out = restore_all(kept[:8], ctx.dtypes)
-        tensors = iter(kept[8:])
-        others = [next(tensors) if number is None else number for number in ctx.numbers]
-        aten = torch.ops.aten
-        if ctx.kernel == "cpu":
-            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, out, *others, 0.0, True
-            )
-        elif ctx.kernel == "flash":
-            lse, cum_q, cum_k, max_q, max_k, seed, offset, *_debug = others
-            grads = aten._scaled_dot_product_flash_attention_backward(
-                grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset
-            )
-        else:
-            lse, seed, offset = others
-            grads = aten._scaled_dot_product_efficient_attention_backward(
-                grad, q, k, v, None, out, lse, seed, offset, 0.0, [True] * 3 + [False], True
-            )
-        return (*grads[:3], None, None)
 
 
 class LeanAttention(StandIn, HasNoiseKey):
@@ -144,8 +64,8 @@ class LeanAttention(StandIn, HasNoiseKey):
             return cast(Tensor, self.attend(q, k, v, round_key=key))
         if torch.compiler.is_compiling() and self._is_plain():
             q, k, v = (cast_for_autocast(x) for x in (q, k, v))
-            if (kernel := _kernel(q)) is not None:
-                return cast(Tensor, _LeanCausalAttention.apply(q, k, v, key, kernel)[0])
+            if (attended := lean_sdpa(q, k, v, None, key, causal=True)) is not None:
+                return attended
         width = q.shape[
             -1
         ]  # not q itself in `pack`: autograd holds the hook until backward, and q with it
@@ -167,5 +87,5 @@ class LeanAttention(StandIn, HasNoiseKey):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             # No call after this one: PyTorch 2.11 would try to compile it, and warn.
-            attended: Tensor = self.attend(q, k, v)
-        return attended
+            output: Tensor = self.attend(q, k, v)
+        return output
