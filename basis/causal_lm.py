@@ -347,7 +347,8 @@ def fuse_head(model: nn.Module) -> str:
 
     model: a PreTrainedModel whose forward takes `labels`, or anything around one, such as a
     PeftModel. The loss stays the model's own. In a training forward with labels the output's
-    `logits` are None; in eval(), under torch.no_grad or without labels nothing is changed. Before
+    `logits` are None; in eval(), under torch.no_grad or without labels nothing is changed: a
+    Trainer's own label smoothing, which keeps the labels from the model, has whole logits. Before
     accelerate's or a Trainer's preparation; not with nn.DataParallel, whose replicas share a
     forward. A pickled model comes back without it, `save_pretrained` knows nothing of it.
 
