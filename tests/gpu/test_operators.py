@@ -110,6 +110,38 @@ def test_the_head_has_the_loss_and_gradients_of_whole_logits(
         assert relative(ours, whole) < (0.03 if autocast else 1e-4)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_the_other_terms_of_a_loss_are_those_of_whole_logits(autocast: bool, device: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 50_257).to(device)
+    x = normal(300, 32, seed=2).to(device).requires_grad_()
+    targets = torch.randint(50_257, (300,), generator=torch.Generator().manual_seed(3)).to(device)
+    targets[:40] = -100
+    count = torch.tensor(500, device=device)
+    found = []
+    for fused in (True, False):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            if fused:
+                loss = basis.linear_cross_entropy(
+                    layer,
+                    x,
+                    targets,
+                    label_smoothing=0.1,
+                    z_loss=1e-3,
+                    softcap=5.0,
+                    logit_scale=2.0,
+                    num_items_in_batch=count,
+                )
+            else:
+                logits = 5.0 * torch.tanh(layer(x).float() * 2.0 / 5.0)
+                loss = F.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum")
+                squares = logits.logsumexp(1).square().where(targets != -100, 0.0)
+                loss = (loss + 1e-3 * squares.sum()) / count
+        found.append((loss.detach(), *torch.autograd.grad(loss, (x, layer.weight, layer.bias))))
+    for ours, whole in zip(*found, strict=True):
+        assert relative(ours, whole) < (0.03 if autocast else 1e-4)
+
+
 def fused_heads(device: str, size: tuple[int, ...] = (2, 64, 3, 2, 16)) -> Tensor:
     """A fused product's output (b, T, 3, h, d), of which q, k and v are views."""
     return normal(*size, seed=4).to(device).requires_grad_()
