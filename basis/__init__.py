@@ -33,6 +33,7 @@ Source of the method the library is named after: V. Khasia, BASIS, arXiv 2604.16
 
 from typing import TYPE_CHECKING
 
+from basis.apply import apply
 from basis.causal_lm import fuse_head, unfuse_head
 from basis.convert import convert, revert, sketched_layers
 from basis.diagnostics.quality import gradient_quality
@@ -68,6 +69,7 @@ __all__ = [
     "RowSampling",
     "Subspace",
     "Transform",
+    "apply",
     "convert",
     "fuse_head",
     "gradient_quality",

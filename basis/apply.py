@@ -29,7 +29,7 @@ from basis.diagnostics.kept import kept_by_category, tokens_of
 from basis.diagnostics.report import Change, Report
 from basis.estimator import Estimator
 from basis.estimators.quantized import Quantized
-from basis.exchange import plainly_named
+from basis.exchange import StandIn, plainly_named
 from basis.layers.sketch import width_of
 from basis.lean import Lean
 from basis.linear import Sketched
@@ -99,18 +99,18 @@ def apply(
     else:
         by_name = {name: seen[module] for name, module in modules.items() if module in seen}
         chosen = _Fitted(Quantized() if method is None else method, share, by_name, rows)
-    was_sketched = any(isinstance(module, Sketched) for module in modules.values())
-    fused = fuse_head(model) if head else None
-    names: list[str] = []
+    plain = not any(isinstance(module, StandIn) for module in modules.values())
+    if head:
+        fuse_head(model)  # refuses before anything is changed
+        unfuse_head(model)
+    names = convert(model, chosen, include, exclude)
     try:
-        names = convert(model, chosen, include, exclude)
         if exchange:
             names += convert(model, exchange)
+        fused = fuse_head(model) if head else None
     except (ValueError, TypeError):
-        if fused is not None:
-            unfuse_head(model)
-        if names and not was_sketched:
-            put_back(model, (Sketched,))
+        if plain:
+            put_back(model, (StandIn,))
         raise
     now = dict(plainly_named(model))
     changed = [

@@ -107,7 +107,9 @@ class _Watch:
         if known is not None:
             return known
         # Within no module of a known kind: the model's own forward, or one of its many blocks.
-        in_a_block = any("Layer" in type(m).__name__ or "Block" in type(m).__name__ for m in self._at_work)
+        in_a_block = any(
+            "Layer" in type(m).__name__ or "Block" in type(m).__name__ for m in self._at_work
+        )
         return OTHER if in_a_block else LOSS
 
     def save(self, tensor: Tensor) -> Tensor:
@@ -135,9 +137,7 @@ def _watching(model: nn.Module, sample: Any) -> Iterator[_Watch]:
             handle.remove()
 
 
-def kept_by_category(
-    model: nn.Module, sample: Any
-) -> tuple[dict[str, int], dict[nn.Module, int]]:
+def kept_by_category(model: nn.Module, sample: Any) -> tuple[dict[str, int], dict[nn.Module, int]]:
     """Bytes that a forward of `model` on `sample` keeps for backward, by category; and the rows of
     the input of each dense layer that ran.
 

@@ -67,7 +67,7 @@ class Report:
         if self.tokens is None:
             before, after = self.by_shapes
             lines += [
-                "kept of the inputs of the layers changed, by their shapes, each counted for itself:",
+                "kept of the inputs of layers changed, by their shapes, each counted for itself:",
                 f"  {before:,.0f} -> {after:,.0f} bytes a token{_times(before, after)}",
                 "  (with sample=, all that a step keeps is measured)",
             ]

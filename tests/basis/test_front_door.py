@@ -22,7 +22,7 @@ METHODS = (
 )
 FUNCTIONS = (
     "convert revert set_noise_key sketched_layers gradient_quality linear_cross_entropy Lean "
-    "Recompute SUS fuse_head unfuse_head"
+    "Recompute SUS apply fuse_head unfuse_head"
 )
 
 
