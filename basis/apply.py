@@ -80,7 +80,7 @@ def apply(
     that `lean` or `head` is for; and for a budget that can't be kept. TypeError for a wrong kind of
     argument.
     """
-    exchange = Lean() if lean is True else lean
+    exchange = Lean(attention="sdpa") if lean is True else lean
     if not isinstance(exchange, bool | Lean):
         raise TypeError(f"apply: lean must be True, False or a basis.Lean, got {lean!r}")
     if exchange and not any(exchange.accepts(module) for module in model.modules()):
