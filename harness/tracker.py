@@ -3,8 +3,14 @@
 Three modes, one switch. `offline`, the default, writes the run next to its other files, needs no
 account and no network, and can be looked at with `wandb leet <run directory>/wandb` or uploaded
 later with `wandb sync`. `online` uploads while training. `disabled` does not even import wandb, so
-a machine without it can train. There is no "try online, else offline": without a network that costs
-a minute and a half of silence, and a run whose whereabouts are a surprise.
+a machine without it can train.
+
+*Failing.* What ends a run is a mistake of the user, a missing key say, and only at its start. A
+server that can't be reached then (wandb tries for WANDB_INIT_TIMEOUT, 90 seconds) leaves a run that
+writes wandb's files offline, after one warning that says how to upload them. A network that is lost
+later does not slow training: wandb keeps the rows and tries again, at the end for
+WANDB_FINISH_TIMEOUT, here 60 seconds. Whatever else wandb or its helper process fails with, the
+mirror ends with one warning and the run goes on.
 
 *Identity.* Id and labels come from `harness/folder/run_id.py`, which keeps them in the run
 directory: an interrupted run continues as itself, and a multirun never writes two runs into one.
@@ -24,10 +30,14 @@ saving and system statistics are off. What is left costs about a millisecond of 
 logged row, one helper process, and about two seconds at the first run.
 """
 
+import contextlib
 import importlib.util
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +48,10 @@ from harness.folder.run_id import TAG_LIMIT, update_run_file
 if TYPE_CHECKING:
     import wandb
 
+log = logging.getLogger(__name__)
+
+FINISH_SECONDS = 60.0
+REACH_SECONDS = 5.0
 MODES = ("online", "offline", "disabled")
 
 # What a dashboard's table of runs shows of a metric; of all others, the last value. "last" stands
@@ -124,8 +138,10 @@ class WandbTracker(Tracker):
 
     def __init__(self, run: "wandb.Run", *, online: bool) -> None:
         self._run: wandb.Run | None = run
+        self._failed = False
         self.url = run.url if online else None  # offline, asking for it prints a warning
         self.folder = Path(run.dir).parent
+        self._home = self.folder.parent.parent
         run.define_metric("*", step_metric="step")
         for name in _HIDDEN:
             run.define_metric(name, step_metric="step", hidden=True)
@@ -136,11 +152,9 @@ class WandbTracker(Tracker):
 
     def log(self, metrics: Mapping[str, object]) -> None:
         assert "step" in metrics, f"a row needs a `step`: {dict(metrics)}"
-        assert self._run is not None, "log after finish"
-        self._run.log(dict(metrics))
+        self._ask(lambda run: run.log(dict(metrics)))
 
     def summary(self, values: Mapping[str, object]) -> None:
-        assert self._run is not None, "summary after finish"
         # Under a name of its own: the final val/loss would overwrite the minimum that wandb keeps
         # as val/loss.
         scalars = {
@@ -148,14 +162,30 @@ class WandbTracker(Tracker):
             for name, value in values.items()
             if isinstance(value, bool | int | float | str)
         }
-        self._run.summary.update(
-            {f"final/{name}": _spell(value) for name, value in scalars.items()}
-        )
+        said = {f"final/{name}": _spell(value) for name, value in scalars.items()}
+        self._ask(lambda run: run.summary.update(said))
 
     def finish(self, exit_code: int = 0) -> None:
         if self._run is not None:
-            run, self._run = self._run, None
-            run.finish(exit_code=exit_code)
+            self._ask(lambda run: run.finish(exit_code=exit_code))
+            self._run = None
+
+    def _ask(self, work: "Callable[[wandb.Run], object]") -> None:
+        """Whatever fails in a mirror, once, must not end what is mirrored."""
+        if self._failed:
+            return
+        assert self._run is not None, "used after finish"
+        try:
+            work(self._run)
+        except Exception as error:  # noqa: BLE001  wandb does not say what it raises
+            self._failed = True
+            log.warning(
+                "the tracker has failed (%s), the run goes on without it; when it has ended, "
+                "python scripts/sync.py %s --mode online --new-id uploads all of it",
+                f"{type(error).__name__}: {error}".removesuffix(": "),
+                self._home,
+            )
+            _leave_helper()
 
 
 def make_tracker(
@@ -204,9 +234,11 @@ def open_tracker(
     require_wandb(mode)
     import wandb
 
+    online = mode == "online"
+    patience = float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS))
     try:
         run = wandb.init(
-            mode="online" if mode == "online" else "offline",
+            mode="online" if online else "offline",
             id=run_id,
             dir=run_dir,
             config=config,
@@ -220,15 +252,46 @@ def open_tracker(
                 disable_code=True,
                 x_disable_stats=True,
                 x_save_requirements=False,
+                finish_timeout=patience,
+                finish_timeout_raises=True,
             ),
             **labels,
         )
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+        server = str(wandb.setup().settings.base_url)
+        if online and isinstance(error, wandb.errors.CommError) and not _answers(server):
+            log.warning(
+                "tracker.mode=online: %s can't be reached, so wandb's files are written offline; "
+                "when the run has ended, python scripts/sync.py %s --mode online uploads it",
+                server,
+                run_dir,
+            )
+            _leave_helper()  # which holds on to the id
+            return open_tracker("offline", run_dir=run_dir, run_id=run_id, config=config, **labels)
         raise ValueError(
             f"tracker.mode={mode!r}: {error}\nRun `wandb login` once, or set tracker.mode=offline "
             "and upload later."
         ) from error
-    return WandbTracker(run, online=mode == "online")
+    return WandbTracker(run, online=online)
+
+
+def _answers(server: str) -> bool:
+    """Whether there is anybody: an answer of any kind."""
+    try:
+        urllib.request.urlopen(server, timeout=REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _leave_helper() -> None:
+    """Let go of wandb's helper process now: one that has gone shows a traceback at exit."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def require_wandb(mode: str) -> None:

@@ -4,11 +4,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from harness import tracker
 from harness.folder.run_id import Labels, new_run_id, read_run_file, run_id, run_labels
-from harness.tracker import Tracker, TrackerOptions, exit_code_of, make_tracker, require_wandb
+from harness.tracker import (
+    Tracker,
+    TrackerOptions,
+    WandbTracker,
+    exit_code_of,
+    make_tracker,
+    require_wandb,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -189,3 +198,28 @@ def test_the_disabled_tracker_accepts_everything(tmp_path):
         tracker.log({"step": 1})
         tracker.finish(3)
         tracker.finish()
+
+
+def test_a_mirror_that_fails_says_so_once_and_is_left_alone(tmp_path, caplog, monkeypatch):
+    asked = []
+
+    def fail(*_, **__):
+        asked.append("asked")
+        raise ConnectionResetError("gone")
+
+    run = SimpleNamespace(
+        dir=tmp_path / "wandb" / "run-1" / "files",
+        define_metric=lambda *_, **__: None,
+        log=fail,
+        summary=SimpleNamespace(update=fail),
+        finish=fail,
+    )
+    monkeypatch.setattr(tracker, "_leave_helper", lambda: None)
+    with WandbTracker(run, online=False) as mirror:
+        mirror.log({"step": 1})
+        mirror.log({"step": 2})
+        mirror.summary({"val/loss": 1.0})
+    assert asked == ["asked"]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("the tracker has failed (ConnectionResetError: gone), the run goes on")
+    assert f"scripts/sync.py {tmp_path} " in said
