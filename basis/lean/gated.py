@@ -51,6 +51,7 @@ from basis.ops.noise import derive
 Y_BITS = 8
 GROUP = 128
 BITS = (8, 4, 2)
+_EIGHT = Quantized(Y_BITS)
 
 
 def check_bits(bits: int) -> None:
@@ -92,7 +93,7 @@ class _Gated(torch.autograd.Function):
         g, u, key, name, ctx.bits = inputs
         refuse_nested_transforms()
         ctx.transformed = in_transform()
-        ctx.shape, ctx.dtype = g.shape, g.dtype
+        ctx.dtype = g.dtype
         known, width = ACTIVATIONS[name], g.shape[-1]
         kept: list[Tensor | None] = []
         for place, needed in enumerate((1, 0)):  # a for du, b for dg
@@ -115,7 +116,7 @@ class _Gated(torch.autograd.Function):
             if codes is None:
                 grads.append(None)
                 continue
-            factor = group_code.decode(codes, ranges, key, form).view(ctx.shape)
+            factor = group_code.decode(codes, ranges, key, form).view(grad_output.shape)
             grads.append(grad_output * factor)
         return (*grads, None, None, None)
 
@@ -150,7 +151,7 @@ class LeanGatedMLP(LeanSubclass, HasNoiseKey):
             y = getattr(self, names.dropout)(y)
             y = y.to(down.weight.dtype) if down.weight.dtype != torch.int8 else y
         if type(down) is nn.Linear and not is_special(down) and wants_weight_grad(down.weight):
-            return sketched_linear(y, down.weight, down.bias, derive(key, 2), Quantized(Y_BITS))
+            return sketched_linear(y, down.weight, down.bias, derive(key, 2), _EIGHT)
         return cast(Tensor, down(y))
 
     @classmethod

@@ -63,9 +63,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None, kind: str) -> tuple[T
     n = wide * r
     if kind == "llama":
         return weight * n.to(x.dtype), r
-    if kind == "late":
-        return (weight * n).to(x.dtype), r
-    return (n * (1.0 + weight.float())).to(x.dtype), r
+    y = weight * n if kind == "late" else n * (1.0 + weight.float())
+    # PyTorch 2.11 compiles a cast that does nothing, as a Function's output, to a gradient of zero.
+    return (y if y.dtype == x.dtype else y.to(x.dtype)), r
 
 
 class _LeanRMSNorm(torch.autograd.Function):

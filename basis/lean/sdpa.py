@@ -161,8 +161,9 @@ class _LeanSDPA(torch.autograd.Function):
         if grad is None:
             return (None,) * 10
         whole, mask, _, *kept = ctx.saved_tensors
-        others = [kept.pop(0) if number is None else number for number in ctx.numbers]
-        k, q, v, *rounded_out = restore_all(kept, ctx.dtypes)
+        tensors = iter(kept)
+        others = [next(tensors) if number is None else number for number in ctx.numbers]
+        k, q, v, *rounded_out = restore_all(list(tensors), ctx.dtypes)
         (out,) = rounded_out or [whole]
         aten, bias = torch.ops.aten, _as_bias(mask, q)
         if ctx.kernel == "cpu":
