@@ -271,12 +271,18 @@ class Sketched(StandIn, HasNoiseKey, Learning):
             return None  # for one layer 8 bytes and a second draw are less than a kept hashing
         return passes.noise(place, input.device), place
 
-    def product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_pass: tuple[SharedNoise, int] | None = None,
+    ) -> Tensor:
         """`sketched_linear` of this layer's noise and state; `weight` (M, N) may be computed from
-        the layer's own.
+        the layer's own. in_pass: `_in_pass`, where one forward has several products.
         """
         x = cast_for_autocast(input)
-        in_pass = self._in_pass(x)
+        in_pass = in_pass or self._in_pass(x)
         if not (wants_weight_grad(self.weight) and has_values(x)):
             self._prepare(x, in_pass)  # draws what a recomputation of this forward will draw
             return F.linear(x, weight, bias)

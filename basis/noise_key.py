@@ -99,6 +99,7 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     step, micro_batch: they decide which layers learn in the next forward: those whose method learns
     at `step`, in its first micro-batch. Modules on another device than `base` get copies.
     """
+    from basis.layers.attention import is_attention
     from basis.layers.conv1d import is_conv1d
     from basis.linear import Sketched
 
@@ -106,7 +107,7 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     names: list[str] = []
     places: dict[str, int] = {}  # of dense layers, sketched or not: their noise is the same then
     for name, module in plainly_named(model):
-        if isinstance(module, nn.Linear) or is_conv1d(module):
+        if isinstance(module, nn.Linear) or is_conv1d(module) or is_attention(module):
             places.setdefault(name, len(places))
         if isinstance(module, HasNoiseKey):
             modules.append(module)

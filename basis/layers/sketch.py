@@ -3,6 +3,7 @@
     nn.Linear                           SketchedLinear
     transformers' Conv1D                SketchedConv1D (conv1d.py)
     experts of a mixture                SketchedExperts (experts.py)
+    nn.MultiheadAttention               SketchedAttention (attention.py)
 
 A layer is left as it is if its weight is frozen: it keeps nothing of its input anyway, and what a
 method learns would be bytes for nothing. So is, unless it is asked for by name, one whose input is
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn
-from basis.layers import conv1d, experts
+from basis.layers import attention, conv1d, experts
 from basis.linear import WANTED, Sketched, SketchedLinear
 
 NARROW = 256
@@ -54,6 +56,8 @@ def _is_dense(module: nn.Module) -> bool:
     """Whether `module` is of a class that has a stand-in."""
     if experts.is_experts(module):
         return experts.why_not(module) is None
+    if attention.is_attention(module):
+        return attention.why_not(module) is None
     return _is_linear(module) or conv1d.is_conv1d(module)
 
 
@@ -61,6 +65,8 @@ def width_of(module: nn.Module) -> int:
     """Features of the widest input of a dense layer, an expert or an attention."""
     if isinstance(module, nn.Linear | Sketched):
         return module.in_features
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim
     if experts.is_experts(module):
         return max(experts.as_linear(module, p).in_features for p in experts.matrices(module))
     return conv1d.as_linear(module).in_features
@@ -93,6 +99,8 @@ class Sketch(Exchange):
             return experts.sketched_experts(
                 module, lambda product, layer: self._chosen(f"{name}.{product}", layer)
             )
+        if attention.is_attention(module):
+            return attention.sketched_attention(name, module, self._chosen)
         return conv1d.sketched_conv1d(module, self._chosen(name, conv1d.as_linear(module)))
 
     def _chosen(self, name: str, layer: nn.Linear) -> Estimator:
@@ -118,7 +126,7 @@ class Sketch(Exchange):
     def parts(self, module: nn.Module) -> tuple[str, ...]:
         if experts.is_experts(module):
             return tuple(experts.SKETCHES[name] for name in experts.matrices(module))
-        return ()
+        return ("out_proj",) if attention.is_attention(module) else ()
 
     def why_not(self, module: nn.Module) -> str | None:
         kind = type(module).__name__
@@ -130,15 +138,21 @@ class Sketch(Exchange):
             return f"{kind}: has no weight before its first forward"
         if nn.utils.parametrize.is_parametrized(module) and isinstance(module, nn.Linear):
             return f"{kind}: its weight is computed by a parametrization"
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return f"{kind}: the attention around it uses its weight, and does not call it"
         if isinstance(module, nn.Linear):
             return f"{kind}: a subclass of nn.Linear, whose own forward would be lost"
         if any(p is not None and p.ndim > 1 for p in module._parameters.values()):
-            return f"{kind}: {experts.why_not(module) or _other_reason(module)}"
+            return f"{kind}: {_other_reason(module)}"
         return f"{kind}: no nn.Linear" if "Linear" in kind or kind == "Conv1D" else None
 
 
 def _other_reason(module: nn.Module) -> str:
     """Why a module with a matrix of its own is no dense layer."""
+    if isinstance(module, nn.MultiheadAttention):
+        return attention.why_not(module) or ""
+    if experts.is_experts(module):
+        return experts.why_not(module) or ""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "looks rows up, and keeps indices only"
     return "a forward of its own around its weights"
