@@ -133,14 +133,23 @@ class SketchedExperts(StandInOfClass):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H); top_k_index (T, k): experts, E for none; top_k_weights (T, k)."""
+        inputs = (hidden_states, top_k_index, top_k_weights)
         if isinstance(hidden_states, Proxy):
-            return cast(Tensor, self.node(hidden_states, top_k_index, top_k_weights))
+            return cast(Tensor, self.node(*inputs))
         first, second = (getattr(self, SKETCHES[name]) for name in matrices(self))
         exact = not any(wants_weight_grad(part.weight) for part in (first, second))
         if exact or self.for_inference() or not has_values(hidden_states):
             for part in (first, second):
                 part.key_for(hidden_states)  # a reentrant checkpoint: see Sketched._draws
-            return cast(Tensor, super().forward(hidden_states, top_k_index, top_k_weights))
+            return cast(Tensor, super().forward(*inputs))
+        if torch.compiler.is_compiling():
+            return cast(Tensor, torch.compiler.disable(self._sketched)(*inputs))
+        return self._sketched(*inputs)
+
+    def _sketched(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        first, second = (getattr(self, SKETCHES[name]) for name in matrices(self))
         tokens, k = top_k_index.shape
         expert, order = top_k_index.flatten().sort(stable=True)
         counts = torch.bincount(expert, minlength=len(first.weight))[: len(first.weight)].tolist()

@@ -229,3 +229,19 @@ def test_under_autocast_and_without_gradients() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(rows()), mixture()(rows()))
     assert isinstance(model.experts.down_sketch, ExpertProduct)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_it_is_what_it_is_in_eager_mode_whatever_the_sizes_of_segments() -> None:
+    model = mixture()
+    basis.convert(model, SKETCH)
+    compiled = torch.compile(model, backend="aot_eager")
+    for step in range(3):
+        x, found = torch.randn(64, 8), []
+        for call in (model, compiled):
+            basis.set_noise_key(model, seed=0, step=step)
+            model.zero_grad()
+            call(x).square().sum().backward()
+            found.append([p.grad for p in model.parameters()])
+        torch.testing.assert_close(*found)
