@@ -131,7 +131,7 @@ class Conv1D(nn.Module):
 SKIPPED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "attention": (
         lambda: nn.MultiheadAttention(4, 2).out_proj,
-        "NonDynamicallyQuantizableLinear: a subclass of nn.Linear",
+        "NonDynamicallyQuantizableLinear: the attention around it uses its weight",
     ),
     "lazy": (lambda: nn.LazyLinear(4), "LazyLinear: has no weight before its first forward"),
     "normed": (
