@@ -45,7 +45,7 @@ from torch.utils.flop_counter import register_flop_formula
 from basis.head_sizes import blocks_of_rows, by_rows, most_rows, padded_classes
 from basis.loss_rows import RowLosses, Rule
 from basis.ops.matrix import at_least_float32, frobenius_norm, tall_product, without_autocast
-from basis.ops.softmax import Terms, add_product, softmax_gradient_
+from basis.ops.softmax import add_product, softmax_gradient_
 
 _MEAN = Rule()
 BlockObserver = Callable[[slice, Tensor], None]
@@ -106,8 +106,7 @@ def head_sums(
 
 def _flat(rule: Rule) -> tuple[float, float, float, float, bool]:
     """What an operator can take of a rule: numbers."""
-    terms = rule.terms
-    return terms.label_smoothing, terms.z_loss, terms.softcap, rule.scale, rule.summed
+    return rule.label_smoothing, rule.z_loss, rule.softcap, rule.scale, rule.summed
 
 
 def _by_class(
@@ -205,7 +204,7 @@ def _by_row(
             added = (y, 0.0) if b is None else (b, rule.scale)
             torch.addmm(added[0], x[block], w.t(), beta=added[1], alpha=rule.scale, out=y)
         found = losses[block], squares[block]
-        softmax_gradient_(y, classes, count.classes[block], shares[block], *found, rule.terms)
+        softmax_gradient_(y, classes, count.classes[block], shares[block], *found, rule)
         torch.mm(y, w, out=grad_x[block])  # y is dY now: (block, V) (V, N) -> (block, N)
         if left is not None:
             add_product(product, y.t(), left[block].to(y.dtype))  # (V, block) (block, k)
@@ -245,7 +244,7 @@ def _operator(
 ) -> Tensors:
     """`head_sums` as one operator of a compiled graph."""
     wanted = Wanted(whole, squares, sums)
-    rule = Rule(Terms(label_smoothing, z_loss, softcap), scale, summed)
+    rule = Rule(label_smoothing, z_loss, softcap, scale, summed)
     found = head_sums(x, weight, targets, ignore_index, left, wanted, (), bias, rule, number)
     return found.tensors()
 

@@ -193,8 +193,9 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        grad_x, _, _, _, *parts = ctx.saved_tensors
-        grad_bias = parts.pop(0) if ctx.has_bias_grad else None
+        grad_x, _, _, _, *gradients = ctx.saved_tensors
+        grad_bias = gradients[0] if ctx.has_bias_grad else None
+        parts = gradients[1:] if ctx.has_bias_grad else gradients
         if grad_loss is None:
             return (None,) * ctx.inputs
         # A look at the value spares a pass over dW. Not on a GPU, where looking waits for it, nor

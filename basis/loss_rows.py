@@ -25,14 +25,16 @@ from torch import Tensor
 
 from basis.checks import whole_number
 from basis.ops.matrix import at_least_float32, reduce_columns
-from basis.ops.softmax import PLAIN, Terms, soft_cap_
+from basis.ops.softmax import Terms, soft_cap_
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How logits become a loss. scale: of the logits, before a soft cap. summed: not a mean."""
+class Rule(Terms):
+    """How logits become a loss. scale: of the logits, before a soft cap. summed: not a mean.
 
-    terms: Terms = PLAIN
+    All its fields are numbers: Dynamo of PyTorch 2.11 makes no dataclass with another one in it.
+    """
+
     scale: float = 1.0
     summed: bool = False
 
@@ -43,7 +45,7 @@ class Rule:
         logits = logits.to(at_least_float32(logits.dtype))
         if self.scale != 1.0:
             logits = logits * self.scale
-        if cap := self.terms.softcap:
+        if cap := self.softcap:
             logits = cap * torch.tanh(logits / cap)
         ignored = -100 if ignore_index is None else ignore_index
         loss = F.cross_entropy(
@@ -51,14 +53,14 @@ class Rule:
             targets,
             ignore_index=ignored,
             reduction="mean" if number is None and not self.summed else "sum",
-            label_smoothing=self.terms.label_smoothing,
+            label_smoothing=self.label_smoothing,
         )
-        if self.terms.z_loss:
+        if self.z_loss:
             counted = targets != ignored
             squares = logits.logsumexp(1).square().where(counted, 0.0).sum()
             if number is None and not self.summed:
                 squares = squares / counted.sum()
-            loss = loss + self.terms.z_loss * squares
+            loss = loss + self.z_loss * squares
         return loss if number is None else loss / number
 
 
@@ -85,7 +87,7 @@ def rule_of(
         raise ValueError(
             f"num_items_in_batch={number!r}: divides the sum already; leave reduction as it is"
         )
-    return Rule(Terms(smoothing, coefficient, cap), scale, reduction == "sum")
+    return Rule(smoothing, coefficient, cap, scale, reduction == "sum")
 
 
 def number_of(
@@ -165,22 +167,22 @@ class RowLosses:
     def loss_and_gradient(self, y: Tensor, block: slice) -> Tensor:
         """The block's part of the loss from its logits y (V, block), which become dY^T."""
         # y, the one large tensor, is overwritten: logits, then their exponentials, then dY^T.
-        terms, classes = self.rule.terms, y.shape[0]
+        rule, classes = self.rule, y.shape[0]
         index = self.classes[None, block]
-        if self.rule.scale != 1.0:
-            y.mul_(self.rule.scale)
-        slope = soft_cap_(y, terms.softcap) if terms.softcap else None
+        if rule.scale != 1.0:
+            y.mul_(rule.scale)
+        slope = soft_cap_(y, rule.softcap) if rule.softcap else None
         at_target = y.gather(0, index)[0]
-        totals = reduce_columns(torch.sum, y) if terms.label_smoothing else None
+        totals = reduce_columns(torch.sum, y) if rule.label_smoothing else None
         largest = reduce_columns(torch.amax, y)
         sums = reduce_columns(torch.sum, y.sub_(largest).exp_())
         # cross-entropy of a row: log sum exp(y) - y[target], the largest logit taken out of exp
         log_sums = sums.log() + largest
-        losses = terms.losses(log_sums, at_target, totals, classes)
-        hit, each = 1.0 - terms.label_smoothing, terms.label_smoothing / classes
+        losses = rule.losses(log_sums, at_target, totals, classes)
+        hit, each = 1.0 - rule.label_smoothing, rule.label_smoothing / classes
         if self.shares is None:
             # softmax / rows in all places, and -1 / rows at the target
-            factor = self.rule.scale / (sums * self.number)
+            factor = rule.scale / (sums * self.number)
             lower: Tensor | float = self.share * each
             at = y.new_full(index.shape, -self.share * hit)
         else:
@@ -190,8 +192,8 @@ class RowLosses:
             at = -shares[None]
             if each:
                 at = at * hit
-        if terms.z_loss:
-            factor = factor * (1.0 + 2.0 * terms.z_loss * log_sums)
+        if rule.z_loss:
+            factor = factor * (1.0 + 2.0 * rule.z_loss * log_sums)
         y.mul_(factor)
         if each:
             y.sub_(lower)

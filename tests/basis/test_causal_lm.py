@@ -94,6 +94,18 @@ def test_the_loss_is_the_models_own(name: str) -> None:
     assert fewer < kept - 8 * (ROWS * LENGTH - ROWS) * CLASSES + 2 * gradients
 
 
+@pytest.mark.parametrize("name", ["shifted", "capped"])
+def test_compiled_in_one_graph(name: str) -> None:
+    model = Model(LOSSES[name])
+    wanted = step(model)
+    basis.fuse_head(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(*batch()).loss
+    found = loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
 def test_nothing_changes_where_nothing_is_trained() -> None:
     model, (tokens, labels) = Model(shifted), batch()
     wanted = model(tokens, labels)
