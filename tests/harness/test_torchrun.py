@@ -27,6 +27,7 @@ STEP = ("micro_batch_size=4", "tokens_per_step=256")
 BASIS = ("method=basis", "method.rank=8")
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 LONGEST = 180.0  # seconds
+KILLS = int(os.environ.get("BASIS_KILLS", "4"))
 
 
 def _start(folder: Path, run: str, *words: str, processes: int = 2) -> subprocess.Popen[str]:
@@ -146,6 +147,36 @@ def test_a_killed_process_takes_the_other_along_and_the_command_goes_on(
         assert said.count("another process of this run has ended") == 1, said
         assert 'train.py", line' not in said
     _finish(tmp_path, "killed", *words)
+    assert _history(tmp_path / "killed") == _history(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_within_saves_leave_a_checkpoint_to_go_on_from(
+    kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Of the process that writes and of the other one in turn, as soon as a save has begun."""
+    words = (*BASIS, f"parallel={kind}", f"steps={20 * KILLS}", "eval.every=20")
+    words = (*words, "checkpoint.every=1")
+    _finish(tmp_path, "straight", *words)
+    saves, within = tmp_path / "killed" / "checkpoints", 0
+
+    def saving() -> bool:
+        return saves.exists() and any(path.name.startswith(".") for path in saves.iterdir())
+
+    for kill in range(KILLS):
+        begun = _saved(tmp_path, "killed")
+        running = _start(tmp_path, "killed", *words)
+        _wait(running, lambda least=begun: _saved(tmp_path, "killed") > least + 2)  # type: ignore[misc]
+        victim = _workers(running.pid)[kill % 2]
+        while not saving():
+            assert running.poll() is None
+        os.kill(victim, signal.SIGKILL)
+        within += saving()
+        code, said = _end(running)
+        assert code != 0, said
+    _finish(tmp_path, "killed", *words)
+    record_property(f"kills of one of two, {kind}", f"{KILLS}, {within} within a save")
+    assert within > 0
     assert _history(tmp_path / "killed") == _history(tmp_path / "straight")
 
 
