@@ -73,8 +73,8 @@ def apply(
     tuple or a tensor: bytes are measured on it, with labels those of the loss too. rows: of the
     input of a dense layer, for methods that keep rows, where no sample tells. lean: True, or a
     `basis.Lean` of one's own, for norms, activations, dropout and attention. head: fuse the last
-    layer with the loss (`fuse_head`). include, exclude: shell patterns over the names of dense
-    layers.
+    layer with the loss (`fuse_head`); `Quantized` then leaves it exact, since nothing of its input
+    is kept. include, exclude: shell patterns over the names of dense layers.
 
     Raises ValueError, with the model as it was, where nothing matches: no dense layer, or no module
     that `lean` or `head` is for; and for a budget that can't be kept. TypeError for a wrong kind of
@@ -101,8 +101,13 @@ def apply(
         chosen = _Fitted(Quantized() if method is None else method, share, by_name, rows)
     plain = not any(isinstance(module, StandIn) for module in modules.values())
     if head:
-        fuse_head(model)  # refuses before anything is changed
+        name = fuse_head(model)  # refuses before anything is changed
         unfuse_head(model)
+        fitted = chosen.method if isinstance(chosen, _Fitted) else chosen
+        if isinstance(fitted, Quantized) and not isinstance(exclude, str):
+            # A fused head forms dW at once, as large as it is: fewer bits of X would add noise to
+            # it, and spare nothing. A sketch of few rows spares dW itself.
+            exclude = [*exclude, name]
     names = convert(model, chosen, include, exclude)
     try:
         if exchange:

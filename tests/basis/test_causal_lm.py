@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import basis
 from basis.diagnostics.monitor import Monitor
+from basis.linear import SketchedLinear
 from harness.memory import saved_bytes_total
 
 WIDTH, CLASSES, ROWS, LENGTH = 6, 101, 3, 10
@@ -142,6 +143,23 @@ def test_a_monitor_watches_a_fused_head() -> None:
             found.append(monitor.read()["head"].gradient_norm)
     assert found[0] > 0
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_applied_to_a_head_bits_are_not_taken_from_it_and_sketches_are() -> None:
+    """A fused head keeps dW, or a sketch's factors: fewer bits of its input would spare nothing."""
+    for method, now in (
+        (basis.Quantized(bits=4), nn.Linear),
+        (basis.BalancedSketch(4), SketchedLinear),
+    ):
+        model = Model(shifted)
+        report = basis.apply(model, method, head=True)
+        assert (report.head, type(model.head)) == ("head", now)
+        assert type(model.body) is SketchedLinear
+        assert model(*batch()).logits is None
+        assert ("head" in [change.name for change in report.changed]) == (now is SketchedLinear)
+        basis.revert(model)
+        assert type(model.body) is nn.Linear
+        assert model(*batch()).logits is not None
 
 
 def test_revert_undoes_it_or_leaves_it_as_it_was() -> None:
