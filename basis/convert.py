@@ -96,8 +96,7 @@ def convert(
     for name, module in modules.items():
         if exchange.accepts(module) and not name.startswith(inside):
             found[name] = module
-            if not exchange.looks_inside(module):
-                inside = (*inside, f"{name}.")
+            inside = (*inside, *(f"{name}.{child}" for child in exchange.leaves(module)))
     names = {name: plain_name(model, name) for name in found}
     known_as = {
         name: [plain, *(f"{plain}.{part}" for part in exchange.parts(found[name]))]

@@ -257,9 +257,11 @@ class Exchange(abc.ABC):
         Raises ValueError where it can't be replaced.
         """
 
-    def looks_inside(self, module: nn.Module) -> bool:
-        """Whether modules that `module`, an accepted one, holds are replaced too."""
-        return False
+    def leaves(self, module: nn.Module) -> tuple[str, ...]:
+        """What of the things that `module`, an accepted one, holds is left as it is: beginnings of
+        their names in it.
+        """
+        return ("",)
 
     def stands_in(self, module: nn.Module) -> bool:
         """Whether `module` is what this kind of exchange put into a model."""

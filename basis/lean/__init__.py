@@ -111,8 +111,11 @@ class Lean(Exchange):
             return ()
         return module_classes("attention", self.attention)
 
-    def looks_inside(self, module: nn.Module) -> bool:
-        return is_registered(module)  # for norms of queries and keys, and dropout
+    def leaves(self, module: nn.Module) -> tuple[str, ...]:
+        if self.attention == "sdpa" and is_registered(module):
+            return ()  # norms of queries and keys, and dropout, are replaced too
+        names = gated.names_of(module)
+        return ("",) if names is None else (names.act,)  # but dropout, of adapters too, is replaced
 
     def accepts(self, module: nn.Module) -> bool:
         if isinstance(module, LeanAttention):

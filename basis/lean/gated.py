@@ -166,8 +166,14 @@ class LeanGatedMLP(LeanSubclass, HasNoiseKey):
         return new
 
 
+def names_of(module: nn.Module) -> _Names | None:
+    """What the children of `module` are called; None if it is no gated MLP that can be replaced."""
+    found = _known(module)
+    return None if found is None else found[0]
+
+
 def is_gated(module: nn.Module) -> bool:
-    """Whether `module` is a gated MLP of a class that can be exchanged."""
+    """Whether `module` is a gated MLP of a class that can be replaced."""
     return _known(module) is not None
 
 

@@ -221,7 +221,8 @@ def test_gated_mlp_is_exact_forward_and_near_backward(make: object, bits: int) -
     y, exact = gradients(mlp, x)
     keys = list(mlp.state_dict())
     lean = nn.Sequential(mlp)
-    assert basis.convert(lean, basis.Lean(gated_bits=bits)) == ["0"]
+    wanted = ["0", "0.dropout"] if isinstance(mlp, T5Gated) else ["0"]
+    assert basis.convert(lean, basis.Lean(gated_bits=bits)) == wanted
     assert isinstance(lean[0], LeanGatedMLP)
     assert isinstance(lean[0], type(mlp))
     basis.set_noise_key(lean, seed=0, step=0)  # else keys come from the generator of T5's dropout
@@ -239,8 +240,8 @@ def test_gated_mlp_is_exact_forward_and_near_backward(make: object, bits: int) -
             assert error < most  # halves of the groups are zeros
         else:
             assert least < error < most, name
-    assert basis.revert(lean) == ["0"]
-    assert type(lean[0]) is type(mlp)
+    assert basis.revert(lean) == wanted
+    assert [type(m) for m in lean[0].modules()] == [type(m) for m in mlp.modules()]
     assert list(lean[0].state_dict()) == keys
 
 
