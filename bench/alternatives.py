@@ -32,7 +32,7 @@ from torch import Tensor
 import basis
 from basis.estimator import Estimator
 from harness.activations import ActivationsOptions
-from models import GPT
+from models import LanguageModel
 
 PLAIN, LEAN = ActivationsOptions(), ActivationsOptions(name="lean")
 RECOMPUTE = ActivationsOptions(name="recompute")
@@ -61,7 +61,7 @@ class Alternative:
     def compiled(self) -> bool:
         return self.fp8 or self.kept.name == "budget"
 
-    def around(self, model: GPT, tokens: int) -> Around:
+    def around(self, model: LanguageModel, tokens: int) -> Around:
         """What forward runs in, for a step of so many tokens."""
         if self.offload:
             known = {parameter.data_ptr() for parameter in model.parameters()}

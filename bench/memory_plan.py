@@ -57,7 +57,7 @@ from harness.config import Config
 from harness.device import Runtime
 from harness.optim import make_optimizer
 from harness.parallel import Parallel, every_process
-from models import GPT
+from models import LanguageModel, build
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class StepBytes:
         return self.peak - self.parameters - self.gradients - self.optimizer
 
 
-def make_model(config: Config, device: str = "cpu") -> GPT:
+def make_model(config: Config, device: str = "cpu") -> LanguageModel:
     """The configuration's model with its method and activations, uninitialised on `device`; inside
     a FakeTensorMode, fake.
     """
     with torch.device("meta"):
-        model = GPT(config.model)
+        model = build(config.model)
         apply_method(model, config)
         activations.apply(model, config.activations)
     made: dict[int, nn.Parameter] = {}  # tied parameters stay one

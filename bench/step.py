@@ -29,7 +29,7 @@ from harness.activations import ActivationsOptions
 from harness.device import Runtime
 from harness.memory import format_bytes
 from harness.optim import OptimOptions, make_optimizer
-from models import GPT
+from models import LanguageModel
 from report.tables import Column, Table
 
 _LATE = range(1000, 2000)
@@ -41,7 +41,7 @@ class Step:
 
     def __init__(
         self,
-        model: GPT,
+        model: LanguageModel,
         kept: ActivationsOptions,
         optim: OptimOptions,
         runtime: Runtime,
@@ -133,7 +133,7 @@ def _with_own_graphs(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _unfused(model: GPT) -> Callable[..., Tensor]:
+def _unfused(model: LanguageModel) -> Callable[..., Tensor]:
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
 

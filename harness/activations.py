@@ -40,8 +40,8 @@ from basis.lean import recompute
 from basis.lean.boundary import Boundary, check_bits, compiling_blocks
 from basis.lean.gelu import BITS
 from basis.sus import SusAttention
-from models import GPT
-from models.gpt import CausalAttention
+from models import LanguageModel
+from models.base import CausalAttention
 
 NAMES = ("plain", "lean", "recompute", "checkpoint", "budget")
 MOST_GRAPHS = 256
@@ -86,7 +86,7 @@ class ActivationsOptions:
             raise ValueError(f"activations.budget={self.budget}: must be in [0, 1]")
 
 
-def apply(model: GPT, options: ActivationsOptions) -> None:
+def apply(model: LanguageModel, options: ActivationsOptions) -> None:
     """Change `model` in place as `options` say; `budget` takes effect in `compiled` instead."""
     if options.name == "lean":
         lean = basis.Lean(
@@ -165,7 +165,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     )
 
 
-def compile_blocks(model: GPT, options: ActivationsOptions) -> None:
+def compile_blocks(model: LanguageModel, options: ActivationsOptions) -> None:
     """Let each block of `model` be compiled by itself where it runs in what `by_blocks` returns."""
     if options.name == "checkpoint" and options.boundary is not None:
         return  # it compiles its blocks itself

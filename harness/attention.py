@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import basis
 from basis.diagnostics.quality import TOTAL
 from basis.sus.attention import check_options
-from models import GPT
-from models.gpt import CausalAttention
+from models import LanguageModel
+from models.base import CausalAttention
 
 NAMES = ("exact", "sus")
 OF_SUS = ("c", "mode")
@@ -76,7 +76,7 @@ class AttentionOptions:
         return found if self.mode == "sparse" else found | {"mode": self.mode}
 
 
-def apply(model: GPT, options: AttentionOptions) -> None:
+def apply(model: LanguageModel, options: AttentionOptions) -> None:
     """Change `model` in place as `options` say; before `activations.apply`, which wraps whatever
     attends.
     """
@@ -86,7 +86,7 @@ def apply(model: GPT, options: AttentionOptions) -> None:
         basis.convert(model, basis.SUS(CausalAttention, c=options.c, mode=options.mode))
 
 
-def kept_metrics(model: GPT, forward: Callable[[], object]) -> dict[str, float]:
+def kept_metrics(model: LanguageModel, forward: Callable[[], object]) -> dict[str, float]:
     """What the SUS attention of each block keeps in `forward()`, and all of them together, as
     `sus/<layer>/<name>`.
 

@@ -21,7 +21,7 @@ from harness import activations, attention, rank_control
 from harness.config import Config
 from harness.method import WHOLE_MODEL
 from harness.world import here
-from models import GPT
+from models import LanguageModel, build
 
 
 def training_text(
@@ -54,12 +54,12 @@ def check_method(config: Config) -> None:
     (see `build_model`).
     """
     with torch.device("meta"):
-        model = GPT(dataclasses.replace(config.model, vocab_size=1))
+        model = build(dataclasses.replace(config.model, vocab_size=1))
         apply_method(model, config)
     rank_controller(model, config)
 
 
-def build_model(config: Config) -> tuple[GPT, list[str]]:
+def build_model(config: Config) -> tuple[LanguageModel, list[str]]:
     """The model on the CPU, and the names of its sketched layers.
 
     Weights depend on the seed alone: two runs that differ only in the method start from the same
@@ -67,13 +67,13 @@ def build_model(config: Config) -> tuple[GPT, list[str]]:
     layer.
     """
     torch.manual_seed(config.seed)
-    model = GPT(config.model)
+    model = build(config.model)
     sketched = apply_method(model, config)
     activations.apply(model, config.activations)
     return model, sketched
 
 
-def apply_method(model: GPT, config: Config) -> list[str]:
+def apply_method(model: LanguageModel, config: Config) -> list[str]:
     """Put the configuration's method and attention into `model`; returns the names of the dense
     layers that it sketches.
 
@@ -110,7 +110,7 @@ def layer_inputs(config: Config) -> dict[str, Any]:
     }
 
 
-def rank_controller(model: GPT, config: Config) -> AdaptiveRank | None:
+def rank_controller(model: LanguageModel, config: Config) -> AdaptiveRank | None:
     """What sets the rank of `model`'s sketched layers from step to step, if anything does.
 
     Raises ValueError naming the option if rank and limits don't fit the layers.

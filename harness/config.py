@@ -33,7 +33,7 @@ from harness.parallel import KINDS
 from harness.profile import ProfileOptions
 from harness.rank_control import AdaptiveRankOptions
 from harness.tracker import TrackerOptions
-from models import GPTConfig
+from models import ModelConfig
 
 PURPOSES = ("training", "tuning")
 """training: a result. tuning: it serves to choose options, and enters no average."""
@@ -131,7 +131,7 @@ class Config:
     purpose: str = "training"
     parallel: str = "none"
     world_size: int = 1
-    model: GPTConfig = field(default_factory=GPTConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     method: Method = field(default_factory=Method)
     adaptive_rank: AdaptiveRankOptions = field(default_factory=AdaptiveRankOptions)
     activations: ActivationsOptions = field(default_factory=ActivationsOptions)
@@ -181,6 +181,8 @@ class Config:
                 f"model.dropout={self.model.dropout}: must be 0 with attention=sus, which knows no "
                 "dropout of attention"
             )
+        if self.model.family == "llama":
+            self._check_llama()
         least, tokens = self._least_tokens, self.tokens_per_step
         if tokens is not None and (tokens < 1 or tokens % least):
             below = max(tokens // least, 1) * least
@@ -194,6 +196,19 @@ class Config:
                 f"tokens_per_step={tokens}: must be a multiple of {' * '.join(sizes)} = "
                 f"{' * '.join(map(str, sizes.values()))} = {least}; nearest are {below} and "
                 f"{below + least}"
+            )
+
+    def _check_llama(self) -> None:
+        """What would be without effect there, or is for equal heads only."""
+        if self.activations.name == "recompute":
+            raise ValueError(
+                "activations=recompute: makes outputs of LayerNorm and GELU again, which "
+                "model.family=llama does not have; give plain, lean, checkpoint or budget"
+            )
+        if self.attention.name == "sus" and self.model.kv_heads != self.model.n_head:
+            raise ValueError(
+                f"attention=sus: needs as many heads of keys as of queries; give model.n_kv_head="
+                f"{self.model.n_head} or null"
             )
 
     def _check_parallel(self) -> None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from data.tokens import LARGEST_VOCABULARY
-from models import GPTConfig
+from models import ModelConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
@@ -82,7 +82,7 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
 
-def launch_bound(model: GPTConfig, rows: int) -> bool:
+def launch_bound(model: ModelConfig, rows: int) -> bool:
     """Whether a step of `model`, `rows` tokens in a micro-batch, is launch-bound.
 
     FLOPs of forward and backward: 6 for each weight and token in dense layers (12 C^2 weights in a
@@ -91,7 +91,7 @@ def launch_bound(model: GPTConfig, rows: int) -> bool:
     """
     layers, width = model.n_layer, model.n_embd
     head = width * (model.vocab_size or LARGEST_VOCABULARY)
-    block = 12 * width * width + model.block_size * width
+    block = model.block_matrices + model.block_size * width
     flops = 6 * rows * (layers * block + head)
     launches = LAUNCHES[0] * layers + LAUNCHES[1]
     return launches * LAUNCH_SECONDS > flops / FLOPS

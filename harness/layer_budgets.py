@@ -2,7 +2,8 @@
 
 The layers of the untrained model start with equal shares. A few batches are run, the error of each
 layer's dW is measured against the exact one, and `split_by_error` (basis/diagnostics/budget.py)
-gives more bytes to the layers where they lower the summed error most. The result is one value of
+gives more bytes to the layers where they lower the summed error most (layers that read one tensor
+count as one). The result is one value of
 the method's knob (rank, rows, bits) per layer. It is measured once, before the first step; a
 checkpoint holds it.
 """
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 
 import basis
 from basis.diagnostics.budget import split_by_error, with_knob
+from basis.diagnostics.kept import first_readers
 from basis.estimator import Estimator
 from basis.linear import SketchedLinear
 from data import Sampler
 from harness.build import layer_inputs
 from harness.config import Config
 from harness.device import Runtime
-from models import GPT
+from models import LanguageModel
 
 LEARNING_BATCHES = 10
 """Batches that methods which learn see before the error is measured."""
@@ -33,7 +35,9 @@ MEASURED_BATCHES = 4
 """Batches that the error is averaged over."""
 
 
-def measure_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runtime) -> dict[str, Any]:
+def measure_knobs(
+    model: LanguageModel, config: Config, sampler: Sampler, runtime: Runtime
+) -> dict[str, Any]:
     """The knob of each sketched layer of the untrained `model`; PyTorch's random state is kept.
 
     A fused head keeps no input and has no part in it. Methods that learn have then learned from
@@ -48,25 +52,29 @@ def measure_knobs(model: GPT, config: Config, sampler: Sampler, runtime: Runtime
         return _split(model, config, loss)
 
 
-def _split(model: GPT, config: Config, loss: Callable[[int], Tensor]) -> dict[str, Any]:
+def _split(model: LanguageModel, config: Config, loss: Callable[[int], Tensor]) -> dict[str, Any]:
     for step in range(LEARNING_BATCHES):
         loss(step)
     squares: dict[str, list[float]] = {}
     for step in range(MEASURED_BATCHES):
         for name, quality in basis.gradient_quality(model, functools.partial(loss, step)).items():
             squares.setdefault(name, []).append(quality.relative_error**2)
-    errors = {
-        name: (layer.in_features, statistics.fmean(squares[name]))
-        for name, layer in basis.sketched_layers(model)
-        if layer.weight is not model.head.weight
-    }
+    # Layers that read one tensor keep one sketch of it: one setting, whose bytes count once.
+    leaders = first_readers(model, functools.partial(loss, 0))
+    errors: dict[str, tuple[int, float]] = {}
+    for name, layer in basis.sketched_layers(model):
+        if layer.weight is not model.head.weight:
+            leader = leaders[name]
+            _, others = errors.get(leader, (0, 0.0))
+            errors[leader] = layer.in_features, others + statistics.fmean(squares[name])
     method = config.method
     assert method.budget is not None
     share = method.budget.share
-    return split_by_error(method.estimator, errors, share=share, **layer_inputs(config))
+    knobs = split_by_error(method.estimator, errors, share=share, **layer_inputs(config))
+    return {name: knobs[leader] for name, leader in leaders.items() if leader in knobs}
 
 
-def apply_knobs(model: GPT, config: Config, knobs: Mapping[str, Any]) -> None:
+def apply_knobs(model: LanguageModel, config: Config, knobs: Mapping[str, Any]) -> None:
     """Set the knob of each layer in `knobs`; all sketched layers forget what they have learned."""
 
     def choose(name: str, layer: nn.Linear) -> Estimator:

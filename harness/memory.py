@@ -50,7 +50,10 @@ import basis
 from basis.diagnostics.saved import observe
 from basis.linear import SketchedLinear
 from harness.world import local, sharded_modules, spread
-from models.gpt import GPT, CausalAttention, CausalSelfAttention
+from models import LanguageModel
+from models.base import CausalAttention
+from models.gpt import CausalSelfAttention
+from models.llama import LlamaAttention
 
 CATEGORIES = (
     "linear inputs",
@@ -69,6 +72,7 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     (
         (
             CausalSelfAttention,
+            LlamaAttention,
             CausalAttention,
             basis.lean.LeanAttention,
             basis.sus.SusAttention,
@@ -78,7 +82,7 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ),
     ((nn.LayerNorm, nn.RMSNorm), "norms"),
     ((nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid), "activations"),
-    ((GPT,), "loss head"),
+    ((LanguageModel,), "loss head"),
 )
 
 
@@ -175,7 +179,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
 
     handles: list[torch.utils.hooks.RemovableHandle] = []
     for module in model.modules():
-        if isinstance(model, GPT) and module is model.head:
+        if isinstance(model, LanguageModel) and module is model.head:
             continue  # with a hook on it, its logits would be made for the hook to see
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:

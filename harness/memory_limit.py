@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.memory import format_bytes
-from models import GPTConfig
 
 if TYPE_CHECKING:
     from harness.config import Config
@@ -53,14 +52,6 @@ def machine_bytes(device: torch.device) -> int:
     return min([here, *(int(limit) for limit in limits if limit.isdecimal())])
 
 
-def parameter_count(model: GPTConfig) -> int:
-    """Parameters of the GPT of these sizes, without making it; an open vocabulary counts 1."""
-    width, words = model.n_embd, model.vocab_size or 1
-    blocks = model.n_layer * (12 * width**2 + 13 * width)
-    tables = (1 if model.tie_head else 2) * words * width + model.block_size * width
-    return blocks + tables + 2 * width
-
-
 def check(config: Config, device: torch.device) -> None:
     """Raise ValueError, naming the options, if the run can't fit into the memory of `device`."""
     has = machine_bytes(device)
@@ -68,7 +59,7 @@ def check(config: Config, device: torch.device) -> None:
     element = 2 if config.precision == "bfloat16" else 4
     copies = 1 if config.method.zeroth_order is not None else 2
     copies += 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
-    held = 4 * copies * parameter_count(model)
+    held = 4 * copies * model.parameters
     held //= config.world_size if config.parallel == "fsdp" else 1
     sizes = ", ".join(f"model.{n}={getattr(model, n)}" for n in ("n_embd", "n_layer", "vocab_size"))
     windows = config.step_tokens // model.block_size

@@ -49,7 +49,7 @@ from basis import sketched_layers
 from harness import activations, world
 from harness.activations import ActivationsOptions
 from harness.device import Runtime
-from models import GPT
+from models import LanguageModel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -66,7 +66,7 @@ class Parallel:
     def __init__(
         self,
         kind: str,
-        model: GPT,
+        model: LanguageModel,
         runtime: Runtime,
         options: ActivationsOptions,
         mesh: DeviceMesh | None = None,

@@ -38,7 +38,7 @@ from harness.parallel import Parallel
 from harness.rank_control import RankControl
 from harness.tracker import Tracker
 from harness.zeroth_order import ZerothOrder
-from models import GPT
+from models import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Run:
     runtime: Runtime
     sampler: Sampler
     validation: ValidationWindows
-    model: GPT
+    model: LanguageModel
     parallel: Parallel
     forward: Callable[..., Tensor]
     sketched: list[str]

@@ -41,7 +41,7 @@ from harness.rank_control import RankControl
 from harness.run import Run
 from harness.saving import restore
 from harness.tracker import Tracker, make_tracker, require_wandb
-from models import GPT
+from models import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _rank_control(model: GPT, config: Config, unseen: TokenFile) -> RankControl | None:
+def _rank_control(model: LanguageModel, config: Config, unseen: TokenFile) -> RankControl | None:
     """What sets the rank from step to step, if anything does; it looks at batches of `unseen` as
     large as a micro-batch.
     """

@@ -16,7 +16,7 @@ from data.prepare import Prepared, find_prepared, prepare
 from harness.folder.checkpoint import Checkpoints
 from harness.folder.one_run import check_ids
 from harness.folder.rundir import CHECKPOINT_FOLDER
-from models import GPT, GPTConfig
+from models import LanguageModel, ModelConfig, build
 
 
 def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ class Trained:
     at that step, or None.
     """
 
-    model: GPT
+    model: LanguageModel
     prepared: Prepared
     step: int
     val_loss: float | None
@@ -54,7 +54,7 @@ def load_trained(run: Path, *, best: bool = False) -> Trained:
     check_ids(run, loaded)
     config = loaded.state["config"]
     with torch.random.fork_rng():
-        model = GPT(GPTConfig(**config["model"]))
+        model = build(ModelConfig(**config["model"]))
     model.load_state_dict(plain_weights(loaded.state["model"]))
     options, tokens = DataOptions(**config["data"]), loaded.state["data"]["train"]
     prepared = find_prepared(options, tokens) or prepare(options)

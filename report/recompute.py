@@ -30,7 +30,7 @@ from harness.folder.one_run import check_history, check_ids
 from harness.folder.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, changed_options
 from harness.run import validation_loss
 from harness.trained import plain_weights
-from models import GPT, GPTConfig
+from models import ModelConfig, build
 from report.published import Published
 from report.results import RunResult, copies_by_run, loss_options
 
@@ -138,7 +138,7 @@ def _recompute(run: RunResult, published: Published | None) -> Losses:
             f"({', '.join(differing)} differ)"
         )
     prepared = _prepared(json.dumps(config["data"]), loaded.state["data"]["train"])
-    model_config = GPTConfig(**config["model"])
+    model_config = ModelConfig(**config["model"])
     held_out = validation_windows(
         prepared.val,
         block_size=model_config.block_size,
@@ -150,7 +150,7 @@ def _recompute(run: RunResult, published: Published | None) -> Losses:
             "the text that its data options name now is not the text it was trained on"
         )
     with torch.random.fork_rng():
-        model = GPT(model_config)
+        model = build(model_config)
     model.load_state_dict(plain_weights(loaded.state["model"]))
     # As the run itself computed, where this machine can: TF32 and compilation move a loss by more
     # than 1e-6.

@@ -11,7 +11,7 @@ memory is held until it ends.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
-from basis.convert import not_learning
+from basis.convert import not_learning, sketched_layers
 from basis.diagnostics.saved import observe
 from basis.linear import Sketched
 
@@ -155,3 +155,26 @@ def kept_by_category(model: nn.Module, sample: Any) -> tuple[dict[str, int], dic
         output = call(model, sample)
         del output
     return {name: watch.sizes[name] for name in CATEGORIES if watch.sizes[name]}, watch.rows
+
+
+def first_readers(model: nn.Module, forward: Callable[[], object]) -> dict[str, str]:
+    """For each sketched layer that `forward()` runs, the first one that reads the same tensor:
+    itself, unless it shares its input (shared_input.py). By name.
+    """
+    inputs: dict[tuple[int, int], tuple[str, Tensor]] = {}
+    found: dict[str, str] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        leader, _ = inputs.setdefault((id(x), x._version), (name, x))  # held: no other has its id
+        found.setdefault(name, leader)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, layer in sketched_layers(model)
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -34,7 +34,7 @@ import torch
 from basis.diagnostics.budget import parse_share
 from basis.estimators import ESTIMATORS
 from experiments.arena.step_times import Clock, own
-from models import GPT, GPTConfig
+from models import ModelConfig, build
 from report.losses import Recomputed, paired
 from report.results import Group, RunResult, contender, model_and_text
 from report.statistics import Estimate, estimate
@@ -248,7 +248,7 @@ def share_of_inputs(run: RunResult) -> float | None:
         k.removeprefix("model."): v for k, v in run.options.items() if k.startswith("model.")
     }
     with torch.device("meta"):
-        layers = dict(GPT(GPTConfig(**options | {"vocab_size": 1})).named_modules())
+        layers = dict(build(ModelConfig(**options | {"vocab_size": 1})).named_modules())
     rows = run.options["micro_batch_size"] * run.options["model.block_size"]
     size = 2 if run.options["precision"] == "bfloat16" else 4
     inputs = sum(rows * int(layers[name].in_features) * size for name in names if name != "head")

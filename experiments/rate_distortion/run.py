@@ -49,7 +49,7 @@ from harness.compose import configuration
 from harness.folder.checkpoint import CheckpointError
 from harness.memory import format_bytes
 from harness.trained import load_trained
-from models import GPT
+from models import LanguageModel
 from report.tables import Column, Table
 
 METHODS = (
@@ -82,7 +82,7 @@ class Point:
         return self.distortion / self.bound
 
 
-def inputs(model: GPT, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+def inputs(model: LanguageModel, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
     """X (B, N) of each of the layers `names` for `tokens`."""
     found: dict[str, Tensor] = {}
 

@@ -43,8 +43,8 @@ from experiments.sus.figures import draw_variance
 from harness.folder.checkpoint import CheckpointError
 from harness.provenance import provenance
 from harness.trained import load_trained
-from models import GPT
-from models.gpt import CausalAttention
+from models import LanguageModel
+from models.base import CausalAttention
 from report.statistics import Estimate, estimate
 from report.tables import Column, Table
 
@@ -64,14 +64,14 @@ class Call(NamedTuple):
     exact: tuple[Tensor, ...]
 
 
-def gradient(model: GPT, batch: Batch) -> Tensor:
+def gradient(model: LanguageModel, batch: Batch) -> Tensor:
     """Of the mean loss, all parameters in one vector."""
     return torch.cat(
         [g.flatten() for g in torch.autograd.grad(model(*batch), list(model.parameters()))]
     )
 
 
-def segments(model: GPT) -> list[tuple[str, slice]]:
+def segments(model: LanguageModel) -> list[tuple[str, slice]]:
     """Which slices of that vector belong to which of PARTS."""
     found, start = [], 0
     for name, parameter in model.named_parameters():
@@ -118,7 +118,7 @@ def relative_increase(noise: Tensor, gram: Tensor) -> Estimate:
     return estimate((count * whole - (count - 1) * without).tolist())
 
 
-def attention_calls(model: GPT, batch: Batch) -> list[Call]:
+def attention_calls(model: LanguageModel, batch: Batch) -> list[Call]:
     """Of every attention of `model` in one exact step."""
     calls: list[Call] = []
     seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
@@ -170,7 +170,7 @@ def formula_ratios(
 
 
 def noise_of_masks(
-    model: GPT,
+    model: LanguageModel,
     batches: Sequence[Batch],
     exact: Tensor,
     parts: list[tuple[str, slice]],
@@ -188,7 +188,7 @@ def noise_of_masks(
 
 
 def measure(
-    model: GPT,
+    model: LanguageModel,
     batches: Sequence[Batch],
     settings: Iterable[tuple[float, str]],
     *,

@@ -8,12 +8,13 @@ import torch
 from hydra.errors import CompactHydraException
 from tiny import losses, train_here
 
+import models
 from harness import memory_limit
 from harness.compose import configuration
 from harness.folder import rundir
-from harness.memory_limit import HALVES, explain, is_out_of_memory, machine_bytes, parameter_count
+from harness.memory_limit import HALVES, explain, is_out_of_memory, machine_bytes
 from harness.run import Run
-from models import GPT, GPTConfig
+from models import GPTConfig, ModelConfig
 
 CPU = torch.device("cpu")
 
@@ -23,11 +24,13 @@ CPU = torch.device("cpu")
     [
         GPTConfig(vocab_size=11, block_size=7, n_layer=3, n_head=2, n_embd=6),
         GPTConfig(vocab_size=11, block_size=7, n_layer=1, n_head=1, n_embd=4, tie_head=True),
+        ModelConfig(11, 7, 2, 4, 16, family="llama", init="llama", n_kv_head=2, n_inner=24),
+        ModelConfig(11, 7, 2, 4, 16, family="llama", init="llama", tie_head=True),
     ],
 )
-def test_parameters_are_counted_without_a_model(model: GPTConfig) -> None:
-    made = GPT(model)
-    assert parameter_count(model) == sum(p.numel() for p in made.parameters())
+def test_parameters_are_counted_without_a_model(model: ModelConfig) -> None:
+    made = models.build(model)
+    assert model.parameters == sum(p.numel() for p in made.parameters())
 
 
 TOO_LARGE = [
