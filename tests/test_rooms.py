@@ -10,6 +10,7 @@ programs print tables of report/, and experiments take its clock and its plan of
 import ast
 import functools
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,14 @@ def test_no_study_imports_another() -> None:
         study = path.relative_to(ROOT / "experiments").parts[0]
         of_studies = [name for name in names(path) if name.startswith("experiments.")]
         assert all(name.split(".")[1] == study for name in of_studies), (path, of_studies)
+
+
+def test_a_wheel_has_all_of_the_library() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = {path.parent.relative_to(ROOT) for path in files("basis")}
+    assert sorted(packages) == sorted(".".join(folder.parts) for folder in folders)
 
 
 def test_the_library_needs_torch_alone() -> None:
