@@ -15,7 +15,7 @@ from torch import nn
 
 from basis.causal_lm import unfused
 from basis.diagnostics.budget import BudgetError
-from basis.exchange import StandIn, plain_name
+from basis.exchange import StandIn, become, is_held, is_sharded_itself, plain_name
 from basis.layers.adapters import keep_out_of_adapters
 from basis.layers.left import Left, left_alone, warn_of_little
 from basis.layers.sketch import Method, Sketch, exchange_of
@@ -144,12 +144,13 @@ def convert(
                 raise  # the share is what can't be kept, whatever the layer
             except ValueError as error:
                 raise ValueError(f"include={names[name]!r}: {error}") from None
-    for name in chosen:
-        _replace(model, name, made[id(found[name])])
     for new in made.values():
         for layer in new.modules():
             if isinstance(layer, Sketched):
                 layer.exact_if_kept = exact_if_kept
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        _put(model.get_submodule(parent), child, made[id(found[name])])
     keep_out_of_adapters(model)
     layers = [layer for _, layer in sketched_layers(model)]
     passes = Passes(len(layers))
@@ -194,6 +195,11 @@ def put_back(model: nn.Module, kinds: tuple[type[StandIn], ...]) -> list[str]:
             plain: nn.Module = module
             while isinstance(plain, kinds):  # lean attention around SUS around the exact one
                 if plain not in originals:
+                    if is_sharded_itself(plain):
+                        raise ValueError(
+                            f"revert: {names[prefix + child]}: it was given to fully_shard itself; "
+                            "revert first"
+                        )
                     try:
                         originals[plain] = plain.original()
                     except ValueError as error:
@@ -206,7 +212,7 @@ def put_back(model: nn.Module, kinds: tuple[type[StandIn], ...]) -> list[str]:
 
     visit(model, "")
     for parent, child, plain in changes:
-        setattr(parent, child, plain)
+        _put(parent, child, plain)
     return changed
 
 
@@ -246,6 +252,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+def _put(parent: nn.Module, child: str, new: nn.Module) -> None:
+    old = parent._modules[child]
+    if old is not None and is_held(old):
+        become(old, new)
+    else:
+        setattr(parent, child, new)

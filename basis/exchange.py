@@ -45,6 +45,9 @@ class StandIn(nn.Module):
         Raises ValueError if something was put on this one that would be lost.
         """
 
+    def settle(self) -> None:
+        """Called where this object has taken over what another one was, as its own."""
+
     def for_inference(self) -> bool:
         """Whether a graph is being made of this module in eval(): it will have no backward."""
         return not self.training and (torch.compiler.is_exporting() or torch.jit.is_tracing())
@@ -93,6 +96,30 @@ def take_over(layer: Module, old: nn.Module) -> Module:
     for name, value in kept.items():
         vars(layer)[name] = _rebound(value, layer) if name.endswith("_hooks") else value
     return layer
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether others keep hold of the object `module`, so that no other one can take its place:
+    fully_shard (FSDP2) puts gathered parameters into the modules that it has seen.
+    """
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def is_sharded_itself(module: nn.Module) -> bool:
+    """Whether `module` was given to fully_shard, which changed its class and put hooks on it."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def become(old: nn.Module, new: nn.Module) -> None:
+    """Make `old` all that `new` is, class, attributes and hooks; `new` is used up."""
+    vars(old).clear()
+    old.__class__ = type(new)
+    vars(old).update(vars(new))
+    for name, value in vars(old).items():
+        if name.endswith("_hooks"):
+            vars(old)[name] = _rebound(value, old)
+    if isinstance(old, StandIn):
+        old.settle()
 
 
 class StandInOfClass(StandIn):

@@ -30,6 +30,7 @@ from basis.estimator import Estimator, State, kept_of
 from basis.estimators.balanced_sketch import BalancedSketch
 from basis.exchange import StandIn, take_over
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
+from basis.layers.spread import mesh_of, spread_product
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast, has_values, in_eager_mode, without_autocast
 from basis.ops.noise import draw_key, encode_hashing
@@ -281,6 +282,8 @@ class Sketched(StandIn, HasNoiseKey, Learning):
         """`sketched_linear` of this layer's noise and state; `weight` (M, N) may be computed from
         the layer's own. in_pass: `_in_pass`, where one forward has several products.
         """
+        if mesh_of(weight) is not None:
+            return spread_product(self, input, weight, bias)
         x = cast_for_autocast(input)
         in_pass = in_pass or self._in_pass(x)
         if not (wants_weight_grad(self.weight) and has_values(x)):

@@ -101,6 +101,7 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     """
     from basis.layers.attention import is_attention
     from basis.layers.conv1d import is_conv1d
+    from basis.layers.spread import mesh_of
     from basis.linear import Sketched
 
     modules: list[HasNoiseKey] = []
@@ -129,6 +130,8 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
                 and not module.frozen
                 and module.estimator.learns_at(step - module.first_step)
             )
+            if module.learning and module._state_names:
+                module.shared_by = mesh_of(module.weight) or module.shared_by
         own = next((p for p in module._parameters.values() if p is not None), base)
         key = key if own.device == base.device else key.to(own.device)
         # Not by nn.Module's assignment, which takes as long as all the rest.

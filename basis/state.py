@@ -1,13 +1,16 @@
 """What a layer has learned: the state of its method, as buffers of the layer (estimator.py says
 which methods learn, and when).
 
-The buffers are saved, loaded and moved with the layer, with three exceptions:
+The buffers are saved, loaded and moved with the layer, with four exceptions:
 
 - A cast of the model (`model.bfloat16()`, `.to(torch.float64)`) is meant for its parameters. The
   state keeps the precision in which the method made it: a running count in bfloat16 would stop at
   256, orthonormal directions would not be any more.
 - A checkpoint of the plain model holds no state; loaded, it leaves the state as it is. One that
   holds some of a layer's state is damaged or another method's, and PyTorch's strict error stands.
+- Where a layer's weight is spread over processes as a DTensor (FSDP2), what it learns in a step
+  that `basis.set_noise_key` has begun is the first process's in all of them, as it is with DDP,
+  which sends buffers around. So a checkpoint (DCP) that keeps one of them keeps all.
 - A layer that had shapes only, on the meta device, knows what it knows before the first step once
   it has memory.
 """
@@ -15,7 +18,7 @@ The buffers are saved, loaded and moved with the layer, with three exceptions:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,9 @@ from torch import Tensor, nn
 from basis.estimator import Estimator, State
 from basis.first_order import is_batched, without_transform
 from basis.ops.matrix import cast_for_autocast, has_values
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @torch.no_grad()
@@ -77,6 +83,8 @@ class Learning(nn.Module):
     """
     saves_state: bool = True
     """Whether the state is in the state_dict; see layers/adapters.py for where it is not."""
+    shared_by: DeviceMesh | None = None
+    """The processes over which the weight is spread, if it is; from `basis.set_noise_key`."""
     first_step: int = 0
     """The step at which the layer knew nothing; the method's `learns_at` counts steps from it."""
     frozen: bool = False
@@ -113,7 +121,18 @@ class Learning(nn.Module):
         if self.learning:
             # Once a step: a recomputed forward finds what the first one has learned.
             self.learning = False
+            self._take_over_the_first()
         return self.state
+
+    def _take_over_the_first(self) -> None:
+        """Make the state the first process's, in all that share this layer. Eager mode only."""
+        if self.shared_by is None or torch.compiler.is_compiling():
+            return
+        with torch.no_grad():
+            for tensor in self.state.values():
+                for dimension in range(self.shared_by.ndim):
+                    group = self.shared_by.get_group(dimension)
+                    torch.distributed.broadcast(tensor, group=group, group_src=0)
 
     def _remember(self, state: State) -> None:
         """Put the tensors of `state` in the place of the present ones. Those stay as they are: an

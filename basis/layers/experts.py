@@ -131,6 +131,11 @@ class SketchedExperts(StandInOfClass):
     def own_names(self) -> frozenset[str]:
         return frozenset(SKETCHES.values())
 
+    def settle(self) -> None:
+        for part in self.children():
+            if isinstance(part, ExpertProduct):
+                part.owner = (self,)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H); top_k_index (T, k): experts, E for none; top_k_weights (T, k)."""
         inputs = (hidden_states, top_k_index, top_k_weights)

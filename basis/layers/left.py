@@ -110,7 +110,7 @@ def warn_of_little(
         most = "; ".join(f"{why} ({n:,} weights)" for why, n in kinds.most_common(3))
         warnings.warn(
             f"convert: {share:.0%} of the model's trained matrix weights are in the layers changed;"
-            f" left as they are: {most}. basis.convert.left_alone lists all of them",
+            f" left as they are: {most}. left_alone (from basis.convert) lists all of them",
             UserWarning,
             stacklevel=stacklevel,
         )

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from basis.estimator import Estimator
-from basis.exchange import Exchange, StandIn
+from basis.exchange import Exchange, StandIn, is_sharded_itself
 from basis.layers import attention, conv1d, experts
 from basis.linear import WANTED, Sketched, SketchedLinear
 
@@ -87,7 +87,7 @@ class Sketch(Exchange):
     estimator: Estimator | Chosen
 
     def accepts(self, module: nn.Module) -> bool:
-        return _is_dense(module) and not is_frozen(module)
+        return _is_dense(module) and not is_frozen(module) and not is_sharded_itself(module)
 
     def stands_in(self, module: nn.Module) -> bool:
         return isinstance(module, Sketched | experts.SketchedExperts)
@@ -132,6 +132,9 @@ class Sketch(Exchange):
         kind = type(module).__name__
         if self.accepts(module):
             return None
+        if is_sharded_itself(module):
+            matrix = any(p is not None and p.ndim > 1 for p in module._parameters.values())
+            return f"{kind}: was given to fully_shard itself; convert first" if matrix else None
         if _is_dense(module):
             return f"{kind}: frozen, so it keeps nothing of its input"
         if isinstance(module, nn.LazyLinear):
