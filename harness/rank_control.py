@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 class AdaptiveRankOptions:
     """Every `every` steps (0: never) the rank rises by `up` if the error is above `high`, and falls
     by `down` once it was below `low` at `patience` checks in a row; within minimum and maximum,
-    null: the largest at which no layer keeps more than exact.
+    null: the largest at which all layers keep less than exact, which they are at any beyond.
     """
 
     every: int = 0
@@ -130,14 +130,18 @@ def start(
     maximum, what = options.maximum, ""
     if maximum is None:
         try:
-            maximum = min(_rank(fit_budget(estimator, 1.0, rows, width, dtype)) for width in widths)
+            maximum = min(
+                # a byte less than exact, which is what a layer keeps at any rank beyond
+                _rank(fit_budget(estimator, 1 - 1 / (rows * w * dtype.itemsize), rows, w, dtype))
+                for w in widths
+            )
         except BudgetError:  # not even rank 1 does
             raise ValueError(
-                f"adaptive_rank.maximum=null: with {rows} rows every rank keeps more than exact "
+                f"adaptive_rank.maximum=null: with {rows} rows every rank keeps as much as exact "
                 "does; give a number"
             ) from None
         what = (
-            f"; {maximum} is the largest rank at which no layer keeps more than exact "
+            f"; {maximum} is the largest rank at which all layers keep less than exact "
             "(adaptive_rank.maximum=null)"
         )
     else:

@@ -106,7 +106,7 @@ REFUSED = [
     ([*ADAPTIVE, "adaptive_rank.maximum=17"], "adaptive_rank.maximum=17: must be at most 16"),
     (
         [*ADAPTIVE, "method.rank=9"],
-        "method.rank=9: with adaptive_rank it must be in [minimum, maximum] = [1, 8]; 8 is the "
+        "method.rank=9: with adaptive_rank it must be in [minimum, maximum] = [1, 7]; 7 is the "
         "largest",
     ),
     (
@@ -115,7 +115,7 @@ REFUSED = [
     ),
     (
         [*ADAPTIVE, "adaptive_rank.minimum=9"],
-        "adaptive_rank.minimum=9: must be at most 8; 8 is the largest rank",
+        "adaptive_rank.minimum=9: must be at most 7; 7 is the largest rank",
     ),
     (
         ["method=ema_sketch", "model.block_size=2", "adaptive_rank.every=5"],
