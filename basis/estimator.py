@@ -45,6 +45,7 @@ Where methods are compared at equal bytes, one option of each is turned until it
 its `knob`, and
 
     knob_values(rows, width)          -> the values that it can have, from few bytes to many
+    bytes_of(rows, width, dtype)      -> the bytes of what `compress` returns, if a formula has them
 """
 
 from __future__ import annotations
@@ -168,6 +169,12 @@ class Estimator(abc.ABC):
     def knob_values(self, rows: int, width: int) -> Sequence[Any]:
         """Values of `knob` for X (rows, width), from few kept bytes to many."""
         return range(1, rows + 1)
+
+    def bytes_of(self, rows: int, width: int, dtype: torch.dtype) -> int | None:
+        """Bytes of what `compress` returns of X (rows, width) in `dtype`, those of `state` not
+        counted. None, the default: `compress` is run on a tensor without memory to count them.
+        """
+        return None
 
     def initial_state(self, width: int, device: torch.device) -> dict[str, Tensor]:
         """What a layer of `width` = N in_features knows before the first step; empty, the default:

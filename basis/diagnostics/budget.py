@@ -7,8 +7,9 @@ A fair comparison of methods fixes what they keep between forward and backward a
 how. The exact layer keeps X, rows * in_features numbers in the precision of the run; a share of
 that is the budget, layer by layer, and the setting is the largest whose bytes fit. With
 `split_by_error` layers may differ: as many bytes in all, more of them where they help most. Bytes
-are not looked up in a formula but counted: the method compresses a tensor that has a shape and no
-memory. What lives between steps (a learned subspace) is not part of it; it is counted as state, see
+are counted: the method compresses a tensor that has a shape and no memory. That takes tenths of a
+second, so a method may have a formula, `Estimator.bytes_of`, which tests hold against the count.
+What lives between steps (a learned subspace) is not part of it; it is counted as state, see
 `SketchedLinear.state`. Except where the state itself stands in for X (an average of sketches): then
 it is what the budget is for.
 """
@@ -50,6 +51,16 @@ def kept_bytes(
     """Bytes that `estimator` keeps of X (rows, width) in `dtype` until backward, once for all
     layers that read it; no state.
     """
+    size = estimator.bytes_of(rows, width, dtype)
+    if size is None:
+        return counted_bytes(estimator, rows, width, dtype)
+    whole = rows * width * dtype.itemsize
+    return min(size, whole) if estimator.at_most_input else size
+
+
+@functools.cache
+def counted_bytes(estimator: Estimator, rows: int, width: int, dtype: torch.dtype) -> int:
+    """`kept_bytes`, found by what `compress` returns for a tensor without memory."""
     with FakeTensorMode():
         x = torch.empty(rows, width, dtype=dtype, device="cpu")
         state = estimator.initial_state(width, x.device)

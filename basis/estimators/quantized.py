@@ -77,6 +77,11 @@ class Quantized(Estimator):
     def knob_values(self, rows: int, width: int) -> Sequence[float]:
         return [sixteenths / 16 for sixteenths in range(16, 129)]
 
+    def bytes_of(self, rows: int, width: int, dtype: torch.dtype) -> int:
+        *_, last = group_code.parts(rows, self.constant("bits"))
+        groups = -(-width // self.group)
+        return last.bytes.stop * width + 4 * rows * groups + 8  # codes, ranges, the key
+
     def compress(self, x: Tensor, key: Tensor, state: State) -> tuple[Tensor, ...]:
         codes, ranges = group_code.encode(x, key, self.constant("bits"), self.group)
         return codes, ranges, key, x.new_empty(0)  # no number, only the dtype

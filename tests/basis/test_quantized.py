@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from estimator_checks import assert_unbiased, assert_variance, data, draws, estimate, key, relative
 
 from basis import Quantized
+from basis.diagnostics.budget import counted_bytes, kept_bytes
 from basis.ops.bits import pack, unit, unpack
 
 
@@ -134,3 +135,23 @@ def test_a_share_of_the_rows_has_a_bit_more() -> None:
     assert len(Quantized(1.5).compress(x[:3], key(1), {})[0]) == 1, (
         "too few rows for a finer part of 8"
     )
+
+
+def test_the_formula_of_bytes_is_what_is_kept() -> None:
+    bits = (1, 1.0625, 1.5, 2, 2.9375, 3, 4, 5.25, 6, 7.5, 8)
+    sizes, groups = ((1, 1), (13, 7), (48, 20), (301, 130)), (1, 8, 128)
+    for (rows, width), group, some in itertools.product(sizes, groups, bits):
+        for dtype in (torch.float16, torch.float32):
+            estimator = Quantized(some, group)
+            kept = estimator.compress(torch.ones(rows, width, dtype=dtype), key(1), {})
+            size = sum(t.untyped_storage().nbytes() for t in kept)
+            assert estimator.bytes_of(rows, width, dtype) == size, (estimator, rows, width)
+            whole = rows * width * dtype.itemsize
+            assert kept_bytes(estimator, rows, width, dtype) == min(size, whole)
+
+
+@pytest.mark.parametrize("some", [1.5, 8])
+def test_the_formula_of_bytes_is_the_count(some: float) -> None:
+    for rows, width, dtype in ((8, 4, torch.float32), (4096, 11008, torch.bfloat16)):
+        args = (Quantized(some), rows, width, dtype)
+        assert kept_bytes(*args) == counted_bytes(*args)
