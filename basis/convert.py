@@ -54,7 +54,7 @@ def convert(
       layer's name and the layer that returns an estimator, where layers differ
       (diagnostics/budget.py). A layer that is no nn.Linear is described to it by one of its size on
       the meta device;
-    - `basis.Lean(...)`: LayerNorm, GELU and attention in few bits;
+    - `basis.Lean(...)`: norms, activations, gated MLPs, dropout and attention in few bits;
     - `basis.SUS(...)`: attention whose backward follows a few entries of each row.
 
     exact_if_kept: a dense layer whose input is kept anyway by the operation that made it, as

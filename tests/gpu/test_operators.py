@@ -19,6 +19,7 @@ import basis
 from basis.estimator import Estimator
 from basis.estimators import ESTIMATORS
 from basis.lean import LeanAttention, LeanGELU, LeanLayerNorm
+from basis.lean.sdpa import lean_sdpa
 from basis.linear import SketchedLinear
 from basis.state import learned_from_scratch
 from basis.sus import MODES, sus_attention
@@ -151,13 +152,29 @@ def split(heads: Tensor) -> tuple[Tensor, ...]:
     return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_proj, self.up_proj = nn.Linear(16, 32), nn.Linear(16, 32)
+        self.down_proj, self.act_fn = nn.Linear(32, 16), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 def lean_layers() -> dict[str, Callable[[Tensor], Tensor]]:
     """Functions of a fused product."""
     norm, gelu = LeanLayerNorm(16), LeanGELU(bits=2, approximate="tanh")
     attention = LeanAttention(CausalAttention(0.0))
     for layer in (norm, attention):
         layer.set_noise_key(11)
-    return {"norm": norm, "gelu": gelu, "attention": lambda heads: attention(*split(heads))}
+    layers = {"norm": norm, "gelu": gelu, "attention": lambda heads: attention(*split(heads))}
+    for name, module in (("rms norm", nn.RMSNorm(16)), ("silu", nn.SiLU()), ("gated", GatedMLP())):
+        layers[name] = nn.Sequential(module)
+        basis.convert(layers[name], basis.Lean())
+        basis.set_noise_key(layers[name], seed=0, step=0)
+    return layers
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -176,6 +193,51 @@ def test_lean_layers_have_the_gradients_of_the_cpu(name: str, compiled: bool, de
         found.append((output, heads.grad))
     for ours, expected in zip(*found, strict=True):
         assert_alike(ours, expected, 5e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "padded"])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_lean_attention_is_near_pytorchs(
+    dtype: torch.dtype, kv_heads: int, masked: bool, dropout: float, device: str
+) -> None:
+    """40 keys, which are not aligned as a mask's rows have to be; dropout drops the same."""
+    q, k, v = (
+        normal(2, heads, 40, 64, seed=seed).to(device, dtype).requires_grad_()
+        for seed, heads in enumerate((4, kv_heads, kv_heads))
+    )
+    mask = None
+    if masked:
+        mask = torch.ones(2, 1, 40, 40, dtype=torch.bool, device=device).tril()
+        mask[1, :, :, 30:] = False
+    found = []
+    for lean in (True, False):
+        torch.manual_seed(1)
+        if lean:
+            y = lean_sdpa(q, k, v, mask, key("sdpa").to(device), causal=not masked, dropout=dropout)
+            assert y is not None
+        else:
+            every = [x.repeat_interleave(4 // x.shape[1], 1) for x in (q, k, v)]
+            y = F.scaled_dot_product_attention(*every, mask, dropout, is_causal=not masked)
+        grads = torch.autograd.grad(y, (q, k, v), normal(*y.shape, seed=5).to(y))
+        found.append((y.detach(), grads))
+    (ours, near), (wanted, exact) = found
+    assert relative(ours, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    for one, other in zip(near, exact, strict=True):
+        assert relative(one, other) < 0.05
+
+
+def test_dropout_drops_what_pytorch_drops(device: str) -> None:
+    lean, x = nn.Sequential(nn.Dropout(0.3)), torch.ones(64, 100, device=device).requires_grad_()
+    basis.convert(lean, basis.Lean())
+    found = []
+    for module in (lean, nn.Dropout(0.3)):
+        torch.manual_seed(1)
+        y = module(x)
+        found.append((y, *torch.autograd.grad(y.sum(), x)))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize("mode", MODES)
