@@ -158,6 +158,8 @@ def _note_made(event: str, arguments: tuple[Any, ...]) -> None:
         path = os.path.realpath(os.fsdecode(arguments[0]))
         if not Path(path).exists():
             _made.add(path)
+    elif event == "os.rename":  # checkpoints, as long as the run goes on
+        _made.discard(os.path.realpath(os.fsdecode(arguments[0])))
 
 
 sys.addaudithook(_note_made)

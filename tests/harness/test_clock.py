@@ -102,3 +102,10 @@ def test_folders_are_ours_by_who_made_them_not_by_their_time(tmp_path: Path) -> 
         command_line.remove_if_empty(folder)
     assert older.exists()
     assert not ours.exists()
+
+
+def test_folders_that_a_run_makes_for_its_checkpoints_are_not_remembered(
+    data: Path, tmp_path: Path
+) -> None:
+    train_here(data, tmp_path / "run", "steps=4", "checkpoint.every=1")
+    assert not [name for name in command_line._made if "step" in Path(name).name]

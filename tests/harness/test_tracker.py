@@ -148,7 +148,7 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("mode", ["disabled", "offline"])
+@pytest.mark.parametrize("mode", ["disabled", pytest.param("offline", marks=pytest.mark.slow)])
 def test_only_disabled_never_looks_for_wandb(tmp_path, mode):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_WANDB, mode, str(tmp_path)],
