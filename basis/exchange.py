@@ -129,9 +129,11 @@ class StandInOfClass(StandIn):
     """
 
     mixin: ClassVar[type[StandInOfClass]]
+    prefix: ClassVar[str] = "Sketched"
+    """Before the name of the class, in the name of the one that is made."""
 
     def original(self) -> nn.Module:
-        return take_over(_blank(self.stands_for), self)
+        return take_over(blank(self.stands_for), self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A class made on the way has no name by which it could be found again.
@@ -144,10 +146,10 @@ OfClass = TypeVar("OfClass", bound=StandInOfClass)
 
 def standing_in(mixin: type[OfClass], module: nn.Module) -> OfClass:
     """A stand-in of kind `mixin` for `module`, with nothing in it: `take_over` comes next. `module`
-    may be such a one already.
+    may be one already.
     """
-    plain = module.stands_for if isinstance(module, mixin) else type(module)
-    return _blank(_class_of(mixin, plain))  # type: ignore[return-value]
+    plain = module.stands_for if isinstance(module, StandInOfClass) else type(module)
+    return blank(_class_of(mixin, plain))  # type: ignore[return-value]
 
 
 _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
@@ -157,11 +159,11 @@ def _class_of(mixin: type[StandInOfClass], plain: type[nn.Module]) -> type[nn.Mo
     """The one class that is both, so that two modules of one class stay of one class."""
     if (mixin, plain) not in _CLASSES:
         members = {"mixin": mixin, "stands_for": plain, "__doc__": mixin.__doc__}
-        _CLASSES[mixin, plain] = type(f"Sketched{plain.__name__}", (mixin, plain), members)
+        _CLASSES[mixin, plain] = type(f"{mixin.prefix}{plain.__name__}", (mixin, plain), members)
     return _CLASSES[mixin, plain]
 
 
-def _blank(cls: type[Module]) -> Module:
+def blank(cls: type[Module]) -> Module:
     """A module of class `cls` that has nothing yet."""
     module = cls.__new__(cls)
     nn.Module.__init__(module)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from basis.exchange import StandIn, take_over
+from basis.exchange import StandInOfClass, blank, standing_in, take_over
 
 Lean = TypeVar("Lean", bound="LeanSubclass")
 Module = TypeVar("Module", bound=nn.Module)
@@ -29,45 +29,20 @@ _FOREIGN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 """What the forward of a class that is something else may raise on a trial."""
 
 
-class LeanSubclass(StandIn):
+class LeanSubclass(StandInOfClass):
     """Mixin: of it and the class of a module the class of a stand-in is made."""
+
+    prefix: ClassVar[str] = "Lean"
 
     @classmethod
     def of(cls: type[Lean], module: nn.Module) -> Lean:
         """A stand-in with all that `module` has; what it needs itself is to be put in."""
-        return take_over(_unfilled(cls, plain_class(module)), module)
-
-    def original(self) -> nn.Module:
-        return take_over(blank(self.stands_for), self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle, which does not find the class by its name."""
-        mixin = type(self).__bases__[0]
-        return _unfilled, (mixin, self.stands_for), vars(self)
-
-
-_made: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}
-
-
-def _unfilled(mixin: type[Lean], plain: type[nn.Module]) -> Lean:
-    """A module with nothing in it, of the subclass of `mixin` and `plain`."""
-    if (mixin, plain) not in _made:
-        name, bases = f"Lean{plain.__name__}", (mixin, plain)
-        _made[mixin, plain] = type(name, bases, {"stands_for": plain})
-    made: Lean = blank(_made[mixin, plain])
-    return made
+        return take_over(standing_in(cls, module), module)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module`, or of what it stands for."""
     return module.stands_for if isinstance(module, LeanSubclass) else type(module)
-
-
-def blank(kind: type[Module]) -> Module:
-    """A module of class `kind` with nothing in it."""
-    module = kind.__new__(kind)
-    nn.Module.__init__(module)
-    return module
 
 
 def on_trial(module: nn.Module, **parts: nn.Module | nn.Parameter | None) -> nn.Module:
