@@ -22,6 +22,7 @@ derivative in forward in the place of backward, one pass to round and one to res
 | modules | children |
 |---|---|
 | LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, GemmaMLP, ... | gate_proj, up_proj, down_proj, act_fn |
+| Llama4TextMLP; T5GemmaMLP | the same, but activation_fn; and dropout (of y) |
 | Phi3MLP | gate_up_proj (g and u side by side), down_proj, activation_fn |
 | T5DenseGatedActDense | wi_0, wi_1, wo, act, dropout (of y) |
 
@@ -76,6 +77,8 @@ class _Names:
 
 KNOWN = (
     _Names("gate_proj", "up_proj", "down_proj", "act_fn"),
+    _Names("gate_proj", "up_proj", "down_proj", "activation_fn"),
+    _Names("gate_proj", "up_proj", "down_proj", "act_fn", "dropout"),
     _Names("gate_up_proj", None, "down_proj", "activation_fn"),
     _Names("wi_0", "wi_1", "wo", "act", "dropout"),
 )
@@ -181,8 +184,10 @@ def _known(mlp: nn.Module) -> tuple[_Names, str] | None:
     """What its children are called and its f; None if `mlp` is no gated MLP."""
     if isinstance(mlp, LeanGatedMLP):
         return mlp.lean_names, mlp.lean_name
-    names = next((n for n in KNOWN if mlp._modules.keys() - {n.act} == n.children()), None)
-    if names is None or not hasattr(mlp, names.act) or mlp._parameters or not takes_one(mlp):
+    held = mlp._modules.keys()
+    fits = (n for n in KNOWN if held - {n.act} == n.children() and hasattr(mlp, n.act))
+    names = next(fits, None)
+    if names is None or mlp._parameters or not takes_one(mlp):
         return None
     name = name_of(getattr(mlp, names.act))
     if name is None:

@@ -9,8 +9,7 @@ stay as they were, and `basis.revert` gives the module its configuration back.
 The function is PyTorch's attention with q, k, v and the output in 8 bits (sdpa.py): after rotation,
 k and v with the heads that they have. Rotation itself keeps cosines and sines, which all layers
 share. Taken are modules whose model was loaded with `attn_implementation="sdpa"`, the default; it
-stays as it is, and exact in bytes too, for position biases (T5) and whatever else is given besides
-mask, dropout and scale.
+stays as it is, in bytes too, where a position bias is learned (T5).
 
 What is exact: the output, bit by bit where PyTorch would take the same kernel. Kept and errors:
 sdpa.py. A forward with `use_cache=True`, the default of transformers, puts keys and values into a
@@ -34,6 +33,8 @@ from basis.ops.matrix import cast_for_autocast
 
 NAME = "basis_sdpa"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_SPECIAL = ("position_bias", "softcap")
+"""What PyTorch's attention is given otherwise, or not at all."""
 _READERS = ("o_proj", "out_proj", "c_proj", "dense")
 """What the dense layer that reads the output may be called."""
 
@@ -56,7 +57,8 @@ def attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.shape[2] > 1 and attention_mask is None and causal
     assert isinstance(module, LeanRegistered)
-    if module.rounds(query, key, value) and more.get("position_bias") is None:
+    special = any(more.get(name) is not None for name in _SPECIAL)
+    if module.rounds(query, key, value) and not special:
         q, k, v = (cast_for_autocast(x) for x in (query, key, value))
         if causal and k.shape[2] > q.shape[2]:
             k, v = (x[:, :, : q.shape[2]] for x in (k, v))

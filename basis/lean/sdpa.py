@@ -73,6 +73,8 @@ def _kernel(
         return kernel_by_rule(q, mask) or "again"
     if choice == 3:  # cuDNN's, whose backward has no name that is kept
         return kernel_by_rule(q, mask) or "again"
+    if choice == 1 and q.shape[-1] % 8:  # PyTorch would pad the heads
+        return "again"
     return _CHOICES.get(choice, "again")
 
 
@@ -243,6 +245,8 @@ def lean_sdpa(
     key: of the noise. whole: whether the output is kept as it is, since somebody else keeps it.
     Returns (b, h, T, d), or None where there is no way to keep less.
     """
+    if mask is not None and mask.requires_grad:  # a learned bias, whose gradient PyTorch forms
+        return None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kernel = _kernel(q, k, v, mask, causal, dropout, scale)
     if kernel is None:

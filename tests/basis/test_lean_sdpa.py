@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from basis.lean import sdpa
-from basis.lean.sdpa import kernel_by_rule, lean_sdpa
+from basis.lean.sdpa import _repeated, _summed, kernel_by_rule, lean_sdpa
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 40, 16
 KEY = torch.tensor(0x3ABCDEF987654321)
@@ -109,6 +109,21 @@ def test_rounding_values_and_output_leaves_no_bias(monkeypatch: pytest.MonkeyPat
         values = torch.stack([draw[i] for draw in draws])
         once, of_mean = ((x - wanted).norm() for x in (values[0], values.mean(0)))
         assert 0 < of_mean < 1.3 * once / 10
+
+
+def test_gradients_of_repeated_keys_are_summed() -> None:
+    """As the kernel wants them that knows no groups, on CUDA."""
+    _, k, _ = heads(2)
+    repeated = _repeated(k, HEADS)
+    assert torch.equal(repeated[:, 1], k[:, 0])
+    grad = torch.randn(repeated.shape, generator=torch.Generator().manual_seed(1))
+    (wanted,) = torch.autograd.grad(repeated, k, grad)
+    torch.testing.assert_close(_summed(grad, k), wanted)
+
+
+def test_a_learned_bias_is_left_to_pytorch() -> None:
+    bias = as_numbers().requires_grad_()
+    assert lean_sdpa(*heads(), bias, KEY, causal=False) is None
 
 
 def test_the_rule_for_graphs() -> None:

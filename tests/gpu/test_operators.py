@@ -197,7 +197,7 @@ def test_lean_layers_have_the_gradients_of_the_cpu(name: str, compiled: bool, de
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "padded"])
-@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_lean_attention_is_near_pytorchs(
     dtype: torch.dtype, kv_heads: int, masked: bool, dropout: float, device: str
