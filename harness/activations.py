@@ -40,7 +40,7 @@ from basis.lean import recompute
 from basis.lean.boundary import Boundary, check_bits, compiling_blocks
 from basis.lean.gelu import BITS
 from basis.sus import SusAttention
-from models import LanguageModel
+from models import HF, LanguageModel
 from models.base import CausalAttention
 
 NAMES = ("plain", "lean", "recompute", "checkpoint", "budget")
@@ -92,7 +92,7 @@ def apply(model: LanguageModel, options: ActivationsOptions) -> None:
         lean = basis.Lean(
             norm=options.norm,
             gelu_bits=options.gelu_bits,
-            attention=(CausalAttention, SusAttention) if options.attention else (),
+            attention=_attention(model) if options.attention else (),
         )
         if lean != basis.Lean(norm=False, gelu_bits=None):  # else there is nothing to replace
             basis.convert(model, lean)
@@ -107,29 +107,39 @@ def apply(model: LanguageModel, options: ActivationsOptions) -> None:
                 block.forward = block.boundary.forward
 
 
-def _checkpointed(
-    forward: Callable[[Tensor], Tensor], selective: bool
-) -> Callable[[Tensor], Tensor]:
+def _attention(model: LanguageModel) -> Any:
+    """What attends in `model`, as basis.Lean names it."""
+    return "sdpa" if isinstance(model, HF) else (CausalAttention, SusAttention)
+
+
+def _checkpointed(forward: Callable[..., Tensor], selective: bool) -> Callable[..., Tensor]:
+    """`forward` of a block's input x, and of what all blocks share (positions, a mask)."""
     contexts: dict[str, Any] = {}
     if selective:
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
 
-    def watched(x: Tensor) -> Tensor:
+    def watched(x: Tensor, *shared: Any, **named: Any) -> Tensor:
         with _Products() as products:
-            result = forward(x)
+            result = forward(x, *shared, **named)
         announce(*products.results)  # now, as the block's: they are no layer's
         return result
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, *shared: Any, **named: Any) -> Tensor:
         inner = forward
         if torch.is_grad_enabled():
             announce(x)  # held by the checkpoint, unseen by hooks on saved tensors
             if selective and is_observed() and not torch.compiler.is_compiling():
                 inner = watched
+        if shared or named:
+            inner = functools.partial(_with, inner, shared, named)
         result: Tensor = checkpoint(inner, x, use_reentrant=False, **contexts)
         return result
 
     return run
+
+
+def _with(forward: Callable[..., Tensor], shared: Any, named: Any, x: Tensor) -> Tensor:
+    return forward(x, *shared, **named)
 
 
 _PRODUCTS = {
@@ -176,9 +186,9 @@ def compile_blocks(model: LanguageModel, options: ActivationsOptions) -> None:
 _by_blocks = False
 
 
-def _switched(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _switched(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     within = torch.compile(forward)
-    return lambda x: (within if _by_blocks else forward)(x)
+    return lambda *x, **named: (within if _by_blocks else forward)(*x, **named)
 
 
 def by_blocks(model: Callable[..., Tensor], options: ActivationsOptions) -> Callable[..., Tensor]:

@@ -54,7 +54,10 @@ def check_method(config: Config) -> None:
     (see `build_model`).
     """
     with torch.device("meta"):
-        model = build(dataclasses.replace(config.model, vocab_size=1))
+        of_folder = config.model.family == "hf"  # whose vocabulary is known, and has a say
+        model = build(
+            config.model if of_folder else dataclasses.replace(config.model, vocab_size=1)
+        )
         apply_method(model, config)
     rank_controller(model, config)
 
@@ -91,9 +94,10 @@ def apply_method(model: LanguageModel, config: Config) -> list[str]:
             share = method.budget.share
             chosen = within_budget(method.estimator, share=share, **layer_inputs(config))
         # Every layer is sketched, as in the paper, also one whose input attention keeps anyway.
-        return basis.convert(
-            model, chosen, include=method.include, exclude=method.exclude, exact_if_kept=False
+        include, exclude = (
+            [model.pattern(p) for p in ps] for ps in (method.include, method.exclude)
         )
+        return basis.convert(model, chosen, include=include, exclude=exclude, exact_if_kept=False)
     except BudgetError as error:
         assert method.budget is not None
         raise BudgetError(method.budget.text, error.reason, option="method.budget") from None

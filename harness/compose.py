@@ -20,6 +20,7 @@ import conf
 from harness.config import Config, flattened
 from harness.method import make_method, method_schema
 from harness.world import here
+from models.hf import described
 
 
 def load(values: DictConfig) -> Config:
@@ -39,6 +40,8 @@ def load(values: DictConfig) -> Config:
             # OmegaConf lets lists within a list pass for words.
             if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
                 raise ValueError(f"{name}={value}: must be a list of words, without lists in it")
+        if given["model"].get("family") == "hf":
+            given["model"] = described(given["model"])
         options = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise ValueError(conf.explain(error, ())) from error

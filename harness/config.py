@@ -183,6 +183,8 @@ class Config:
             )
         if self.model.family == "llama":
             self._check_llama()
+        elif self.model.family == "hf":
+            self._check_hf()
         least, tokens = self._least_tokens, self.tokens_per_step
         if tokens is not None and (tokens < 1 or tokens % least):
             below = max(tokens // least, 1) * least
@@ -210,6 +212,22 @@ class Config:
                 f"attention=sus: needs as many heads of keys as of queries; give model.n_kv_head="
                 f"{self.model.n_head} or null"
             )
+
+    def _check_hf(self) -> None:
+        """What changes classes of this project's own models."""
+        kept = self.activations
+        if kept.name == "recompute" or kept.boundary is not None:
+            option = (
+                "activations=recompute"
+                if kept.name == "recompute"
+                else (f"activations.boundary={kept.boundary}")
+            )
+            raise ValueError(
+                f"{option}: not with model=hf; give activations=plain, lean, budget, or checkpoint "
+                "without a boundary"
+            )
+        if self.attention.name == "sus":
+            raise ValueError("attention=sus: not with model=hf; give attention=exact")
 
     def _check_parallel(self) -> None:
         """Several processes: what can't be had with them."""

@@ -22,7 +22,7 @@ import basis
 from basis.diagnostics.budget import split_by_error, with_knob
 from basis.diagnostics.kept import first_readers
 from basis.estimator import Estimator
-from basis.linear import SketchedLinear
+from basis.linear import Sketched
 from data import Sampler
 from harness.build import layer_inputs
 from harness.config import Config
@@ -77,14 +77,14 @@ def _split(model: LanguageModel, config: Config, loss: Callable[[int], Tensor]) 
 def apply_knobs(model: LanguageModel, config: Config, knobs: Mapping[str, Any]) -> None:
     """Set the knob of each layer in `knobs`; all sketched layers forget what they have learned."""
 
-    def choose(name: str, layer: nn.Linear) -> Estimator:
-        assert isinstance(layer, SketchedLinear)  # `apply_method` was there before
+    def choose(name: str, layer: nn.Module) -> Estimator:
+        assert isinstance(layer, Sketched)  # `apply_method` was there before
         return with_knob(layer.estimator, knobs[name]) if name in knobs else layer.estimator
 
     basis.convert(
         model,
         choose,
-        include=config.method.include,
-        exclude=config.method.exclude,
+        include=[model.pattern(pattern) for pattern in config.method.include],
+        exclude=[model.pattern(pattern) for pattern in config.method.exclude],
         exact_if_kept=False,
     )

@@ -9,7 +9,7 @@ is the kind of the layer whose forward was running:
 | category | saved by |
 |---|---|
 | linear inputs | nn.Linear: X, B x N |
-| sketches | SketchedLinear: what its estimator keeps |
+| sketches | a sketched layer: what its estimator keeps |
 | attention | the attention module: q, k, v, output, log-sum-exp, dropout |
 | norms | LayerNorm, RMSNorm: input and statistics |
 | activations | GELU and its like: their input or output |
@@ -47,10 +47,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import basis
+from basis.diagnostics import kept
 from basis.diagnostics.saved import observe
-from basis.linear import SketchedLinear
+from basis.linear import Sketched
 from harness.world import local, sharded_modules, spread
-from models import LanguageModel
+from models import HF, LanguageModel
 from models.base import CausalAttention
 from models.gpt import CausalSelfAttention
 from models.llama import LlamaAttention
@@ -67,7 +68,7 @@ CATEGORIES = (
 )
 
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((SketchedLinear,), "sketches"),
+    ((Sketched,), "sketches"),
     ((nn.Linear,), "linear inputs"),
     (
         (
@@ -95,6 +96,26 @@ def _category(module: nn.Module | None, tensor: Tensor) -> str:
         if isinstance(module, kinds):
             return category
     return "other"
+
+
+_OF_TRANSFORMERS = {
+    kept.DENSE: "linear inputs",
+    kept.NORMS: "norms",
+    kept.ACTIVATIONS: "activations",
+    kept.ATTENTION: "attention",
+}
+
+
+def _category_in_hf(module: nn.Module | None, tensor: Tensor) -> str:
+    """The same in a model of transformers, whose other classes are told by name."""
+    known = _category(module, tensor)
+    if known != "other" or module is None:
+        return known
+    if type(module).__name__.endswith("ForCausalLM") or type(module).__name__.endswith(
+        "LMHeadModel"
+    ):
+        return "loss head"
+    return _OF_TRANSFORMERS.get(kept.category(module) or "", known)
 
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -182,9 +203,10 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
         if isinstance(model, LanguageModel) and module is model.head:
             continue  # with a hook on it, its logits would be made for the hook to see
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    told = _category_in_hf if isinstance(model, HF) else _category
     try:
         table = _record(
-            model, forward, lambda tensor: _category(running[-1] if running else None, tensor)
+            model, forward, lambda tensor: told(running[-1] if running else None, tensor)
         )
     finally:
         for handle in handles:

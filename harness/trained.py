@@ -54,7 +54,7 @@ def load_trained(run: Path, *, best: bool = False) -> Trained:
     check_ids(run, loaded)
     config = loaded.state["config"]
     with torch.random.fork_rng():
-        model = build(ModelConfig(**config["model"]))
+        model = build(ModelConfig(**config["model"]), weights=False)
     model.load_state_dict(plain_weights(loaded.state["model"]))
     options, tokens = DataOptions(**config["data"]), loaded.state["data"]["train"]
     prepared = find_prepared(options, tokens) or prepare(options)

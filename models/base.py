@@ -73,11 +73,7 @@ class LanguageModel(nn.Module, abc.ABC):
 
         Raises ValueError if T is larger than block_size.
         """
-        length = tokens.shape[1]
-        if length > self.config.block_size:
-            raise ValueError(
-                f"{length} tokens do not fit model.block_size={self.config.block_size}"
-            )
+        self.check_length(tokens)
         weight = None
         if targets is not None and self.head.weight is self.wte.weight:
             x, weight = tied_embedding(self.wte, tokens)
@@ -91,6 +87,23 @@ class LanguageModel(nn.Module, abc.ABC):
             logits: Tensor = self.head(x)  # (b, T, V)
             return logits
         return linear_cross_entropy(self.head, x, targets, weight=weight, ignore_index=None)
+
+    def check_length(self, tokens: Tensor) -> None:
+        """Raise ValueError if `tokens` (b, T) are more than block_size."""
+        if (length := tokens.shape[1]) > self.config.block_size:
+            raise ValueError(
+                f"{length} tokens do not fit model.block_size={self.config.block_size}"
+            )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Where `blocks` and `head` are, if these are not their names."""
+        return {}
+
+    def pattern(self, pattern: str) -> str:
+        """A pattern of layers' names, such as blocks.*.mlp.*, in this model's own names."""
+        first, dot, rest = pattern.partition(".")
+        return self.names.get(first, first) + dot + rest
 
     @torch.no_grad()
     def generate(

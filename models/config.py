@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FAMILIES = ("gpt", "llama")
-INITS = {"gpt": ("paper", "gpt2"), "llama": ("llama",)}
+FAMILIES = ("gpt", "llama", "hf")
+INITS = {"gpt": ("paper", "gpt2"), "llama": ("llama",), "hf": ("weights",)}
 """By family, how weights are drawn."""
 OF_LLAMA = ("n_kv_head", "n_inner", "rope_theta")
 """Options that a GPT does not have."""
+OF_HF = ("path", "sha256", "architecture")
+"""Options of a model that was read from a folder."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class ModelConfig:
     tie_head: the head uses the embedding's weight. init: how weights are drawn, see the family's
     module. Of llama only, null elsewhere: n_kv_head, heads of keys and values, divides n_head
     (None: n_head); n_inner, width of the MLP (None: 8/3 of n_embd, rounded up to a multiple of
-    64); rope_theta, base of the rotary frequencies (None: 10,000).
+    64); rope_theta, base of the rotary frequencies (None: 10,000). Of hf only: path, a folder;
+    sha256 of what is in it; architecture, its config.json; models/hf.py fills in all but path.
     """
 
     vocab_size: int | None = None
@@ -39,6 +42,9 @@ class ModelConfig:
     n_inner: int | None = None
     rope_theta: float | None = None
     family: str = "gpt"
+    path: str | None = None
+    sha256: str | None = None
+    architecture: str | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -48,7 +54,7 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"model.{name}={value}: must be at least 1")
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head and self.family != "hf":
             raise ValueError(f"model.n_head={self.n_head}: must divide model.n_embd={self.n_embd}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout={self.dropout}: must be in [0, 1)")
@@ -59,9 +65,14 @@ class ModelConfig:
                 f"model.init={self.init!r}: must be {' or '.join(INITS[self.family])} with "
                 f"model.family={self.family}"
             )
+        for name in OF_HF:
+            if (getattr(self, name) is None) == (self.family == "hf"):
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)}: is of model.family=hf, where it is needed"
+                )
         if self.family == "llama":
             self._check_llama()
-        else:
+        elif self.family == "gpt":
             for name in OF_LLAMA:
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(
@@ -91,21 +102,24 @@ class ModelConfig:
     @property
     def inner(self) -> int:
         """Width of the MLP's inner layer."""
-        if self.family == "gpt":
+        if self.family == "gpt" or (self.family == "hf" and self.n_inner is None):
             return 4 * self.n_embd
         return -(-8 * self.n_embd // 192) * 64 if self.n_inner is None else self.n_inner
 
     @property
     def block_matrices(self) -> int:
-        """Weights of the dense layers of one block, without biases."""
+        """Weights of the dense layers of one block, without biases; of hf at least so many."""
         width, kept = self.n_embd, self.kv_heads * (self.n_embd // self.n_head)
         if self.family == "gpt":
             return 12 * width**2
-        return 2 * width**2 + 2 * width * kept + 3 * width * self.inner
+        in_mlp = 2 if self.family == "hf" else 3
+        return 2 * width**2 + 2 * width * kept + in_mlp * width * self.inner
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model, tied ones once; an open vocabulary counts 1."""
+        """Parameters of the model, tied ones once; an open vocabulary counts 1. Of hf at least so
+        many.
+        """
         width, words = self.n_embd, self.vocab_size or 1
         tables = (1 if self.tie_head else 2) * words * width
         if self.family == "gpt":

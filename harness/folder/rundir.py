@@ -56,6 +56,8 @@ PROCESSES = ("parallel", "world_size")
 """Of these resume.world_size=any makes free options."""
 OF_A_STEP = ("micro_batch_size", "model.block_size", "world_size")
 """Whose product is a step's tokens where tokens_per_step=null."""
+MOVABLE = ("data.path", "data.tokenizer_path", "model.path", "model.architecture")
+"""Files that may move: of a text its tokens are compared, of a model its model.sha256."""
 _NAME_LIMIT = 120
 
 
@@ -99,7 +101,7 @@ def refused_changes(old: Mapping[str, Any], config: Config) -> list[str]:
         f"{option}: {old.get(option)} -> {now.get(option)}"
         for option in changed_options(old, now)
         if not option.startswith(free)
-        and option != "data.path"  # a text may move: `_check_same_text` compares its tokens
+        and option not in MOVABLE
         and not (
             option == "steps"
             and config.optim.schedule == "constant"

@@ -1,0 +1,160 @@
+"""model=hf: models of transformers from a local folder, through the harness."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composed import composed
+from hydra.errors import CompactHydraException
+from tiny import QUICK, losses, overrides
+
+import train
+from harness.build import build_model
+from harness.compose import load
+from harness.config import Config
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **SIZES,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=2, n_positions=16)
+    )
+
+
+def saved(make: Callable[[], Any], folder: Path) -> Path:
+    torch.manual_seed(0)
+    make().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(llama, tmp_path_factory.mktemp("models") / "llama")
+
+
+def words(tmp_path: Path, model: Path, *more: str) -> list[str]:
+    data = [word for word in overrides(tmp_path) if word.startswith("data")]
+    quick = [*QUICK, "steps=6", "eval.every=3", "checkpoint.every=3", "log.every=1"]
+    optim = ["optim=adamw", "optim.lr=1e-3", "optim.warmup_steps=0", "micro_batch_size=4"]
+    given = ["model=hf", f"model.path={model}", "tracker.mode=disabled"]
+    return [*data, *quick, *optim, *given, *more]
+
+
+def config_of(tmp_path: Path, model: Path, *more: str) -> Config:
+    return load(composed(*words(tmp_path, model, *more)))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_the_loss_before_training_is_that_of_transformers(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    path = saved(make, tmp_path / "model")
+    config = config_of(tmp_path, path, "method=exact", "model.dropout=0")
+    model, _ = build_model(config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    tokens = torch.randint(64, (3, 16))
+    wanted = theirs(input_ids=tokens, labels=tokens).loss
+    assert all(module.training for module in model.modules())
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    wanted.backward()
+    found = {name.removeprefix("inner."): p.grad for name, p in model.named_parameters()}
+    assert found.keys() == {name for name, _ in theirs.named_parameters()}
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens[:, :-1]), theirs(tokens[:, :-1]).logits)
+    assert config.model.n_layer == len(model.blocks) == 2
+    assert config.model.parameters <= model.parameter_count()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["method=exact", "activations=checkpoint"],
+        ["method=quantized", "method.budget=1/4", "activations=lean"],
+        ["method=basis", "method.rank=4"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_it_trains_and_resumes_bit_for_bit(
+    options: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = composed(*words(tmp_path, folder, *options))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.execute(values, whole)
+    rows = losses(whole)
+    first, last = (r["train/loss"] for r in (rows[1], rows[-1]))
+    assert last < first
+    saves: list[int] = []
+
+    def stop_after_the_first(run: Any) -> None:
+        save(run)
+        if run.step == 3 and not saves:
+            saves.append(run.step)
+            raise KeyboardInterrupt
+
+    save = train.save
+    monkeypatch.setattr(train, "save", stop_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        train.execute(values, parts)
+    train.execute(values, parts)
+    assert losses(parts) == rows
+
+
+def test_what_the_folder_must_be(folder: Path, tmp_path: Path) -> None:
+    def refused(path: Path | str, *more: str) -> str:
+        with pytest.raises(ValueError, match=r"^\w") as error:
+            config_of(tmp_path, path, *more)  # type: ignore[arg-type]
+        return str(error.value)
+
+    assert "model.path=null" in refused("null")
+    assert "never downloaded" in refused("gpt2")
+    assert "at most 16" in refused(folder, "model.block_size=17")
+    assert "model.n_layer=3" in refused(folder, "model.n_layer=3")
+    assert "attention=sus" in refused(folder, "attention=sus")
+    assert "recompute" in refused(folder, "activations=recompute")
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folder, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "pytorch_model.bin is a pickle" in refused(pickled)
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    values = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(values | {"model_type": "of_my_own"}))
+    assert "model_type='of_my_own'" in refused(own)
+
+
+def test_another_model_in_the_same_place_is_refused(folder: Path, tmp_path: Path) -> None:
+    run, path = tmp_path / "run", tmp_path / "moved"
+    train.execute(composed(*words(tmp_path, folder, "method=exact", "steps=3")), run)
+    shutil.copytree(folder, path)
+    train.execute(composed(*words(tmp_path, path, "method=exact", "steps=3")), run)  # moved
+    torch.manual_seed(1)
+    llama().save_pretrained(path)
+    with pytest.raises(CompactHydraException, match=r"model\.sha256: "):
+        train.execute(composed(*words(tmp_path, path, "method=exact", "steps=3")), run)
