@@ -172,6 +172,26 @@ def test_outputs_are_equal_gradients_near_and_bytes_fewer(family: str, padded: b
     assert difference(back, exact) == 0
 
 
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma", "GPT-2", "BERT", "T5"])
+def test_outputs_are_equal_in_low_precision(family: str, how: str) -> None:
+    model, given = made(family), batch(family, True)
+    model = model.to(torch.bfloat16) if how == "bfloat16" else model
+    *_, most, _ = FAMILIES[family]
+    found = []
+    for lean in (False, True):
+        if lean:
+            basis.convert(model, basis.Lean(attention="sdpa"))
+            basis.set_noise_key(model, seed=0, step=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            kept, logits, grads = step(model, given)
+        found.append((kept, logits, {name: g.float() for name, g in grads.items()}))
+    (before, logits, exact), (after, same, near) = found
+    assert torch.equal(same, logits)
+    assert difference(near, exact) < 1.2 * most
+    assert after < before / 1.5
+
+
 def test_the_models_configuration_is_left_alone() -> None:
     model = made("Llama")
     config = model.config
