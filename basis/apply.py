@@ -104,7 +104,8 @@ def apply(
         name = fuse_head(model)  # refuses before anything is changed
         unfuse_head(model)
         fitted = chosen.method if isinstance(chosen, _Fitted) else chosen
-        if isinstance(fitted, Quantized) and not isinstance(exclude, str):
+        trained = any(p.requires_grad for p in modules[name].parameters())
+        if trained and isinstance(fitted, Quantized) and not isinstance(exclude, str):
             # A fused head forms dW at once, as large as it is: fewer bits of X would add noise to
             # it, and spare nothing. A sketch of few rows spares dW itself.
             exclude = [*exclude, name]
