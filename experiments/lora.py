@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 import basis
+from report.statistics import estimate
 
 LENGTH, BATCH = 64, 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-T_95 = {2: 4.303, 3: 3.182, 4: 2.776}
-"""Quantiles of Student's t for 95%, by degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,7 @@ def table(rows: Sequence[Row]) -> str:
         plain = of["plain"]
         for variant, some in of.items():
             gaps = [a.loss - b.loss for a, b in zip(some, plain, strict=True)]
-            half = T_95.get(len(gaps) - 1, 1.96) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-            gap = "" if variant == "plain" else f"{statistics.fmean(gaps):+.4f} ± {half:.4f}"
+            gap = "" if variant == "plain" else estimate(gaps).text(4, sign=True)
             loss = statistics.fmean(r.loss for r in some)
             fewer = plain[0].kept / some[0].kept
             lines.append(
