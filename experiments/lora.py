@@ -93,9 +93,9 @@ def llama(vocabulary: int) -> Any:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=vocabulary,
-            hidden_size=256,
-            intermediate_size=704,
-            num_hidden_layers=3,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=LENGTH,
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.csv, table.md")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2 (default: 3)")
     known = ("bfloat16", "float32")
-    parser.add_argument("--precision", nargs="+", choices=known, default=["bfloat16"])
+    parser.add_argument("--precision", nargs="+", choices=known, default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, nargs=2, default=(300, 200), help="model, adapters")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
