@@ -24,13 +24,19 @@ from torch import nn
 
 from basis.causal_lm import fuse_head, unfuse_head
 from basis.convert import Method, convert, left_alone, put_back
-from basis.diagnostics.budget import fit_budget, kept_bytes, parse_share
+from basis.diagnostics.budget import (
+    BudgetError,
+    fit_budget,
+    kept_bytes,
+    parse_share,
+    with_knob,
+)
 from basis.diagnostics.kept import kept_by_category, tokens_of
 from basis.diagnostics.report import Change, Report
 from basis.estimator import Estimator
 from basis.estimators.quantized import Quantized
 from basis.exchange import StandIn, plainly_named
-from basis.layers.sketch import width_of
+from basis.layers.sketch import exchange_of, width_of
 from basis.lean import Lean
 from basis.linear import Sketched
 
@@ -104,8 +110,8 @@ def apply(
         name = fuse_head(model)  # refuses before anything is changed
         unfuse_head(model)
         fitted = chosen.method if isinstance(chosen, _Fitted) else chosen
-        trained = any(p.requires_grad for p in modules[name].parameters())
-        if trained and isinstance(fitted, Quantized) and not isinstance(exclude, str):
+        trained = exchange_of(chosen).accepts(modules[name])  # under adapters it is frozen
+        if isinstance(fitted, Quantized) and trained and not isinstance(exclude, str):
             # A fused head forms dW at once, as large as it is: fewer bits of X would add noise to
             # it, and spare nothing. A sketch of few rows spares dW itself.
             exclude = [*exclude, name]
@@ -165,7 +171,18 @@ class _Fitted:
                     "an input; give rows=, the tokens of a batch, or a sample"
                 )
             rows = _ROWS
+        elif self.method.knob == "bits":
+            rows = max(rows, _ROWS)  # else the few bytes beside the bits would count
         wanted = rows, width_of(layer), layer.weight.dtype
         if wanted not in self._made:
-            self._made[wanted] = fit_budget(self.method, self.share, *wanted)
+            self._made[wanted] = self._fit(*wanted)
         return self._made[wanted]
+
+    def _fit(self, rows: int, width: int, dtype: torch.dtype) -> Estimator:
+        try:
+            return fit_budget(self.method, self.share, rows, width, dtype)
+        except BudgetError:
+            if rows == max(self.by_name.values(), default=rows):
+                raise
+            # A layer that reads a few rows only, such as a classifier: what it keeps is little.
+            return with_knob(self.method, self.method.knob_values(rows, width)[0])
