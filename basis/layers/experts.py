@@ -12,8 +12,10 @@ model, and here the same share of each segment, ceil(n_e R / T) rows; but 8 at l
 segment has no more. All other options are the method's own. What it learns it learns from all
 segments together.
 
-Rows are gathered by their index, which is all that is kept of that; the activation between the two
-products and the routing weights keep what they keep in the plain module. Sizes of segments are
+Rows are gathered by their index, which is all that is kept of that; the routing weights keep what
+they keep in the plain module. So does the gate between the two products, unless `basis.Lean` has
+replaced the activation in it: then it keeps 4 bits a number, as a gated MLP does (lean/gated.py).
+Sizes of segments are
 looked at on the host once a forward, as in transformers' own plain forward; torch.compile breaks
 its graph there. Many small experts in eager mode are many small operations.
 
@@ -36,9 +38,11 @@ from torch.fx import Proxy
 
 from basis.estimator import Estimator
 from basis.exchange import StandInOfClass, standing_in, take_over
+from basis.lean.activation import LeanActivation
+from basis.lean.gated import gated
 from basis.linear import Sketched, sketched_linear, wants_weight_grad
 from basis.ops.matrix import cast_for_autocast, has_values
-from basis.ops.noise import combine
+from basis.ops.noise import combine, derive
 from basis.ops.shared_noise import Passes
 
 LEAST_ROWS = 8
@@ -161,13 +165,23 @@ class SketchedExperts(StandInOfClass):
         used = sum(counts)  # what goes to no expert is sorted to the end
         order = order[:used]
         h = first(hidden_states[order // k], counts, tokens)
-        h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+        h = self._gated(h, first) if self.has_gate else self.act_fn(h)
         y = second(h, counts, tokens)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         y = y * top_k_weights.flatten()[order].unsqueeze(-1)
         y = y.new_zeros(tokens * k, y.shape[-1]).index_copy(0, order, y)
         return y.unflatten(0, (tokens, k)).sum(1).to(hidden_states.dtype)
+
+    def _gated(self, h: Tensor, first: ExpertProduct) -> Tensor:
+        """The gate and what it lets through (S, 2 I) -> (S, I); in few bits where the activation is
+        a lean one, and the gate is the one that most mixtures have.
+        """
+        is_default = type(self)._apply_gate.__name__ == "_default_apply_gate"
+        if not (is_default and isinstance(self.act_fn, LeanActivation)):
+            return self._apply_gate(h)
+        gate, up = h.chunk(2, -1)
+        return gated(gate, up, derive(first.key_for(h), 1), self.act_fn.lean_name)
 
 
 def matrices(module: nn.Module) -> tuple[str, str]:

@@ -124,6 +124,16 @@ class _Gated(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+def gated(g: Tensor, u: Tensor, key: Tensor, name: str, bits: int = 4) -> Tensor:
+    """f(g) u, for the f called `name` in ACTIVATIONS, which keeps `bits` bits a number for each of
+    g and u (..., I). key: int64, of its noise.
+    """
+    wanted = torch.is_grad_enabled() and (g.requires_grad or u.requires_grad)
+    if wanted and g.dtype == u.dtype and g.numel() > 0:
+        return cast(Tensor, _Gated.apply(g, u, key, name, bits))
+    return ACTIVATIONS[name].run(g) * u
+
+
 class LeanGatedMLP(LeanSubclass, HasNoiseKey):
     """Mixin of gated MLPs that keep `lean_bits` bits a number for each of g and u."""
 
@@ -145,10 +155,7 @@ class LeanGatedMLP(LeanSubclass, HasNoiseKey):
         g = getattr(self, names.gate)(x)
         g, u = g.chunk(2, dim=-1) if names.up is None else (g, getattr(self, names.up)(x))
         key = self.fixed_or_fresh_key(x.device)
-        if (g.requires_grad or u.requires_grad) and g.dtype == u.dtype and g.numel() > 0:
-            y = _Gated.apply(g, u, key, self.lean_name, self.lean_bits)
-        else:
-            y = ACTIVATIONS[self.lean_name].run(g) * u
+        y = gated(g, u, key, self.lean_name, self.lean_bits)
         down = getattr(self, names.down)
         if names.dropout is not None:  # T5, which has a `down` in float32 among others in less
             y = getattr(self, names.dropout)(y)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import basis
 from basis.convert import left_alone
+from basis.diagnostics.kept import kept_by_category
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -146,3 +147,22 @@ def test_experts_are_sketched_with_exact_outputs(kind: str, implementation: str)
     assert falls(model)
     basis.revert(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_a_lean_gate_between_sketched_experts() -> None:
+    """Outputs as ever, gradients near the exact ones, and half of the bytes at most."""
+    plain, model = moe("mixtral", "eager"), moe("mixtral", "eager")
+    loss, exact = gradients(plain)
+    basis.convert(model, basis.Quantized(bits=8), include=["*experts*"])
+    sample = {"input_ids": IDS, "labels": IDS}
+    gated = kept_by_category(model, sample)[0]
+    basis.convert(model, basis.Lean(norm=False, dropout=False))
+    found, lean = gradients(model)
+    assert found == pytest.approx(loss, rel=1e-6)
+    for name in exact:
+        if "experts" in name:
+            off = (lean[name] - exact[name]).norm() / exact[name].norm()
+            assert 0.001 < off < 0.2, name  # noise of 4 bits a number
+    after = kept_by_category(model, sample)[0]
+    dense, acts = "inputs of dense layers", "activations"
+    assert gated[dense] + gated[acts] > 1.8 * (after[dense] + after.get(acts, 0))
