@@ -16,6 +16,7 @@ report costs: with a sample two forwards of it, without gradients computed; with
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -84,7 +85,8 @@ def apply(
 
     Raises ValueError, with the model as it was, where nothing matches: no dense layer, or no module
     that `lean` or `head` is for; and for a budget that can't be kept. TypeError for a wrong kind of
-    argument.
+    argument. Warns, as `convert` does, where little of the model is changed, and where no fewer
+    bytes are kept than before.
     """
     exchange = Lean(attention="sdpa") if lean is True else lean
     if not isinstance(exchange, bool | Lean):
@@ -133,7 +135,15 @@ def apply(
     left = [one for one in left_alone(model, chosen) if one.name not in set(names)]
     after, _ = ({}, {}) if sample is None else kept_by_category(model, sample)
     kept = {kind: (before.get(kind, 0), after.get(kind, 0)) for kind in {**before, **after}}
-    return Report(changed, left, kept, tokens, _by_shapes(now.values(), rows), fused)
+    report = Report(changed, left, kept, tokens, _by_shapes(now.values(), rows), fused)
+    measured = report.by_shapes if sample is None else (report.before, report.after)
+    if measured[1] >= measured[0] and (sample is not None or not (exchange or head)):
+        warnings.warn(
+            f"apply: with what={what} the model keeps no less than before: {measured[0]:,.0f} -> "
+            f"{measured[1]:,.0f} bytes{' a token' if sample is None else ''}",
+            stacklevel=2,
+        )
+    return report
 
 
 def _described(module: nn.Module) -> str:

@@ -243,3 +243,23 @@ def test_wrong_kinds_of_arguments(model: Model) -> None:
 def test_budgets_as_text() -> None:
     assert parse_budget("8x") == parse_budget("1/8") == parse_budget("0.125") == 1 / 8
     assert parse_budget(" 1x ") == 1
+
+
+def test_what_keeps_no_less_is_said(model: Model, tokens: Tensor) -> None:
+    for options in ({"sample": tokens}, {"rows": ROWS}):
+        with pytest.warns(UserWarning, match=r"keeps no less than before: ([\d,]+) -> \1 bytes"):
+            basis.apply(model, basis.BalancedSketch(ROWS), **cast(dict[str, Any], options))
+        basis.revert(model)
+
+
+class Own(nn.Linear):
+    """A class of somebody's, whose forward may be anything."""
+
+
+def test_unsupported_layers_are_refused_or_said() -> None:
+    with pytest.raises(ValueError, match=r"matches no dense layer.*Own: a subclass of nn.Linear"):
+        basis.apply(nn.Sequential(Own(WIDTH, WIDTH), nn.Conv1d(3, 3, 3)), "8x")
+    part = nn.Sequential(Own(WIDTH, WIDTH), nn.Linear(WIDTH, 8))
+    with pytest.warns(UserWarning, match=r"subclass of nn.Linear"):
+        report = basis.apply(part, "8x")
+    assert [(one.name, one.kind) for one in report.left] == [("0", "Own")]
