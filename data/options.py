@@ -6,8 +6,10 @@ and name the dotted option; whether a path exists is `prepare`'s business.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.sampler import ORDERS
 from data.tokenizers import TOKENIZERS
@@ -17,13 +19,21 @@ SOURCES = ("shakespeare", "tinyshakespeare", "hub", "text")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def with_tokenizer(data: dict[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """The options `data`, with the model's own folder for a tokenizer that none was given for."""
+    if data.get("tokenizer") == "hf" and data.get("tokenizer_path") is None:
+        return data | {"tokenizer_path": model.get("path")}
+    return data
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """The group `data`. Raises ValueError on a value that no preparation could use.
 
     source: shakespeare, tinyshakespeare, hub (a dataset of the Hugging Face hub), or text (local
-    files). path: local files instead of the network (source=text: required). tokenizer: gpt2 or
-    char. order: in which training reads the tokens, paper or random (see data/sampler.py).
+    files). path: local files instead of the network (source=text: required). tokenizer: gpt2, char
+    or hf; tokenizer_path: of hf the folder with its tokenizer.json. order: in which training reads
+    the tokens, paper or random (see data/sampler.py).
     max_tokens: stop after that many training tokens; None means all. val_fraction: share held out
     for validation; None where whole works are (shakespeare). cache_dir: where downloads and token
     files live; a relative one is below the repository's root. repo, subset, revision, split: which
@@ -43,6 +53,7 @@ class DataOptions:
     revision: str | None = None
     split: str = "train"
     text_column: str = "text"
+    tokenizer_path: str | None = None
 
     def __post_init__(self) -> None:
         for option, value, allowed in (
@@ -52,6 +63,11 @@ class DataOptions:
         ):
             if value not in allowed:
                 raise ValueError(f"data.{option}={value!r}: must be one of {', '.join(allowed)}")
+        if (self.tokenizer_path is None) == (self.tokenizer == "hf"):
+            raise ValueError(
+                f"data.tokenizer_path={self.tokenizer_path}: is of data.tokenizer='hf', which "
+                "needs it: a folder with a tokenizer.json (null: that of model.path)"
+            )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(
                 f"data.max_tokens={self.max_tokens}: must be at least 1, or null for all"

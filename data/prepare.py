@@ -31,7 +31,8 @@ from typing import Any
 from data.documents import Source
 from data.fetch import locked
 from data.files import Text
-from data.options import DataOptions
+from data.hf_tokenizer import HFTokenizer
+from data.options import DataOptions, with_tokenizer
 from data.shards import SPLITS, join, remove, tokenize
 from data.sources import MissingText, make_source
 from data.storage import digest_of, read_json, sha256_of, write_json
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same options would give other tokens
 METADATA = "metadata.json"
+TOKENIZER_SHA256 = "tokenizer_sha256"
 TOKENS = "tokens"  # folder below data.cache_dir
 ENTRIES = {"format", "source", "identity", "tokenizer", "vocab_size", "max_tokens", *SPLITS}
 NAME_BYTES = 120  # of a source's name in the name of its prepared folder
@@ -88,9 +90,12 @@ class Prepared:
         path, sha256 = self.folder / CHAR_FILE, self.metadata.get("characters_sha256")
         if sha256 is not None and path.exists() and sha256_of(path) != sha256:
             raise ValueError(f"{path} is damaged: delete {self.folder} and prepare it again")
-        return load_tokenizer(
+        loaded = load_tokenizer(
             self.metadata["tokenizer"], self.folder.parents[1], folder=self.folder
         )
+        if isinstance(loaded, HFTokenizer) and loaded.sha256 != self.metadata[TOKENIZER_SHA256]:
+            raise ValueError(f"{self.folder}: its tokenizer.json is damaged; prepare it again")
+        return loaded
 
 
 def prepare(options: DataOptions, *, progress: bool = True, known: str | None = None) -> Prepared:
@@ -119,6 +124,7 @@ def prepare(options: DataOptions, *, progress: bool = True, known: str | None = 
     m = prepared.metadata
     made_of = {"format": m["format"], "source": m["source"], **m["identity"]}
     made_of |= {"tokenizer": m["tokenizer"], "max_tokens": m["max_tokens"]}
+    made_of |= {name: m[name] for name in (TOKENIZER_SHA256,) if name in m}
     if not folder.name.endswith(_suffix(made_of)):
         raise ValueError(
             f"{folder / METADATA} is of another text: delete {folder} and prepare it again"
@@ -158,6 +164,8 @@ def prepared_folder(options: DataOptions, source: Source) -> Path:
     """Where these options' tokens live."""
     made_of = {"format": FORMAT, "source": options.source, **source.identity()}
     made_of |= {"tokenizer": options.tokenizer, "max_tokens": options.max_tokens}
+    if options.tokenizer_path is not None:
+        made_of[TOKENIZER_SHA256] = HFTokenizer(Path(options.tokenizer_path)).sha256
     # A file system counts the bytes of a name, and the folder's lock has a longer one still.
     readable = os.fsencode(source.name)[:NAME_BYTES].decode("utf-8", "ignore")
     return options.cache_path() / TOKENS / f"{readable}-{options.tokenizer}{_suffix(made_of)}"
@@ -210,16 +218,23 @@ def _build(options: DataOptions, source: Source, folder: Path, progress: bool) -
         }
     if isinstance(tokenizer, CharTokenizer):
         metadata["characters_sha256"] = sha256_of(folder / CHAR_FILE)
+    if isinstance(tokenizer, HFTokenizer):
+        metadata[TOKENIZER_SHA256] = tokenizer.sha256
     write_json(folder / METADATA, metadata)
     remove(shards)
 
 
 def _tokenizer(options: DataOptions, source: Source, folder: Path, progress: bool) -> Tokenizer:
-    """The tokenizer to encode with; a character vocabulary is collected from the corpus, with a bar
-    if `progress`, and saved into the folder.
+    """The tokenizer to encode with; hf's files are copied into the folder, a character vocabulary
+    is collected from the corpus, with a bar if `progress`, and saved there.
     """
     from data.bar import bar
 
+    if options.tokenizer_path is not None:
+        of_folder = HFTokenizer(Path(options.tokenizer_path))
+        folder.mkdir(parents=True, exist_ok=True)
+        of_folder.save(folder)
+        return of_folder
     if options.tokenizer != "char":
         return load_tokenizer(options.tokenizer, options.cache_path())
     characters = {CharTokenizer.separator}
@@ -253,7 +268,8 @@ def load_options(overrides: Sequence[str]) -> DataOptions:
         schema = OmegaConf.create({"data": OmegaConf.structured(DataOptions)})
         # OmegaConf takes a frozen dataclass for values that must not be set; here it is the type.
         OmegaConf.set_readonly(schema.data, None)
-        given = {"data": OmegaConf.to_container(values.data, resolve=True)}
+        data: Any = OmegaConf.to_container(values.data, resolve=True)
+        given = {"data": with_tokenizer(data, values.model)}
         options = OmegaConf.to_object(OmegaConf.merge(schema, given).data)
     except OmegaConfBaseException as error:
         raise ValueError(conf.explain(error, overrides)) from error

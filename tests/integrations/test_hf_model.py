@@ -15,9 +15,12 @@ from hydra.errors import CompactHydraException
 from tiny import QUICK, losses, overrides
 
 import train
+from data.hf_tokenizer import HFTokenizer
 from harness.build import build_model
 from harness.compose import load
 from harness.config import Config
+from harness.trained import load_trained
+from scripts import export_hf, sample
 
 transformers = pytest.importorskip("transformers")
 
@@ -158,3 +161,58 @@ def test_another_model_in_the_same_place_is_refused(folder: Path, tmp_path: Path
     llama().save_pretrained(path)
     with pytest.raises(CompactHydraException, match=r"model\.sha256: "):
         train.execute(composed(*words(tmp_path, path, "method=exact", "steps=3")), run)
+
+
+def tokenizer_in(folder: Path, text: str, *, without: str = "") -> None:
+    """A byte-pair tokenizer of 60 ids, trained on `text`, which knows no letter of `without`."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=60, special_tokens=["<unk>", "</s>"], show_progress=False
+    )
+    made.train_from_iterator([text.translate(str.maketrans("", "", without))], trainer)
+    made.enable_truncation(3)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+
+
+def test_own_text_is_tuned_sampled_and_exported(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run, out = tmp_path / "llama", tmp_path / "run", tmp_path / "out"
+    shutil.copytree(folder, path)
+    given = words(tmp_path, path, "method=quantized", "method.budget=1/4", "steps=3")
+    given = [w for w in given if w != "data.tokenizer=char"] + ["data.tokenizer=hf"]
+    text = (tmp_path / "text.txt").read_text()
+    with pytest.raises(CompactHydraException, match="holds no tokenizer"):
+        train.execute(composed(*given), run)
+    tokenizer_in(path, text, without="q")
+    with pytest.raises(CompactHydraException, match=r"'q'.* is not in its vocabulary"):
+        train.execute(composed(*given), run)
+    tokenizer_in(path, text)
+    train.execute(composed(*given), run)
+    prepared = load_trained(run).prepared
+    assert prepared.metadata["tokenizer_sha256"] == HFTokenizer(path).sha256
+    ids = prepared.tokenizer.encode(text)
+    assert prepared.tokenizer.decode(ids.tolist()) == text
+    assert prepared.tokenizer.eot == 1
+    assert "</s>" in prepared.tokenizer.decode([1])
+    whole = [*prepared.train.read(0, prepared.train.count)]
+    assert whole[:50] == ids[:50].tolist()
+
+    path.rename(tmp_path / "gone")  # a run is read back without the folder that it began from
+    assert sample.main([str(run), "--prompt", "to be", "--tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("to be")
+    assert export_hf.main([str(run), str(out)]) == 0
+    assert export_hf.main([str(run), str(out)]) == 1
+    assert "give a new folder" in capsys.readouterr().err
+    assert HFTokenizer(out).sha256 == HFTokenizer(tmp_path / "gone").sha256
+    trained = load_trained(run, best=True).model.eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    tokens = torch.randint(60, (2, 16))
+    assert torch.equal(theirs(tokens).logits, trained(tokens))
+    start = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(theirs.lm_head.weight, start.lm_head.weight)
+    assert sorted(p.name for p in out.glob("*.safetensors")) == ["model.safetensors"]
