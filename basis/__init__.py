@@ -4,18 +4,18 @@ Needs torch alone.
     import basis
 
     basis.convert(model, basis.BalancedSketch(rank=32), include=["blocks.*.mlp.*", "head"])
-    basis.convert(model, basis.Lean())               # LayerNorm and GELU in few bits, or:
+    basis.convert(model, basis.Lean())               # norms, activations, ... in few bits, or:
     basis.convert(model, basis.Recompute())          # their outputs made again in backward, exactly
     ...                 # train as before: only the weight gradients of these layers are estimates
     basis.revert(model)                              # a plain model again, the same parameters
 
 `convert` takes an estimator (one of the ten methods below), which replaces nn.Linear layers, or
-`Lean`, which replaces LayerNorm, GELU and attention, or `Recompute`, which replaces LayerNorm, GELU
-and the plain nn.Linear layers behind them, or `SUS`, which replaces attention. Noise comes from
-PyTorch's default generator, or, after `set_noise_key(model, seed=, step=, ...)`, is a pure function
-of those numbers. `linear_cross_entropy` is a model's last layer and its loss without whole logits;
-`fuse_head` puts it into a language model of transformers. `gradient_quality` compares estimated
-with exact gradients.
+`Lean`, which replaces norms, activations, gated MLPs, dropout and attention, or `Recompute`, which
+replaces LayerNorm, GELU and the plain nn.Linear layers behind them, or `SUS`, which replaces
+attention. Noise comes from PyTorch's default generator, or, after `set_noise_key(model, seed=,
+step=, ...)`, is a pure function of those numbers. `linear_cross_entropy` is a model's last layer
+and its loss without whole logits; `fuse_head` puts it into a language model of transformers.
+`gradient_quality` compares estimated with exact gradients.
 
 Everything else has its place one level down:
 
@@ -23,7 +23,7 @@ Everything else has its place one level down:
     basis.estimators    the ten methods, by name in ESTIMATORS
     basis.linear        SketchedLinear, and BASIS as a formula: basis_linear
     basis.embedding     an embedding tied to the head
-    basis.lean          LayerNorm, GELU, attention and checkpoints in few bits; recomputation
+    basis.lean          what a block keeps besides, and checkpoints, in few bits; recomputation
     basis.sus           SUS attention and its statistics
     basis.diagnostics   budgets, monitor, adaptive rank
     basis.ops           the mathematics: noise, codes, products
