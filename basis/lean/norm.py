@@ -87,7 +87,9 @@ class LeanLayerNorm(StandIn, HasNoiseKey, nn.LayerNorm):
         if torch.is_autocast_enabled(device):  # as F.layer_norm does under autocast
             input = input.to(torch.promote_types(input.dtype, torch.float32))
         output, _, _ = _LeanLayerNorm.apply(input, self.weight, self.bias, self.eps, key)
-        return output
+        # One of several results of an operation takes no attribute in a graph, and a sketched layer
+        # leaves one on what it reads (shared_input.py).
+        return output.view_as(output) if torch.compiler.is_compiling() else output
 
     @classmethod
     def from_norm(cls, norm: nn.LayerNorm) -> LeanLayerNorm:
