@@ -99,7 +99,7 @@ class BalancedSketch(Estimator):
     @property
     def at_most_input(self) -> bool:  # type: ignore[override]
         """With shrinkage, dW is shrunk at every rank, also where it could be exact."""
-        return self.shrinkage == 0.0
+        return self.constant("shrinkage") == 0.0
 
     def shared_noise(self, shared: SharedNoise, place: int, rows: int, like: Tensor) -> State:
         if self._is_permutation(rows):
