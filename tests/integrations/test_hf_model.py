@@ -141,6 +141,10 @@ def test_what_the_folder_must_be(folder: Path, tmp_path: Path) -> None:
     assert "model.n_layer=3" in refused(folder, "model.n_layer=3")
     assert "attention=sus" in refused(folder, "attention=sus")
     assert "recompute" in refused(folder, "activations=recompute")
+    variance = ("method=quantized", "method.budget=1/4", "method.allocation=variance")
+    assert "allocation=variance" in refused(folder, *variance)
+    adaptive = ("method=low_rank", "method.rank=2", "adaptive_rank.every=2")
+    assert "adaptive_rank.every=2" in refused(folder, *adaptive)
     pickled = tmp_path / "pickled"
     shutil.copytree(folder, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
