@@ -19,8 +19,8 @@ it and share nothing.
 Under torch.compile nothing can be kept in a table. There the first layer leaves its key on the
 tensor, as an attribute that lives while the graph is traced, and the others take it: they then
 compute the same from the same, and the compiler does it once. It is left only on results of
-differentiable operations: what is given to a graph from outside may come again, and would bring an
-old key with it.
+differentiable operations, and not on views: what is given to a graph from outside may come again,
+and would bring an old key with it.
 
 Some inputs are kept by whoever made them, sketch or no sketch: attention keeps its output, which is
 what o_proj reads, and so do tanh, ReLU, sigmoid and softmax. A sketch of such an input adds bytes.
@@ -131,7 +131,10 @@ def find(
 def note(input: Tensor, dtype: torch.dtype, reading: Reading, noise: SharedNoise | None) -> None:
     """Let later readers of `input` find `reading`; arguments as for `find`."""
     if torch.compiler.is_compiling():
-        if input.requires_grad and not input.is_leaf:
+        # Only the result of an operation with one result takes an attribute in a graph; results of
+        # chunk, split and unbind are views.
+        takes_one = input._base is None and input.output_nr == 0
+        if input.requires_grad and not input.is_leaf and takes_one:
             left = (reading.estimator, reading.key, *pack_state(reading.state))
             input._basis_reading = left  # type: ignore[attr-defined]
         return

@@ -89,7 +89,9 @@ class LeanLayerNorm(StandIn, HasNoiseKey, nn.LayerNorm):
         output, _, _ = _LeanLayerNorm.apply(input, self.weight, self.bias, self.eps, key)
         # One of several results of an operation takes no attribute in a graph, and a sketched layer
         # leaves one on what it reads (shared_input.py).
-        return output.view_as(output) if torch.compiler.is_compiling() else output
+        if torch.compiler.is_compiling():
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        return output
 
     @classmethod
     def from_norm(cls, norm: nn.LayerNorm) -> LeanLayerNorm:

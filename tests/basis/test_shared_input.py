@@ -307,3 +307,22 @@ def test_a_rank_of_all_rows_keeps_the_input_itself(rank: int) -> None:
     shrunk = SketchedLinear.from_linear(layer, basis.BalancedSketch(rank, shrinkage=0.5))
     found = torch.autograd.grad(shrunk(x).square().sum(), layer.weight, retain_graph=True)[0]
     assert checks.relative(found, exact / 4) < 1e-6
+
+
+def test_results_of_an_operation_with_several_compile_in_one_graph() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.q, self.k = nn.Linear(WIDTH, 8), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.both(x).chunk(2, -1)
+            return cast(Tensor, self.q(first) * self.k(first) + self.k(second))
+
+    model = Parts()
+    basis.convert(model, basis.Quantized(bits=8))
+    basis.set_noise_key(model, seed=0, step=0)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, wanted = gradients(model, inputs(), run), gradients(model, inputs())
+    for a, b in zip(found, wanted, strict=True):
+        assert checks.relative(a, b) < 0.02
