@@ -36,10 +36,12 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import Node
 
 from basis.estimator import Estimator, State
 from basis.ops.shared_noise import SharedNoise
@@ -79,6 +81,7 @@ def can_share(x: Tensor) -> bool:
     )
 
 
+_IN_FEW_BITS = "basis: its result is kept in few bits"
 _VIEWS = frozenset(
     f"{name}Backward0"
     for name in (
@@ -88,17 +91,35 @@ _VIEWS = frozenset(
 )
 
 
-def is_kept_anyway(x: Tensor) -> bool:
-    """Whether the operation that made `x`, or the tensor that `x` is a view of, keeps its result
-    for its own backward. Eager mode only.
+def _maker(x: Tensor) -> tuple[Node | None, int]:
+    """The operation that made `x`, or the tensor that `x` is a view of, and which of its results
+    that is.
     """
     node, output = x.grad_fn, x.output_nr
     while node is not None and node.name() in _VIEWS:
         node, output = node.next_functions[0]
+    return node, output
+
+
+def is_kept_anyway(x: Tensor) -> bool:
+    """Whether the operation that made `x`, or the tensor that `x` is a view of, keeps its result
+    for its own backward. Eager mode only.
+    """
+    node, output = _maker(x)
+    if node is None or output != 0 or _IN_FEW_BITS in cast(Any, node.metadata):
+        return False
     # Named so in PyTorch's derivatives.yaml; the raw ones, since a look at the tensor itself would
     # run the unpack hook of a checkpoint.
-    results = ("_raw_saved_result", "_raw_saved_output")
-    return output == 0 and any(hasattr(node, name) for name in results)
+    return any(hasattr(node, name) for name in ("_raw_saved_result", "_raw_saved_output"))
+
+
+def say_in_few_bits(x: Tensor) -> None:
+    """Note that the operation that made `x` keeps something else in the place of its result, by
+    hooks on what it saves, which the operation does not know of.
+    """
+    node, _ = _maker(x)
+    if node is not None:
+        cast(Any, node.metadata)[_IN_FEW_BITS] = True
 
 
 def find(

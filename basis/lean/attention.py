@@ -31,6 +31,7 @@ from basis.lean.sdpa import lean_sdpa
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast
 from basis.ops.rounding import Rounded, restore, round_to_int8
+from basis.shared_input import say_in_few_bits
 from basis.sus.attention import SusAttention
 
 
@@ -88,4 +89,6 @@ class LeanAttention(StandIn, HasNoiseKey):
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             # No call after this one: PyTorch 2.11 would try to compile it, and warn.
             output: Tensor = self.attend(q, k, v)
+        if not torch.compiler.is_compiling():
+            say_in_few_bits(output)
         return output

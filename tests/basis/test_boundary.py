@@ -26,7 +26,7 @@ def gpt(bits: int | None, *methods: Any, blocks: int = 2, step: int = 0, **optio
     torch.manual_seed(0)
     model = GPT(GPTConfig(V, block_size=T, n_layer=blocks, n_head=2, n_embd=C, **options))
     for method in methods:
-        basis.convert(model, method)
+        basis.convert(model, method, exact_if_kept=False)  # as compiled graphs do
     activations.apply(model, ActivationsOptions(name="checkpoint", boundary=bits))
     basis.set_noise_key(model, seed=0, step=step)
     return model

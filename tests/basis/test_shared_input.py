@@ -293,6 +293,30 @@ def test_an_input_that_is_kept_anyway_is_kept_as_it_is() -> None:
     assert off_all[names.index("out.weight")] > 0.1
 
 
+def test_an_input_that_lean_attention_keeps_in_few_bits_is_sketched() -> None:
+    class Core(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core, self.qkv = Core(), nn.Linear(WIDTH, 3 * WIDTH)
+            self.out = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, WIDTH // 2)).permute(2, 0, 3, 1, 4)
+            return cast(Tensor, self.out(self.core(q, k, v).transpose(1, 2).flatten(2)))
+
+    torch.manual_seed(0)
+    model = Whole()
+    exact = gradients(model, inputs())
+    basis.convert(model, SKETCH)
+    assert torch.equal(gradients(model, inputs())[2], exact[2])
+    basis.convert(model, basis.Lean(attention=Core))
+    assert checks.relative(gradients(model, inputs())[2], exact[2]) > 0.1
+
+
 @pytest.mark.parametrize("rank", [ROWS, ROWS + 40])
 def test_a_rank_of_all_rows_keeps_the_input_itself(rank: int) -> None:
     layer = nn.Linear(WIDTH, OUT, bias=False)
