@@ -80,7 +80,7 @@ __all__ = [
     "unfuse_head",
 ]
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 if not TYPE_CHECKING:  # a type checker is to know the names above alone
     from basis.moved import __getattr__  # noqa: F401

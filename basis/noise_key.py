@@ -4,7 +4,8 @@
 the base key. All that follows is arithmetic of tensors where the model is, about thirty operations
 for all modules together: nothing is copied from the host, and a CUDA graph that has recorded
 `assign_keys` draws new noise once its base key is filled with another number. A module's key mixes
-the base key with its name, so its noise does not depend on which other modules there are.
+the base key with its name, so its noise does not depend on which other modules there are. (Sketched
+layers that read one tensor keep one sketch, by the key of the first: shared_input.py.)
 
 Modules whose noise can be fixed are sketched layers, and lean and SUS ones that round or choose at
 random. `noise_key` decides the noise; while it is None, each training forward draws a key from
@@ -151,10 +152,11 @@ def set_noise_key(
     micro_batch, process and the module's name.
 
     Call it before each forward of a training step. Recomputing or resuming with the same numbers
-    draws the same noise, and a layer's noise does not depend on which other layers are sketched. It
-    also decides which layers learn in that forward: those whose method learns at `step`, in its
-    first micro-batch. process: the number of this process where several train one model, so that
-    each has noise of its own. rank: the older name of `process`, deprecated.
+    draws the same noise, and a layer's noise does not depend on which other layers are sketched,
+    unless they read the same tensor: then it is the first one's. It also decides which layers
+    learn in that forward: those whose method learns at `step`, in its first micro-batch. process:
+    the number of this process where several train one model, so that each has noise of its own.
+    rank: the older name of `process`, deprecated.
 
     Raises ValueError, beginning with the name, for what is no whole number from 0 on.
     """

@@ -17,10 +17,11 @@ micro-batches m * world_size + rank: number g sees the text, and draws the sketc
 micro-batch g of a single process. So N processes compute what one computes that accumulates N times
 as many micro-batches, to rounding. What differs is dropout, and steps in which a method learns.
 
-*Methods that learn* do so in a step's first micro-batch. Each process compresses that one by what
-it learned from its own rows, where a single process would use what it learned from the first.
-After its backward all take over what process 0 has learned (`share_learned`): the same everywhere,
-to the last bit. It costs the bytes of what is learned, in steps that learn.
+*Methods that learn* do so in a step's first micro-batch. Under ddp each process compresses that one
+by what it learned from its own rows, where a single process would use what it learned from the
+first. After its backward all take over what process 0 has learned (`share_learned`): the same
+everywhere, to the last bit. Under fsdp that happens as soon as it is learned (basis/state.py), but
+not in compiled blocks. It costs the bytes of what is learned, in steps that learn.
 
 *Invariant Scalars* are of the process's own rows and gradients. The mean over processes is of
 estimates, each scaled for itself, as over micro-batches.

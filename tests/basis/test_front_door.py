@@ -38,7 +38,7 @@ def kinds(model: nn.Module) -> dict[str, type]:
 def test_names() -> None:
     assert sorted(basis.__all__) == sorted((METHODS + " " + FUNCTIONS).split())
     assert all(hasattr(basis, name) for name in basis.__all__)
-    assert basis.__version__ == "0.3.0"
+    assert basis.__version__ == "0.4.0"
     with pytest.raises(AttributeError, match="no attribute 'sketch'"):
         basis.sketch  # noqa: B018
 
