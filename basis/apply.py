@@ -39,7 +39,7 @@ from basis.estimators.quantized import Quantized
 from basis.exchange import StandIn, plainly_named
 from basis.layers.sketch import exchange_of, width_of
 from basis.lean import Lean
-from basis.linear import Sketched
+from basis.sketched import Sketched
 
 _ROWS = 1024  # for methods whose bytes a number do not depend on the rows
 

@@ -19,8 +19,8 @@ from basis.exchange import StandIn, become, is_held, is_sharded_itself, plain_na
 from basis.layers.adapters import keep_out_of_adapters
 from basis.layers.left import Left, left_alone, warn_of_little
 from basis.layers.sketch import Method, Sketch, exchange_of
-from basis.linear import Sketched
 from basis.ops.shared_noise import Passes
+from basis.sketched import Sketched
 
 __all__ = [
     "Left",

@@ -43,7 +43,7 @@ class _TiedEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        rows = F.embedding(tokens, weight)  # a view, see linear.py
+        rows = F.embedding(tokens, weight)  # a view, see sketched.py
         return torch.ops.aten._unsafe_view(rows, rows.shape), weight.detach()
 
     @staticmethod

@@ -48,7 +48,7 @@ from basis.estimators.exact import Exact
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.head_blocks import BlockObserver, Sums, Wanted, head_sums
 from basis.lean.recompute import RecomputingLinear
-from basis.linear import SketchedLinear, wants_weight_grad
+from basis.linear import SketchedLinear
 from basis.loss_rows import Rule, number_of, rule_of
 from basis.ops.matrix import (
     at_least_float32,
@@ -58,6 +58,7 @@ from basis.ops.matrix import (
     in_eager_mode,
     without_autocast,
 )
+from basis.sketched import wants_weight_grad
 from basis.state import pack_state, unpack_state
 
 _EXACT = Exact()  # not made within a graph: Dynamo of PyTorch 2.11 can't

@@ -24,7 +24,7 @@ MOVED = {
     "fit": "basis.diagnostics.budget.fit_budget",
     "kept_bytes": "basis.diagnostics.budget.kept_bytes",
     "not_learning": "basis.convert.not_learning",
-    "sketched_linear": "basis.linear.sketched_linear",
+    "sketched_linear": "basis.sketched.sketched_linear",
     "tied_embedding": "basis.embedding.tied_embedding",
     "within_budget": "basis.diagnostics.budget.within_budget",
 }

@@ -103,7 +103,7 @@ def assign_keys(model: nn.Module, base: Tensor, *, step: int, micro_batch: int =
     from basis.layers.attention import is_attention
     from basis.layers.conv1d import is_conv1d
     from basis.layers.spread import mesh_of
-    from basis.linear import Sketched
+    from basis.sketched import Sketched
 
     modules: list[HasNoiseKey] = []
     names: list[str] = []

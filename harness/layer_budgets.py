@@ -22,7 +22,7 @@ import basis
 from basis.diagnostics.budget import split_by_error, with_knob
 from basis.diagnostics.kept import first_readers
 from basis.estimator import Estimator
-from basis.linear import Sketched
+from basis.sketched import Sketched
 from data import Sampler
 from harness.build import layer_inputs
 from harness.config import Config

@@ -49,7 +49,7 @@ from torch.utils._pytree import tree_leaves
 import basis
 from basis.diagnostics import kept
 from basis.diagnostics.saved import observe
-from basis.linear import Sketched
+from basis.sketched import Sketched
 from harness.world import local, sharded_modules, spread
 from models import HF, LanguageModel
 from models.base import CausalAttention

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from basis.checks import check_types
 from basis.convert import convert, sketched_layers
 from basis.diagnostics.budget import with_knob
-from basis.linear import Sketched
 from basis.ops.matrix import has_values
 from basis.ops.noise import fold
+from basis.sketched import Sketched
 from basis.state import learned_from_scratch
 
 

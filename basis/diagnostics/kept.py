@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from basis.convert import not_learning, sketched_layers
 from basis.diagnostics.saved import observe
-from basis.linear import Sketched
+from basis.sketched import Sketched
 
 DENSE = "inputs of dense layers"
 NORMS = "norms"

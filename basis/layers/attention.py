@@ -31,10 +31,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from basis.estimator import Estimator
 from basis.exchange import StandInOfClass, standing_in, take_over
-from basis.linear import Sketched, SketchedLinear, sketched_linear, wants_weight_grad
+from basis.linear import SketchedLinear
 from basis.ops.matrix import cast_for_autocast, has_values
 from basis.ops.noise import derive
 from basis.ops.shared_noise import Passes
+from basis.sketched import Sketched, sketched_linear, wants_weight_grad
 
 
 class SketchedAttention(StandInOfClass, Sketched):

@@ -15,8 +15,8 @@ from torch.fx import Proxy
 
 from basis.estimator import Estimator
 from basis.exchange import StandInOfClass, standing_in, take_over
-from basis.linear import Sketched
 from basis.ops.shared_noise import Passes
+from basis.sketched import Sketched
 
 
 class SketchedConv1D(StandInOfClass, Sketched):

@@ -40,10 +40,10 @@ from basis.estimator import Estimator
 from basis.exchange import StandInOfClass, standing_in, take_over
 from basis.lean.activation import LeanActivation
 from basis.lean.gated import gated
-from basis.linear import Sketched, sketched_linear, wants_weight_grad
 from basis.ops.matrix import cast_for_autocast, has_values
 from basis.ops.noise import combine, derive
 from basis.ops.shared_noise import Passes
+from basis.sketched import Sketched, sketched_linear, wants_weight_grad
 
 LEAST_ROWS = 8
 """Rows that a segment keeps at least, where a method keeps rows."""

@@ -24,7 +24,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn, is_sharded_itself
 from basis.layers import attention, conv1d, experts
-from basis.linear import WANTED, Sketched, SketchedLinear
+from basis.linear import SketchedLinear
+from basis.sketched import WANTED, Sketched
 
 NARROW = 256
 """in_features up to which a layer may count as narrow."""

@@ -24,7 +24,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from basis.linear import Sketched
+    from basis.sketched import Sketched
 
 
 def mesh_of(weight: Tensor) -> DeviceMesh | None:

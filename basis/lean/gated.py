@@ -44,10 +44,10 @@ from basis.exchange import is_special
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.lean.activation import ACTIVATIONS, name_of, times_slope
 from basis.lean.subclass import LeanSubclass, agree, on_trial, real_numbers, takes_one
-from basis.linear import sketched_linear, wants_weight_grad
 from basis.noise_key import HasNoiseKey
 from basis.ops import group_code
 from basis.ops.noise import derive
+from basis.sketched import sketched_linear, wants_weight_grad
 
 Y_BITS = 8
 GROUP = 128

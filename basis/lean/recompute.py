@@ -37,8 +37,8 @@ from torch.fx import Proxy
 
 from basis.exchange import Exchange, StandIn, take_over
 from basis.first_order import first_order, in_transform
-from basis.linear import wants_weight_grad
 from basis.ops.matrix import cast_for_autocast
+from basis.sketched import wants_weight_grad
 
 COMPILER: dict[str, Any] = {"ban_recompute_materialized_backward": False}
 """Settings of torch._functorch.config with which a compiled graph recomputes what these layers do,
@@ -82,7 +82,7 @@ class _LinearOfMade(torch.autograd.Function):
         input: Tensor, weight: Tensor, bias: Tensor | None, make: Make, *tensors: Tensor | None
     ) -> Tensor:
         output = F.linear(input, weight, bias)  # (..., N) (M, N) -> (..., M)
-        # no view: the next layer may write into it (see linear.py)
+        # no view: the next layer may write into it (see sketched.py)
         return output if input.ndim == 2 else torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import basis
 from basis.convert import not_learning
 from basis.estimator import Estimator, State
-from basis.linear import SketchedLinear, sketched_linear
+from basis.linear import SketchedLinear
+from basis.sketched import sketched_linear
 from models import GPT, GPTConfig
 
 
