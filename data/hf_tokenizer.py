@@ -13,8 +13,7 @@ Long files reach a tokenizer in pieces. One that puts a blank before a text, as 
 it before each piece.
 
 Both files are copied into the prepared folder, whose name depends on their hash: another tokenizer
-in the same place is another folder, and decoding needs the prepared folder alone. Ids are stored in
-16 bits, so vocabularies above 65,536 (Llama 3, Qwen) are refused.
+in the same place is another folder, and decoding needs the prepared folder alone.
 """
 
 from __future__ import annotations
@@ -25,10 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from data.storage import write_atomic
-from data.tokens import LARGEST_VOCABULARY
+from data.tokens import Ids, dtype_for
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -63,11 +61,6 @@ class HFTokenizer:
         self._inner.no_padding()
         self._inner.encode_special_tokens = True
         self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
-        if self.vocab_size > LARGEST_VOCABULARY:
-            raise ValueError(
-                f"{what}: {self.vocab_size:,} ids, and tokens are stored in 16 bits, which hold "
-                f"{LARGEST_VOCABULARY:,}"
-            )
         self._unknown = None if unknown is None else self._inner.token_to_id(unknown)
         self._end = _end_of_text(path.with_name(CONFIG))
         self.eot: int | None = None if self._end is None else self._inner.token_to_id(self._end)
@@ -82,7 +75,7 @@ class HFTokenizer:
         write_atomic(folder / FILE, self._content)
         write_atomic(folder / CONFIG, json.dumps({"eos_token": self._end}))
 
-    def encode(self, text: str) -> npt.NDArray[np.uint16]:
+    def encode(self, text: str) -> Ids:
         found = self._inner.encode(text, add_special_tokens=False)
         if self._unknown is not None and self._unknown in found.ids:
             start, end = found.offsets[found.ids.index(self._unknown)]
@@ -91,7 +84,7 @@ class HFTokenizer:
                 f"data.tokenizer='hf': {text[start:end]!r}, after {before!r}, is not in its "
                 "vocabulary"
             )
-        return np.asarray(found.ids, dtype=np.uint16)
+        return np.asarray(found.ids, dtype=dtype_for(self.vocab_size))
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._inner.decode(list(ids), skip_special_tokens=False)

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.tokens import DTYPE, TokenFile
+from data.tokens import TokenFile, dtype_for
 
 ORDERS = ("paper", "random")
 KEY_HALF = 1 << 64  # Philox takes a 128-bit key: the seed in the high half, the step in the low one
@@ -158,7 +158,7 @@ def validation_windows(
     needed = batches * batch_size
     flat = tokens.read(0, needed * length)
     windows = flat.reshape(batches, batch_size, length)
-    digest = hashlib.sha256(flat.astype(DTYPE).tobytes()).hexdigest()
+    digest = hashlib.sha256(flat.astype(dtype_for(tokens.vocab_size)).tobytes()).hexdigest()
     return ValidationWindows(tuple(_split(window) for window in windows), digest)
 
 

@@ -24,12 +24,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from data.documents import Document, Position, Source
 from data.storage import digest_of, read_json, write_json
 from data.tokenizers import Tokenizer
-from data.tokens import TokenFile, write_tokens
+from data.tokens import Ids, TokenFile, write_tokens
 
 SPLITS = ("train", "val")
 MANIFEST = "manifest.json"
@@ -39,8 +38,6 @@ GROUP_CHARACTERS = (
 )  # documents are handed to the encoding threads in groups of about this size
 GROUP_DOCUMENTS = 256
 THREADS = min(8, os.cpu_count() or 1)
-
-Ids = npt.NDArray[np.uint16]
 
 
 @dataclass
@@ -177,7 +174,7 @@ def remove(folder: Path) -> None:
 def _joined(ids: Ids, document: Document, tokenizer: Tokenizer, *, first: bool) -> Ids:
     """The ids of a document with what sets it apart from its neighbours."""
     if tokenizer.eot is not None:
-        return np.append(ids, np.uint16(tokenizer.eot)) if document.ends else ids
+        return np.append(ids, ids.dtype.type(tokenizer.eot)) if document.ends else ids
     return ids if first else np.concatenate([tokenizer.encode(tokenizer.separator), ids])
 
 

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from data.fetch import download, locked, pip_package
 from data.hf_tokenizer import HFTokenizer
 from data.storage import read_json, sha256_of, write_atomic
+from data.tokens import Ids
 
 TOKENIZERS = ("gpt2", "char", "hf")
 
@@ -69,7 +69,7 @@ class Tokenizer(Protocol):
     @property
     def separator(self) -> str: ...
 
-    def encode(self, text: str) -> npt.NDArray[np.uint16]:
+    def encode(self, text: str) -> Ids:
         """Ids of `text`, (n,), without any end-of-text token."""
         ...
 
@@ -127,7 +127,7 @@ class GPT2Tokenizer:
             explicit_n_vocab=self.vocab_size,
         )
 
-    def encode(self, text: str) -> npt.NDArray[np.uint16]:
+    def encode(self, text: str) -> Ids:
         # GPT-2's pattern keeps a run of blanks together, but for the last blank where a word
         # follows. tiktoken finds such runs by backtracking and dies of a million blanks in a row,
         # so long runs are cut out here, at the same places, and encoded without the pattern.
@@ -243,7 +243,7 @@ class CharTokenizer:
         content = {"tokenizer": self.name, "characters": self.characters}
         write_atomic(folder / CHAR_FILE, json.dumps(content, ensure_ascii=True).encode())
 
-    def encode(self, text: str) -> npt.NDArray[np.uint16]:
+    def encode(self, text: str) -> Ids:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         ids = np.searchsorted(self._codes, codes)
         known = ids < self.vocab_size

@@ -1,4 +1,5 @@
-"""Token files: one header, then the token ids as 16-bit integers.
+"""Token files: one header, then the token ids as 16-bit integers, or 32-bit ones where the
+vocabulary needs them.
 
 A headerless array of uint16 is the field's habit and the source of two of its classic accidents: a
 file cut short by a full disk trains without complaint, and a file made with a larger vocabulary
@@ -6,12 +7,12 @@ than the model's dies as a CUDA device-side assert. 64 bytes of header prevent b
 
     offset  bytes  field
     0       8      magic b"BASISTOK"
-    8       4      format version (1)
+    8       4      format version: 1, or 2 for ids of 32 bits
     12      4      vocabulary size: every id in the file is smaller
     16      8      number of tokens
     24      32     sha256 of the payload
     56      8      zero
-    64      2 n    the ids, uint16
+    64      2 n    the ids, uint16; 4 n, uint32, for a vocabulary above 65,536 (Llama 3, Qwen)
 
 all little-endian. Opening compares magic, version and count with the file's size, and then the
 payload with its sha256, so that nothing is trained on a flipped bit. That reads everything, at
@@ -34,6 +35,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,15 +45,26 @@ from data.storage import replacing, write_atomic
 log = logging.getLogger(__name__)
 
 MAGIC = b"BASISTOK"
-VERSION = 1
 HEADER = struct.Struct("<8sIIQ32s8x")
-DTYPE = np.dtype("<u2")
-LARGEST_VOCABULARY = 1 << 16
+DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
+"""By format version."""
+LARGEST_VOCABULARY = 1 << 31
+Ids = npt.NDArray[np.unsignedinteger[Any]]
 CHUNK_TOKENS = 1 << 22  # 8 MiB at a time when a whole file is read
 LONG_BYTES = 1 << 30  # a reading that takes longer than a second is announced
 NOTE_SUFFIX = ".verified"
 SETTLED_NS = 2_000_000_000  # a file changed just now may change again without a new time
 _verified: dict[str, list[int | str]] = {}  # path -> what `_fingerprint` said when it was sound
+
+
+def version_for(vocab_size: int) -> int:
+    """The format version of files with ids below `vocab_size`."""
+    return 1 if vocab_size <= 1 << 16 else 2
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """How ids below `vocab_size` are stored."""
+    return DTYPES[version_for(vocab_size)]
 
 
 @dataclass(frozen=True)
@@ -84,12 +97,18 @@ class TokenFile:
                 f"{path}: not a token file (it does not begin with {MAGIC!r} and a header)"
             )
         _, version, vocab_size, count, digest = HEADER.unpack(raw)
-        if version != VERSION:
+        if version not in DTYPES:
+            known = " and ".join(map(str, DTYPES))
             raise ValueError(
-                f"{path}: token file version {version}, this program reads version {VERSION}: "
+                f"{path}: token file version {version}, this program reads version {known}: "
                 "prepare it again"
             )
-        expected, size = HEADER.size + count * DTYPE.itemsize, path.stat().st_size
+        if version != version_for(vocab_size):
+            raise ValueError(
+                f"{path}: its header says version {version} and a vocabulary of {vocab_size}, "
+                "which do not go together; the file is damaged: delete it and prepare it again"
+            )
+        expected, size = HEADER.size + count * DTYPES[version].itemsize, path.stat().st_size
         if size != expected:
             raise ValueError(
                 f"{path}: {size:,} bytes where its header promises {count:,} tokens = {expected:,} "
@@ -168,24 +187,25 @@ class TokenFile:
 
         Raises IndexError if a row reaches outside [0, count].
         """
-        out = np.empty((len(starts), length), dtype=DTYPE)
+        dtype = dtype_for(self.vocab_size)
+        out = np.empty((len(starts), length), dtype=dtype)
         with self.path.open("rb", buffering=0) as file:
             for row, start in enumerate(starts):
                 if start < 0 or start + length > self.count:
                     raise IndexError(
                         f"{self.path}: tokens [{start}, {start + length}) of {self.count}"
                     )
-                file.seek(HEADER.size + start * DTYPE.itemsize)
-                if file.readinto(out[row]) != length * DTYPE.itemsize:
+                file.seek(HEADER.size + start * dtype.itemsize)
+                if file.readinto(out[row]) != length * dtype.itemsize:
                     raise OSError(f"{self.path}: could not read tokens [{start}, {start + length})")
         return out.astype(np.int64)
 
-    def chunks(self, size: int = CHUNK_TOKENS) -> Iterator[npt.NDArray[np.uint16]]:
-        """The whole file in order, as uint16 arrays of at most `size` tokens."""
+    def chunks(self, size: int = CHUNK_TOKENS) -> Iterator[Ids]:
+        """The whole file in order, as arrays of at most `size` tokens, uint16 or uint32."""
         with self.path.open("rb", buffering=0) as file:
             file.seek(HEADER.size)
             for start in range(0, self.count, size):
-                yield np.fromfile(file, DTYPE, min(size, self.count - start))
+                yield np.fromfile(file, dtype_for(self.vocab_size), min(size, self.count - start))
 
 
 def write_tokens(path: str | Path, chunks: Iterable[npt.ArrayLike], vocab_size: int) -> TokenFile:
@@ -194,15 +214,12 @@ def write_tokens(path: str | Path, chunks: Iterable[npt.ArrayLike], vocab_size: 
 
     The chunks go to a temporary neighbour, which is synced to the disk and then renamed
     (`os.replace`), so neither a kill nor a full disk leaves a half-written file under the real
-    name. Returns the file opened. Raises ValueError if an id lies outside [0, vocab_size) or the
-    vocabulary does not fit 16 bits.
+    name. Returns the file opened. Raises ValueError if an id lies outside [0, vocab_size), and
+    for a vocabulary above 2^31.
     """
     path = Path(path)
     if not 0 < vocab_size <= LARGEST_VOCABULARY:
-        raise ValueError(
-            f"vocab_size={vocab_size}: must be between 1 and {LARGEST_VOCABULARY}, as ids are "
-            "stored in 16 bits"
-        )
+        raise ValueError(f"vocab_size={vocab_size}: must be between 1 and {LARGEST_VOCABULARY}")
     count, digest = 0, hashlib.sha256()
     with replacing(path) as file:
         file.write(bytes(HEADER.size))  # the count and the hash are known only at the end
@@ -210,9 +227,9 @@ def write_tokens(path: str | Path, chunks: Iterable[npt.ArrayLike], vocab_size: 
             payload = _as_payload(chunk, vocab_size)
             file.write(payload)
             digest.update(payload)
-            count += len(payload) // DTYPE.itemsize
+            count += len(payload) // dtype_for(vocab_size).itemsize
         file.seek(0)
-        file.write(HEADER.pack(MAGIC, VERSION, vocab_size, count, digest.digest()))
+        file.write(HEADER.pack(MAGIC, version_for(vocab_size), vocab_size, count, digest.digest()))
     return TokenFile(path, count, vocab_size, digest.hexdigest())
 
 
@@ -227,4 +244,4 @@ def _as_payload(chunk: npt.ArrayLike, vocab_size: int) -> bytes:
         raise ValueError(
             f"token id {low if low < 0 else high} is outside the vocabulary [0, {vocab_size})"
         )
-    return ids.astype(DTYPE).tobytes()
+    return ids.astype(dtype_for(vocab_size)).tobytes()

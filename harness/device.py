@@ -31,7 +31,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.tokens import LARGEST_VOCABULARY
 from models import ModelConfig
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -82,15 +81,19 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
 
+MANY_WORDS = 1 << 16
+"""What an unknown vocabulary counts as: more than any tokenizer of data/ but hf has."""
+
+
 def launch_bound(model: ModelConfig, rows: int) -> bool:
     """Whether a step of `model`, `rows` tokens in a micro-batch, is launch-bound.
 
     FLOPs of forward and backward: 6 for each weight and token in dense layers (12 C^2 weights in a
     block, C V in the head), 6 T C for each token in causal attention. An unknown vocabulary counts
-    as the largest that there can be.
+    as a large one.
     """
     layers, width = model.n_layer, model.n_embd
-    head = width * (model.vocab_size or LARGEST_VOCABULARY)
+    head = width * (model.vocab_size or MANY_WORDS)
     block = model.block_matrices + model.block_size * width
     flops = 6 * rows * (layers * block + head)
     launches = LAUNCHES[0] * layers + LAUNCHES[1]

@@ -76,8 +76,8 @@ def test_windows_and_bounds(file: TokenFile) -> None:
         ([1, 500], 500, r"token id 500 is outside the vocabulary \[0, 500\)"),
         ([-1], 500, "token id -1"),
         ([0.5], 500, "must be integers"),
-        ([1], 65537, "between 1 and 65536"),
-        ([], 0, "between 1 and 65536"),
+        ([1], 2**31 + 1, "between 1 and 2147483648"),
+        ([], 0, "between 1 and 2147483648"),
     ],
 )
 def test_refused_ids_leave_no_file(
@@ -214,3 +214,19 @@ def test_vocabulary_must_fit_the_model(file: TokenFile) -> None:
     file.check_vocabulary(512)  # padded
     with pytest.raises(ValueError, match=r"model\.vocab_size=499: must be at least 500"):
         file.check_vocabulary(499)
+
+
+def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
+    ids = [0, 65_535, 65_536, 128_255]
+    written = write_tokens(tmp_path / "t.bin", [ids[:2], ids[2:]], 128_256)
+    raw = written.path.read_bytes()
+    assert raw[8:12] == (2).to_bytes(4, "little")
+    assert raw[64:] == b"".join(i.to_bytes(4, "little") for i in ids)
+    found = TokenFile.open(written.path)
+    found.verify()
+    assert found.read(1, 3).tolist() == ids[1:]
+    assert [i for chunk in found.chunks(3) for i in chunk.tolist()] == ids
+    # A header whose version and vocabulary do not go together is damage.
+    written.path.write_bytes(raw[:8] + (1).to_bytes(4, "little") + raw[12:])
+    with pytest.raises(ValueError, match="do not go together"):
+        TokenFile.open(written.path)
