@@ -81,8 +81,11 @@ def can_share(x: Tensor) -> bool:
     )
 
 
-_IN_FEW_BITS = "basis: its result is kept in few bits"
-_VIEWS = frozenset(
+IN_FEW_BITS = "basis: its result is kept in few bits"
+"""Noted on an operation that keeps something else in the place of its result, by hooks on what it
+saves, which the operation does not know of.
+"""
+VIEWS = frozenset(
     f"{name}Backward0"
     for name in (
         *("View", "UnsafeView", "ReshapeAlias", "Alias", "T", "Transpose", "Permute"),
@@ -96,7 +99,7 @@ def _maker(x: Tensor) -> tuple[Node | None, int]:
     that is.
     """
     node, output = x.grad_fn, x.output_nr
-    while node is not None and node.name() in _VIEWS:
+    while node is not None and node.name() in VIEWS:
         node, output = node.next_functions[0]
     return node, output
 
@@ -106,20 +109,11 @@ def is_kept_anyway(x: Tensor) -> bool:
     for its own backward. Eager mode only.
     """
     node, output = _maker(x)
-    if node is None or output != 0 or _IN_FEW_BITS in cast(Any, node.metadata):
+    if node is None or output != 0 or IN_FEW_BITS in cast(Any, node.metadata):
         return False
     # Named so in PyTorch's derivatives.yaml; the raw ones, since a look at the tensor itself would
     # run the unpack hook of a checkpoint.
     return any(hasattr(node, name) for name in ("_raw_saved_result", "_raw_saved_output"))
-
-
-def say_in_few_bits(x: Tensor) -> None:
-    """Note that the operation that made `x` keeps something else in the place of its result, by
-    hooks on what it saves, which the operation does not know of.
-    """
-    node, _ = _maker(x)
-    if node is not None:
-        cast(Any, node.metadata)[_IN_FEW_BITS] = True
 
 
 def find(

@@ -171,7 +171,7 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="a text file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for rows.csv, table.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows.csv")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2 (default: 3)")
     known = ("bfloat16", "float32")
     parser.add_argument("--precision", nargs="+", choices=known, default=["float32", "bfloat16"])
@@ -187,6 +187,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    (options.out / "table.md").write_text(table(rows) + "\n")
     print(table(rows))
     return 0

@@ -41,7 +41,7 @@ def model_of(method: str, kept: ActivationsOptions) -> GPT:
     )
     estimator = METHODS[method]
     if estimator is not None:
-        basis.convert(model, estimator)
+        basis.convert(model, estimator, exact_if_kept=False)
     activations.apply(model, kept)
     return model
 
@@ -141,7 +141,9 @@ def noise(draws: int) -> dict[str, Tensor]:
         return copy
 
     exact = gradient(model)
-    basis.convert(model, basis.BalancedSketch(8, invariant_scalars=False), include=[name])
+    basis.convert(
+        model, basis.BalancedSketch(8, invariant_scalars=False), include=[name], exact_if_kept=False
+    )
     parallel = Parallel("ddp", model, Runtime(torch.device("cpu"), "float32", False), _PLAIN)
     forward, rows = parallel.forward(), {"alone": [], "joint": []}
     for draw in range(draws):

@@ -39,7 +39,6 @@ def test_a_fifth_of_the_bytes_and_a_table(
     # Few letters, so few logits: the least that there can be to spare.
     assert factors["float32"] >= 5
     assert factors["bfloat16"] >= 3.5
-    assert (tmp_path / "table.md").read_text() == table(rows) + "\n"
     mean = sum(r.loss for r in rows if r.precision == "float32" and r.variant == "plain") / 2
     assert f"{mean:.4f}" in table(rows)
-    assert "above plain" in capsys.readouterr().out
+    assert table(rows) in capsys.readouterr().out
