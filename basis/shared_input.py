@@ -41,7 +41,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import Node
 
 from basis.estimator import Estimator, State
 from basis.ops.shared_noise import SharedNoise
@@ -94,21 +93,13 @@ VIEWS = frozenset(
 )
 
 
-def _maker(x: Tensor) -> tuple[Node | None, int]:
-    """The operation that made `x`, or the tensor that `x` is a view of, and which of its results
-    that is.
-    """
-    node, output = x.grad_fn, x.output_nr
-    while node is not None and node.name() in VIEWS:
-        node, output = node.next_functions[0]
-    return node, output
-
-
 def is_kept_anyway(x: Tensor) -> bool:
     """Whether the operation that made `x`, or the tensor that `x` is a view of, keeps its result
     for its own backward. Eager mode only.
     """
-    node, output = _maker(x)
+    node, output = x.grad_fn, x.output_nr
+    while node is not None and node.name() in VIEWS:
+        node, output = node.next_functions[0]
     if node is None or output != 0 or IN_FEW_BITS in cast(Any, node.metadata):
         return False
     # Named so in PyTorch's derivatives.yaml; the raw ones, since a look at the tensor itself would

@@ -1,8 +1,8 @@
 """What all families of models have in common: tokens in, logits or a loss out, and text by
 sampling.
 
-A family gives `wte`, the embedding, `blocks`, each a module of x (b, T, C), and `head`; and
-`embedded`, which says what the first block reads, and `normed`, which the head reads.
+A family gives `wte`, the embedding, `blocks`, each a module of x (b, T, C), and `head`. One that is
+a `Transformer` also says what the first block reads (`embedded`) and what the head does (`normed`).
 """
 
 from __future__ import annotations
@@ -60,33 +60,12 @@ class LanguageModel(nn.Module, abc.ABC):
         self.config = config
 
     @abc.abstractmethod
-    def embedded(self, x: Tensor) -> Tensor:
-        """What the first block reads, of the embedded tokens x (b, T, C)."""
-
-    @abc.abstractmethod
-    def normed(self, x: Tensor) -> Tensor:
-        """What the head reads, of the last block's x (b, T, C)."""
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """tokens (b, T) int64 -> logits (b, T, V); with targets (b, T) -> their mean cross-entropy
         in nats, a scalar.
 
         Raises ValueError if T is larger than block_size.
         """
-        self.check_length(tokens)
-        weight = None
-        if targets is not None and self.head.weight is self.wte.weight:
-            x, weight = tied_embedding(self.wte, tokens)
-        else:
-            x = self.wte(tokens)
-        x = self.embedded(x)
-        for block in self.blocks:
-            x = block(x)
-        x = self.normed(x)
-        if targets is None:
-            logits: Tensor = self.head(x)  # (b, T, V)
-            return logits
-        return linear_cross_entropy(self.head, x, targets, weight=weight, ignore_index=None)
 
     def check_length(self, tokens: Tensor) -> None:
         """Raise ValueError if `tokens` (b, T) are more than block_size."""
@@ -142,3 +121,31 @@ class LanguageModel(nn.Module, abc.ABC):
     def parameter_count(self) -> int:
         """Parameters, tied ones once."""
         return sum(p.numel() for p in self.parameters())
+
+
+class Transformer(LanguageModel):
+    """A model whose forward is written here: an embedding, blocks one after the other, a head."""
+
+    @abc.abstractmethod
+    def embedded(self, x: Tensor) -> Tensor:
+        """What the first block reads, of the embedded tokens x (b, T, C)."""
+
+    @abc.abstractmethod
+    def normed(self, x: Tensor) -> Tensor:
+        """What the head reads, of the last block's x (b, T, C)."""
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        self.check_length(tokens)
+        weight = None
+        if targets is not None and self.head.weight is self.wte.weight:
+            x, weight = tied_embedding(self.wte, tokens)
+        else:
+            x = self.wte(tokens)
+        x = self.embedded(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.normed(x)
+        if targets is None:
+            logits: Tensor = self.head(x)  # (b, T, V)
+            return logits
+        return linear_cross_entropy(self.head, x, targets, weight=weight, ignore_index=None)

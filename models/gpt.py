@@ -31,7 +31,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.base import CausalAttention, LanguageModel
+from models.base import CausalAttention, Transformer
 from models.config import ModelConfig as GPTConfig
 
 __all__ = ["GPT", "CausalAttention", "GPTConfig"]
@@ -80,7 +80,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-class GPT(LanguageModel):
+class GPT(Transformer):
     """The model above."""
 
     def __init__(self, config: GPTConfig) -> None:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import basis
+from basis.causal_lm import is_fused
 from models.base import LanguageModel
 from models.config import ModelConfig
 
@@ -207,18 +208,12 @@ class HF(LanguageModel):
     def head(self) -> nn.Linear:  # type: ignore[override]
         return cast(nn.Linear, self.inner.get_output_embeddings())
 
-    def embedded(self, x: Tensor) -> Tensor:
-        raise NotImplementedError  # the inner model's forward does it
-
-    def normed(self, x: Tensor) -> Tensor:
-        raise NotImplementedError  # the inner model's forward does it
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         self.check_length(tokens)
         if targets is None:
             logits: Tensor = self.inner(input_ids=tokens, use_cache=False).logits
             return logits
-        if self.training and torch.is_grad_enabled() and "_basis_switch" not in vars(self.head):
+        if self.training and torch.is_grad_enabled() and not is_fused(self.head):
             basis.unfuse_head(self.inner)  # of a head that was exchanged since
             basis.fuse_head(self.inner)
         targets = targets.contiguous()

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.base import CausalAttention, LanguageModel
+from models.base import CausalAttention, Transformer
 from models.config import ModelConfig
 
 THETA = 10000.0
@@ -105,7 +105,7 @@ class LlamaBlock(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
-class Llama(LanguageModel):
+class Llama(Transformer):
     """The model above."""
 
     def __init__(self, config: ModelConfig) -> None:
