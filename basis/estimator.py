@@ -51,10 +51,12 @@ its `knob`, and
 from __future__ import annotations
 
 import abc
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -64,6 +66,9 @@ from basis.ops.shared_noise import SharedNoise
 
 State = Mapping[str, Tensor]
 """What a layer has learned so far, by name."""
+
+LEAST_ROWS = 8
+"""Rows that a part of an input keeps at least, where a method keeps rows."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,18 @@ class Estimator(abc.ABC):
         """
         return self
 
+    def for_parts(self, rows: Sequence[int], whole: int) -> list[Estimator]:
+        """This method, meant for `whole` rows, for parts of a layer's input of `rows` rows each:
+        one whose rank counts rows keeps the same share of each, `LEAST_ROWS` at least.
+        """
+        if self.knob != "rank" or self.error_tells_rank:
+            return [self] * len(rows)
+        wished = [max(-(-count * cast(Any, self).rank // whole), LEAST_ROWS) for count in rows]
+        return [
+            _with_rank(self, min(rank, max(count, 1)))
+            for rank, count in zip(wished, rows, strict=True)
+        ]
+
     def knob_values(self, rows: int, width: int) -> Sequence[Any]:
         """Values of `knob` for X (rows, width), from few kept bytes to many."""
         return range(1, rows + 1)
@@ -191,6 +208,11 @@ class Estimator(abc.ABC):
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
         """The state after `x` (B, N): new tensors of the same names, shapes and dtypes."""
         return state
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_rank(estimator: Estimator, rank: int) -> Estimator:
+    return cast(Estimator, dataclasses.replace(cast(Any, estimator), rank=rank))
 
 
 def kept_of(

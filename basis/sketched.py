@@ -162,6 +162,16 @@ class Sketched(StandIn, HasNoiseKey, Learning):
             {"estimator", "passes", *(f"estimator_{name}" for name in self._state_names)}
         )
 
+    def restart(self, estimator: Estimator, step: int = 0) -> None:
+        """Go on with `estimator`, knowing nothing, as if `step` were the first one. All else that
+        this object has stays, but its noise key.
+        """
+        for name in self._state_names:
+            del self._buffers[f"estimator_{name}"]
+        self.estimator, self.first_step, self.learning = estimator, step, None
+        self.noise_key = None
+        self.forget()
+
     def key_for(self, input: Tensor) -> Tensor:
         """The key of a forward now, on the input's device: `noise_key`, else a fresh one if this
         forward may be trained on.

@@ -228,13 +228,6 @@ class Config:
             )
         if self.attention.name == "sus":
             raise ValueError("attention=sus: not with model=hf; give attention=exact")
-        # Both put other layers in while the head is fused with its loss.
-        if self.method.varies_by_layer:
-            raise ValueError("method.allocation=variance: not with model=hf; give uniform")
-        if self.adaptive_rank.every:
-            raise ValueError(
-                f"adaptive_rank.every={self.adaptive_rank.every}: not with model=hf; give 0"
-            )
 
     def _check_parallel(self) -> None:
         """Several processes: what can't be had with them."""

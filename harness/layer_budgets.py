@@ -21,8 +21,6 @@ from torch import Tensor, nn
 import basis
 from basis.diagnostics.budget import split_by_error, with_knob
 from basis.diagnostics.kept import first_readers
-from basis.estimator import Estimator
-from basis.sketched import Sketched
 from data import Sampler
 from harness.build import layer_inputs
 from harness.config import Config
@@ -62,29 +60,23 @@ def _split(model: LanguageModel, config: Config, loss: Callable[[int], Tensor]) 
     # Layers that read one tensor keep one sketch of it: one setting, whose bytes count once.
     leaders = first_readers(model, functools.partial(loss, 0))
     errors: dict[str, tuple[int, float]] = {}
+    inputs, times = layer_inputs(config), {}
     for name, layer in basis.sketched_layers(model):
         if layer.weight is not model.head.weight:
-            leader = leaders[name]
+            leader, rows = leaders[name]
             _, others = errors.get(leader, (0, 0.0))
             errors[leader] = layer.in_features, others + statistics.fmean(squares[name])
+            times[leader] = rows / inputs["rows"]
     method = config.method
     assert method.budget is not None
     share = method.budget.share
-    knobs = split_by_error(method.estimator, errors, share=share, **layer_inputs(config))
-    return {name: knobs[leader] for name, leader in leaders.items() if leader in knobs}
+    knobs = split_by_error(method.estimator, errors, share=share, times=times, **inputs)
+    return {name: knobs[leader] for name, (leader, _) in leaders.items() if leader in knobs}
 
 
-def apply_knobs(model: LanguageModel, config: Config, knobs: Mapping[str, Any]) -> None:
+def apply_knobs(model: nn.Module, knobs: Mapping[str, Any]) -> None:
     """Set the knob of each layer in `knobs`; all sketched layers forget what they have learned."""
 
-    def choose(name: str, layer: nn.Module) -> Estimator:
-        assert isinstance(layer, Sketched)  # `apply_method` was there before
-        return with_knob(layer.estimator, knobs[name]) if name in knobs else layer.estimator
-
-    basis.convert(
-        model,
-        choose,
-        include=[model.pattern(pattern) for pattern in config.method.include],
-        exclude=[model.pattern(pattern) for pattern in config.method.exclude],
-        exact_if_kept=False,
-    )
+    for name, layer in basis.sketched_layers(model):
+        known = layer.estimator
+        layer.restart(with_knob(known, knobs[name]) if name in knobs else known)

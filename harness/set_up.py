@@ -200,7 +200,7 @@ def set_up(config: Config, folder: Path) -> Run:
     knobs: dict[str, Any] = {}
     if config.method.varies_by_layer:
         knobs = loaded.state["knobs"] if loaded else measure_knobs(model, config, sampler, runtime)
-        apply_knobs(model, config, knobs)
+        apply_knobs(model, knobs)
     rank_control = _rank_control(model, config, prepared.val)
     if rank_control is not None and loaded:
         rank_control.restore(

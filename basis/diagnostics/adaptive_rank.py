@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from basis.checks import check_types
-from basis.convert import convert, sketched_layers
+from basis.convert import sketched_layers
 from basis.diagnostics.budget import with_knob
 from basis.ops.matrix import has_values
 from basis.ops.noise import fold
@@ -100,12 +100,10 @@ def set_rank(model: nn.Module, rank: int, step: int = 0) -> None:
     is forgotten.
 
     step: the step that comes next. A method that learns at some steps only, the first ones among
-    them, counts from this one. Noise keys are gone with the old layers: call `set_noise_key` next.
+    them, counts from this one. Noise keys are gone with the old rank: call `set_noise_key` next.
     """
-    layers = {name: layer.estimator for name, layer in sketched_layers(model)}
-    convert(model, lambda name, _: with_knob(layers[name], rank), include=list(layers))
     for _, layer in sketched_layers(model):
-        layer.first_step = step
+        layer.restart(with_knob(layer.estimator, rank), step)
 
 
 @torch.no_grad()

@@ -183,6 +183,7 @@ def split_by_error(
     share: float,
     rows: int,
     dtype: torch.dtype = torch.float32,
+    times: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Settings of the knob, layer by layer, that keep `share` of all inputs together and make the
     summed error of dW least.
@@ -192,21 +193,27 @@ def split_by_error(
     sum b'_l = sum b_l the sum of errors is least for b'_l in proportion to sqrt(e_l b_l). For a
     method whose error falls otherwise that is a heuristic. Where that is less than a layer's
     smallest setting keeps, or more than its largest one, the others share what is left; what
-    settings round off is spent where it lowers the sum most. Raises ValueError as `fit_budget`.
+    settings round off is spent where it lowers the sum most. times: of layers that read more rows
+    than the others, how many times `rows`: experts of a mixture, k for each token. Raises
+    ValueError as `fit_budget`.
     """
+    many = dict.fromkeys(errors, 1.0) | (dict(times) if times else {})
     values = {name: estimator.knob_values(rows, width) for name, (width, _) in errors.items()}
 
     @functools.cache
     def size(name: str, index: int) -> int:
-        return _bytes(with_knob(estimator, values[name][index]), rows, errors[name][0], dtype)
+        setting = with_knob(estimator, values[name][index])
+        return round(many[name] * _bytes(setting, rows, errors[name][0], dtype))
 
     limits = {name: (size(name, 0), size(name, len(values[name]) - 1)) for name in errors}
     weights = {  # e_l b_l
         name: max(error, 0.0)
+        * many[name]
         * _bytes(fit_budget(estimator, share, rows, width, dtype), rows, width, dtype)
         for name, (width, error) in errors.items()
     }
-    budget = share * sum(rows * width * dtype.itemsize for width, _ in errors.values())
+    whole = {name: many[name] * rows * width for name, (width, _) in errors.items()}
+    budget = share * dtype.itemsize * sum(whole.values())
     wished = _divide(budget, {name: math.sqrt(weight) for name, weight in weights.items()}, limits)
     chosen = {
         name: _last(range(len(values[name])), lambda i, name=name: size(name, i) <= wished[name])  # type: ignore[misc]

@@ -23,6 +23,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
+from basis.causal_lm import is_fused
 from basis.convert import not_learning, sketched_layers
 from basis.diagnostics.saved import observe
 from basis.sketched import Sketched
@@ -157,20 +158,22 @@ def kept_by_category(model: nn.Module, sample: Any) -> tuple[dict[str, int], dic
     return {name: watch.sizes[name] for name in CATEGORIES if watch.sizes[name]}, watch.rows
 
 
-def first_readers(model: nn.Module, forward: Callable[[], object]) -> dict[str, str]:
-    """For each sketched layer that `forward()` runs, the first one that reads the same tensor:
-    itself, unless it shares its input (shared_input.py). By name.
+def first_readers(model: nn.Module, forward: Callable[[], object]) -> dict[str, tuple[str, int]]:
+    """For each sketched layer that `forward()` runs, by name: the first one that reads the same
+    tensor, itself unless it shares its input (shared_input.py), and the rows of that tensor. A head
+    that is fused with its loss (`fuse_head`) has no part in it.
     """
     inputs: dict[tuple[int, int], tuple[str, Tensor]] = {}
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, int]] = {}
 
     def note(name: str, x: Tensor) -> None:
         leader, _ = inputs.setdefault((id(x), x._version), (name, x))  # held: no other has its id
-        found.setdefault(name, leader)
+        found.setdefault(name, (leader, x.numel() // x.shape[-1]))
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
         for name, layer in sketched_layers(model)
+        if not is_fused(layer)
     ]
     try:
         forward()

@@ -32,7 +32,7 @@ per layer; X of all sketched layers and one dW at a time held.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from basis.checks import whole_number
 from basis.convert import sketched_layers
 from basis.estimator import Estimator, State, kept_of
-from basis.layers.experts import ExpertProduct
 from basis.ops.noise import fold
 from basis.ops.shared_noise import SharedNoise
 from basis.state import pack_state, unpack_state
@@ -143,12 +142,39 @@ class _Recorder(Estimator):
         self.estimator, self.name, self.masks = estimator, name, masks
         self.uses_noise = estimator.uses_noise  # type: ignore[misc]  # of this object, as of the one it stands for
         self.quality: Quality | None = None
+        self.uses: list[list[_Recorder]] = []  # of the layer in parts
         self.learned: State | None = None
         self.shares_noise = estimator.shares_noise  # type: ignore[misc]
         self.shared: State = {}
 
     def learns_at(self, step: int) -> bool:
         return self.estimator.learns_at(step)
+
+    def for_parts(self, rows: Sequence[int], whole: int) -> list[Estimator]:
+        made = [
+            _Recorder(part, f"{self.name}, part {place}", self.masks)
+            for place, part in enumerate(self.estimator.for_parts(rows, whole))
+        ]
+        for part in made:
+            part.learned = self.learned
+        self.uses.append(made)
+        return [*made]
+
+    def seen(self) -> Quality | None:
+        """Of the whole layer: of its parts, where the layer has parts."""
+        used = [[q for part in parts if (q := part.quality)] for parts in self.uses]
+        if not any(used):
+            return self.quality
+        first, *others = (q for parts in used for q in parts)
+        if sum(map(bool, used)) > 1:
+            raise self._twice()
+        return sum(others, first)
+
+    def _twice(self) -> ValueError:
+        return ValueError(
+            f"gradient_quality: layer {self.name} is used twice in one forward, which is not "
+            "supported"
+        )
 
     def learn(self, state: State, x: Tensor, key: Tensor) -> State:
         self.learned = self.estimator.learn(state, x, key)
@@ -166,10 +192,7 @@ class _Recorder(Estimator):
 
     def weight_grad(self, kept: tuple[Tensor, ...], grad_y: Tensor) -> Tensor:
         if self.quality is not None:
-            raise ValueError(
-                f"gradient_quality: layer {self.name} is used twice in one forward, which is not "
-                "supported"
-            )
+            raise self._twice()
         x, key, *learned = kept
         state = unpack_state(self.state_names, *learned)
         learned_state = {name: state[name] for name in state if name not in self.shared}
@@ -220,10 +243,10 @@ def gradient_quality(
     loss: runs `model` and returns a scalar with graph, not scaled (a head fused with its loss sees
     the loss before any scaling, other layers after it). masks: further noises per layer, 0 or at
     least 2. Returns one `Quality` per layer that took part, by name, and all of them together as
-    "all"; an empty dict if no layer is sketched. Products of experts take no part. Raises
-    ValueError for a wrong `masks`, and for a layer that is used twice in one forward; TypeError if
-    `loss` is no function or returns no such
-    scalar; RuntimeError where gradients are off.
+    "all"; an empty dict if no layer is sketched. A product of experts is one layer: the weights of
+    its experts as one long vector. Raises ValueError for a wrong `masks`, and for a layer that is
+    used twice in one forward; TypeError if `loss` is no function or returns no such scalar;
+    RuntimeError where gradients are off.
     """
     if not callable(loss):
         raise TypeError(
@@ -237,11 +260,7 @@ def gradient_quality(
             "gradient_quality: compares gradients, and they are off here (torch.no_grad or "
             "inference_mode)"
         )
-    layers = {
-        name: layer
-        for name, layer in sketched_layers(model)
-        if not isinstance(layer, ExpertProduct)  # which makes as many estimates as it has experts
-    }
+    layers = dict(sketched_layers(model))
     if not layers:
         return {}
     learning = {name: layer.learning for name, layer in layers.items()}
@@ -268,11 +287,8 @@ def gradient_quality(
     finally:
         for name, layer in layers.items():
             layer.estimator, layer.learning = recorders[name].estimator, learning[name]
-    found = {
-        name: recorder.quality
-        for name, recorder in recorders.items()
-        if recorder.quality is not None
-    }
+    seen = {name: recorder.seen() for name, recorder in recorders.items()}
+    found = {name: quality for name, quality in seen.items() if quality is not None}
     if found:
         first, *others = found.values()
         found[TOTAL] = sum(others, first)

@@ -27,10 +27,8 @@ training; where no gradient is wanted the plain forward runs, whichever was chos
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +42,6 @@ from basis.ops.matrix import cast_for_autocast, has_values
 from basis.ops.noise import combine, derive
 from basis.ops.shared_noise import Passes
 from basis.sketched import Sketched, sketched_linear, wants_weight_grad
-
-LEAST_ROWS = 8
-"""Rows that a segment keeps at least, where a method keeps rows."""
 
 SKETCHES = {"gate_up_proj": "gate_up_sketch", "up_proj": "up_sketch", "down_proj": "down_sketch"}
 """The Parameter of a product -> the submodule that keeps for it."""
@@ -94,31 +89,17 @@ class ExpertProduct(Sketched):
             )
         )
         busy = [part for part in parts if len(part[0])] or parts[:1]
+        methods = self.estimator.for_parts([len(part[0]) for part in busy], tokens)
         return torch.cat(
             [
-                sketched_linear(
-                    rows, weight, bias, key, _for_part(self.estimator, len(rows), tokens), state
-                )
-                for rows, weight, bias, key in busy
+                sketched_linear(*part, method, state)
+                for part, method in zip(busy, methods, strict=True)
             ]
         )
 
     def extra_repr(self) -> str:
         experts, out, width = self.weight.shape
         return f"{experts} experts, {(out, width)}, estimator={self.estimator}"
-
-
-def _for_part(estimator: Estimator, rows: int, whole: int) -> Estimator:
-    """`estimator` for `rows` rows of a layer whose method is meant for `whole` rows."""
-    if estimator.knob != "rank" or estimator.error_tells_rank:
-        return estimator
-    rank = max(-(-rows * cast(Any, estimator).rank // whole), LEAST_ROWS)
-    return _with_rank(estimator, min(rank, max(rows, 1)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _with_rank(estimator: Estimator, rank: int) -> Estimator:
-    return cast(Estimator, dataclasses.replace(cast(Any, estimator), rank=rank))
 
 
 class SketchedExperts(StandInOfClass):

@@ -141,6 +141,19 @@ def test_a_split_budget_is_spent_by_every_kind_of_knob(estimator: Estimator, sha
     assert min(even, 0.9 * budget) <= sum(sizes.values()) <= budget
 
 
+def test_a_layer_that_reads_more_rows_costs_as_many_times_more() -> None:
+    """Experts of a mixture with two of them for each token: their bytes count twice."""
+    rows, sketch = 512, basis.BalancedSketch(1)
+    errors, times = {"dense": (64, 1.0), "experts": (64, 1.0)}, {"experts": 2.0}
+    knobs = split_by_error(sketch, errors, share=1 / 8, rows=rows, times=times)
+    budget = rows * 64 * 4 * (1 + 2) / 8
+    sizes = kept(knobs, sketch, errors, rows)
+    spent = sizes["dense"] + 2 * sizes["experts"]
+    assert budget - 2 * 64 * 4 < spent <= budget
+    # Sum of e b / b' is least for b' in proportion to sqrt(e b), b' and b with all their rows.
+    assert 2 * sizes["experts"] / sizes["dense"] == pytest.approx(2**0.5, rel=0.05)
+
+
 def test_no_layer_gets_less_than_its_smallest_setting_or_more_than_its_largest() -> None:
     rows, sketch = 32, basis.BalancedSketch(1)
     knobs = split_by_error(

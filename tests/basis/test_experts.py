@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import basis
 from basis.convert import left_alone
+from basis.diagnostics.adaptive_rank import set_rank
 from basis.layers.experts import ExpertProduct, SketchedExperts
 from basis.linear import SketchedLinear
 
@@ -187,6 +188,39 @@ def test_what_is_learned_is_learned_from_all_segments_saved_and_loaded() -> None
     other.load_state_dict(state)
     torch.testing.assert_close(other.state_dict(), state)
     model.load_state_dict(plain)
+
+
+def test_the_quality_of_a_product_is_that_of_its_experts_weights_as_one_vector() -> None:
+    *_, exact = gradients(mixture(), rows())
+    model = mixture()
+    basis.convert(model, SKETCH, include=["experts"])
+    basis.set_noise_key(model, seed=0, step=0)
+    *_, found = gradients(model, rows())
+    quality = basis.gradient_quality(model, lambda: model(rows()).square().sum(), masks=2)
+    assert list(quality) == ["experts.gate_up_sketch", "experts.down_sketch", "all"]
+    for name, parameter in (("gate_up_sketch", "gate_up_proj"), ("down_sketch", "down_proj")):
+        t, estimate = exact[f"experts.{parameter}"], found[f"experts.{parameter}"]
+        seen = quality[f"experts.{name}"]
+        error = float((estimate - t).norm() / t.norm())
+        assert 0.1 < seen.relative_error == pytest.approx(error, rel=1e-5)
+        assert seen.norm_ratio == pytest.approx(float(estimate.norm() / t.norm()), rel=1e-5)
+        assert seen.variance is not None
+    assert model.experts.down_sketch.estimator == SKETCH
+    with pytest.raises(ValueError, match=r"experts\.gate_up_sketch is used twice"):
+        basis.gradient_quality(model, lambda: model(model(rows())).square().sum())
+
+
+def test_another_rank_is_that_of_both_products() -> None:
+    model = mixture()
+    basis.convert(model, basis.Subspace(2), include=["experts"], exact_if_kept=False)
+    basis.set_noise_key(model, seed=0, step=0)
+    gradients(model, rows())
+    set_rank(model, 3, step=7)
+    for sketch in (model.experts.gate_up_sketch, model.experts.down_sketch):
+        assert sketch.estimator == basis.Subspace(3)
+        assert (sketch.first_step, sketch.exact_if_kept, sketch.noise_key) == (7, False, None)
+        assert sketch.state["looks"] == 0
+        assert sketch.state["directions"].shape[1] == 3
 
 
 def test_frozen_experts_and_those_spread_over_processes_are_left_with_the_reason() -> None:

@@ -14,17 +14,26 @@ from composed import composed
 from hydra.errors import CompactHydraException
 from tiny import QUICK, losses, overrides
 
+import basis
 import train
 from data.hf_tokenizer import HFTokenizer
 from harness.build import build_model
 from harness.compose import load
 from harness.config import Config
+from harness.folder.checkpoint import Checkpoints
 from harness.trained import load_trained
 from scripts import export_hf, sample
 
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+
+
+VARIANCE = ["method.budget=1/4", "method.allocation=variance"]
+RESTLESS = [  # the rank falls at each look
+    *("adaptive_rank.every=2", "adaptive_rank.patience=1"),
+    *("adaptive_rank.low=2", "adaptive_rank.high=3"),
+]
 
 
 def llama() -> Any:
@@ -44,6 +53,22 @@ def llama() -> Any:
 def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**SIZES, n_embd=32, n_layer=2, n_head=2, n_positions=16)
+    )
+
+
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            **SIZES,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=16,
+        )
     )
 
 
@@ -101,6 +126,8 @@ def test_the_loss_before_training_is_that_of_transformers(
         ["method=exact", "activations=checkpoint"],
         ["method=quantized", "method.budget=1/4", "activations=lean"],
         ["method=basis", "method.rank=4"],
+        [*VARIANCE, "method=quantized"],
+        ["method=low_rank", "method.rank=4", *RESTLESS, "method.include=['*']"],
     ],
     ids=lambda options: options[0],
 )
@@ -129,6 +156,35 @@ def test_it_trains_and_resumes_bit_for_bit(
     assert losses(parts) == rows
 
 
+@pytest.mark.parametrize("make", [gpt2, mixtral])
+def test_a_budget_follows_the_error_of_each_layer(make: Callable[[], Any], tmp_path: Path) -> None:
+    """With a fused head, Conv1D or experts, whose names in the model are those of no module."""
+    path = saved(make, tmp_path / "model")
+    options = ["method=quantized", *VARIANCE, "method.include=['*']", "steps=2"]
+    train.execute(composed(*words(tmp_path, path, *options)), tmp_path / "run")
+    loaded = Checkpoints(tmp_path / "run" / "checkpoints").load_latest()
+    assert loaded is not None
+    knobs = loaded.state["knobs"]
+    model, sketched = build_model(config_of(tmp_path, path, *options))
+    layers = dict(basis.sketched_layers(model))
+    assert knobs.keys() == layers.keys() - {model.names["head"]}
+    assert len(set(knobs.values())) > 1
+    if make is mixtral:
+        assert "inner.model.layers.0.mlp.experts.gate_up_sketch" in knobs
+        assert "inner.model.layers.0.mlp.experts" in sketched
+
+
+def test_a_rank_follows_the_error_under_a_fused_head(folder: Path, tmp_path: Path) -> None:
+    options = ["method=low_rank", "method.rank=4", *RESTLESS, "method.include=['*']"]
+    train.execute(composed(*words(tmp_path, folder, *options)), tmp_path / "run")
+    rows = losses(tmp_path / "run")
+    ranks = [row["rank/estimator"] for row in rows if "rank/estimator" in row]
+    assert ranks == [4, 3, 2, 1]
+    kept = [row["mem/saved_bytes/sketches"] for row in rows if "mem/saved_bytes/sketches" in row]
+    assert kept == sorted(kept, reverse=True)
+    assert len(kept) == len(ranks)
+
+
 def test_what_the_folder_must_be(folder: Path, tmp_path: Path) -> None:
     def refused(path: Path | str, *more: str) -> str:
         with pytest.raises(ValueError, match=r"^\w") as error:
@@ -141,10 +197,6 @@ def test_what_the_folder_must_be(folder: Path, tmp_path: Path) -> None:
     assert "model.n_layer=3" in refused(folder, "model.n_layer=3")
     assert "attention=sus" in refused(folder, "attention=sus")
     assert "recompute" in refused(folder, "activations=recompute")
-    variance = ("method=quantized", "method.budget=1/4", "method.allocation=variance")
-    assert "allocation=variance" in refused(folder, *variance)
-    adaptive = ("method=low_rank", "method.rank=2", "adaptive_rank.every=2")
-    assert "adaptive_rank.every=2" in refused(folder, *adaptive)
     pickled = tmp_path / "pickled"
     shutil.copytree(folder, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")

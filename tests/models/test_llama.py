@@ -136,9 +136,9 @@ def test_what_reads_one_tensor_keeps_one_sketch() -> None:
 
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     readers = first_readers(model, lambda: model(tokens, tokens))
-    assert readers["blocks.1.attn.v_proj"] == "blocks.1.attn.q_proj"
-    assert readers["blocks.1.mlp.up_proj"] == "blocks.1.mlp.gate_proj"
-    assert readers["blocks.1.attn.o_proj"] == "blocks.1.attn.o_proj"
+    assert readers["blocks.1.attn.v_proj"] == ("blocks.1.attn.q_proj", 16)
+    assert readers["blocks.1.mlp.up_proj"] == ("blocks.1.mlp.gate_proj", 16)
+    assert readers["blocks.1.attn.o_proj"] == ("blocks.1.attn.o_proj", 16)
 
 
 @pytest.mark.parametrize(
