@@ -22,6 +22,8 @@ And of what other models' blocks keep, in bytes a number where that is bfloat16:
 | and the input of `down`, if plain | 2 | 1.0 | 8 bits, unbiased | noise, 1% of dW, no bias |
 | transformers' attention | 2 each | 1.1 each | q, k, v, output: 8 bits (sdpa.py) | noise, 1 to 4% |
 | SiLU, GELU of transformers | 2 to 8 | 0.25 | 2 bits, as GELU (activation.py) | 15% of dX, fixed |
+| ReLU | 2 | 0.13 | 1 bit (activation.py) | none |
+| the square of ReLU | 2 | 0.5 | 4 bits, unbiased (relu_squared.py) | noise, 7% of dX, no bias |
 | dropout | 1 or 2 | 0.13 | 1 bit (dropout.py) | none |
 
 Modules are replaced in place and keep their parameters. Forward is exact in all of them. Those of
@@ -43,13 +45,14 @@ from torch import nn
 from basis.checks import check_types, module_classes
 from basis.exchange import Exchange, StandIn
 from basis.lean import gated
-from basis.lean.activation import LeanActivation, is_few_bit
+from basis.lean.activation import LeanActivation, is_few_bit, name_of
 from basis.lean.attention import LeanAttention
 from basis.lean.dropout import LeanDropout
 from basis.lean.gated import LeanGatedMLP
 from basis.lean.gelu import LeanGELU, check_bits
 from basis.lean.norm import LeanLayerNorm
 from basis.lean.registered import LeanRegistered, is_registered
+from basis.lean.relu_squared import LeanReLUSquared
 from basis.lean.rms_norm import LeanRMSNorm, kind_of
 from basis.lean.subclass import LeanSubclass
 
@@ -62,6 +65,7 @@ __all__ = [
     "LeanGatedMLP",
     "LeanLayerNorm",
     "LeanRMSNorm",
+    "LeanReLUSquared",
     "LeanRegistered",
 ]
 
@@ -72,9 +76,10 @@ class Lean(Exchange):
     a number.
 
     norm: whether LayerNorm and RMSNorm over the last dimension are replaced. gelu_bits: 1, 2 or 4
-    bits that GELU and SiLU keep of each number; None leaves them as they are. gated_bits: 8, 4 or 2
-    bits that a gated MLP (SwiGLU, GEGLU) keeps for each number of `gate` and of `up`; None leaves
-    gated MLPs as they are, and the activation in them to gelu_bits. dropout: whether nn.Dropout is
+    bits that GELU and SiLU keep of each number; None leaves them as they are, and ReLU, which keeps
+    1, and its square, which keeps 4. gated_bits: 8, 4 or 2 bits that a gated MLP (SwiGLU, GEGLU)
+    keeps for each number of `gate` and of `up`; None leaves gated MLPs as they are, and the
+    activation in them to gelu_bits. dropout: whether nn.Dropout is
     replaced. attention: the class of modules that take q, k, v (b, h, T, d) and return the output,
     or a tuple of such classes. What such a module holds is not replaced itself; one that says
     `is_causal = True` and has no dropout stays within one graph of torch.compile. attention="sdpa":
@@ -147,6 +152,8 @@ class Lean(Exchange):
         assert self.gelu_bits is not None
         if isinstance(module, nn.GELU):
             return LeanGELU.from_gelu(module, self.gelu_bits)
+        if name_of(module) == "relu squared":
+            return LeanReLUSquared.from_activation(module, self.gelu_bits)
         return LeanActivation.from_activation(module, self.gelu_bits)
 
 

@@ -1,19 +1,26 @@
-"""SiLU and the GELUs of transformers in few bits a number, as GELU (gelu.py): modules without
+"""ReLU, SiLU and the GELUs of transformers in few bits a number, as GELU (gelu.py): modules without
 parameters, told by what they compute.
 
-What is exact: the output, by the operations of the module's own class. What is approximated: dX,
-by a step function in the place of the derivative, a fixed function of X; for normal numbers the
-error of dX in norm is 13% to 15% at 2 bits and 4% at 4. Kept: `bits` a number. GELU as written out
-in Python by transformers ("gelu_new") keeps four numbers for each.
+What is exact: the output, by the operations of the module's own class; and dX of ReLU, whose
+derivative is a step function: one bit a number. What is approximated: dX of the others, by a step
+function in the place of the derivative, a fixed function of X; for normal numbers the error of dX
+in norm is 13% to 15% at 2 bits and 4% at 4. Kept: `bits` a number. GELU as written out in Python by
+transformers ("gelu_new") keeps four numbers for each.
+
+PyTorch's ReLU keeps its output, which a plain dense layer behind it keeps too, so there the bit is
+one more. A sketched one keeps its sketch, since nobody keeps the output any more. The square of
+ReLU has no step function that fits inputs of any size: relu_squared.py.
 
 | function | by PyTorch's | modules |
 |---|---|---|
+| max(x, 0) | F.relu | nn.ReLU |
 | x / (1 + exp(-x)) | F.silu | nn.SiLU, SiLUActivation |
 | x Phi(x) | F.gelu, or written out with erf | GELUActivation |
 | tanh approximation | F.gelu(approximate="tanh"), or written out | GELUTanh, NewGELU, FastGELU |
 | x / (1 + exp(-1.702 x)) | written out | QuickGELUActivation |
 
-The same functions serve gated.py, with the derivative as it is.
+The same functions serve gated.py, with the derivative as it is. A function that is called and is
+no module, as `F.relu` in a forward, can't be exchanged.
 """
 
 from __future__ import annotations
@@ -68,8 +75,10 @@ ACTIVATIONS = {
     "gelu by tanh, fast": _Activation(_gelu_fast, "tanh"),
     "quick gelu": _Activation(_quick_gelu, "quick"),
     "relu": _Activation(F.relu, "relu"),
+    "relu squared": _Activation(lambda x: torch.square(F.relu(x)), "relu squared"),
 }
 """By names that are ours: functions that differ in the last bit are two."""
+_RELU: tuple[Levels, Levels] = ((0.0,), (0.0, 1.0))
 
 
 def times_slope(y: Tensor, x: Tensor, slope: str) -> Tensor:
@@ -79,6 +88,8 @@ def times_slope(y: Tensor, x: Tensor, slope: str) -> Tensor:
         return cast(Tensor, aten.gelu_backward(y, x, approximate=slope))
     if slope == "relu":
         return cast(Tensor, aten.threshold_backward(y, x, 0))
+    if slope == "relu squared":
+        return y * F.relu(x) * 2
     return cast(Tensor, aten.silu_backward(y, x if slope == "silu" else 1.702 * x))
 
 
@@ -123,7 +134,7 @@ class _FewBits(torch.autograd.Function):
 
 
 class LeanActivation(LeanSubclass):
-    """Mixin of activations that keep `lean_bits` (1, 2 or 4) bits a number."""
+    """Mixin of activations that keep `lean_bits` (1, 2 or 4) bits a number; ReLU keeps 1."""
 
     lean_name: str
     lean_bits: int
@@ -147,14 +158,20 @@ class LeanActivation(LeanSubclass):
         name = name_of(activation)
         assert name is not None
         new = cls.of(activation)
-        new.lean_name, new.lean_bits = name, bits
-        new.lean_steps = steps(bits, ACTIVATIONS[name].slope)
+        new.lean_name = name
+        new._use_bits(bits, ACTIVATIONS[name].slope)
         return new
+
+    def _use_bits(self, bits: int, slope: str) -> None:
+        """Keep `bits` bits a number, or fewer if those do."""
+        exact = slope == "relu"
+        self.lean_bits = 1 if exact else bits
+        self.lean_steps = _RELU if exact else steps(bits, slope)
 
 
 def is_few_bit(module: nn.Module) -> bool:
-    """Whether there is a step function for `module`, of a class that says GELU or SiLU."""
+    """Whether few bits do for `module`, of a class that says GELU, SiLU or ReLU."""
     if isinstance(module, LeanActivation):
         return True
-    named = any(word in type(module).__name__ for word in ("GELU", "SiLU"))
+    named = any(word in type(module).__name__ for word in ("GELU", "SiLU", "ReLU"))
     return named and not getattr(module, "inplace", False) and name_of(module) is not None

@@ -34,7 +34,7 @@ def _codes(x: Tensor, boundaries: Levels, dtype: torch.dtype) -> Tensor:
 
 
 def _encode(x: Tensor, bits: int, boundaries: Levels) -> Tensor:
-    return pack(_codes(x, boundaries, torch.uint8).view(-1), bits)
+    return pack(_codes(x, boundaries, torch.uint8).reshape(-1), bits)
 
 
 def _encode_by_kernel(x: Tensor, bits: int, boundaries: Levels) -> Tensor:

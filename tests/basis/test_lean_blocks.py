@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import basis
-from basis.lean import LeanActivation, LeanDropout, LeanGatedMLP, LeanRMSNorm
+from basis.lean import (
+    LeanActivation,
+    LeanDropout,
+    LeanGatedMLP,
+    LeanReLUSquared,
+    LeanRMSNorm,
+)
 from basis.lean.rms_norm import kind_of
 from basis.linear import SketchedLinear
 
@@ -83,6 +89,11 @@ class NewGELUActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
         return 0.5 * x * (1.0 + torch.tanh(inner))
+
+
+class ReLUSquaredActivation(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.square(F.relu(input))
 
 
 class QuickGELUActivation(nn.Module):
@@ -336,6 +347,56 @@ def test_activations_are_exact_forward_and_stepwise_backward(
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_relu_is_exact_and_one_bit(low: bool) -> None:
+    """In any layout; a sketched layer behind it keeps its sketch, though PyTorch keeps ReLU's
+    output.
+    """
+    plain, lean = nn.ReLU(), nn.Sequential(nn.ReLU())
+    basis.convert(lean, basis.Lean(gelu_bits=4))
+    assert isinstance(lean[0], LeanActivation)
+    images = normal(2, 16, 8, 8).to(LOW if low else torch.float32)
+    images[0, 0] = 0.0  # where the derivative is zero
+    for x in (images, images.to(memory_format=torch.channels_last), images.mT):
+        (y, exact), (z, found) = gradients(plain, x), gradients(lean, x)
+        assert torch.equal(z, y)
+        assert torch.equal(found[0], exact[0])
+    assert kept_by(lean, images) == images.numel() // 8
+    assert basis.revert(lean) == ["0"]
+    assert type(lean[0]) is nn.ReLU
+    model, x = nn.Sequential(nn.Linear(N, WIDE), nn.ReLU(), nn.Linear(WIDE, N)), normal(ROWS, N)
+    basis.convert(model, basis.Quantized(bits=2), include=["2"])
+    assert kept_by(model, x) == 4 * ROWS * WIDE  # as ReLU keeps it
+    basis.convert(model, basis.Lean())
+    assert kept_by(model, x) < ROWS * WIDE // 8 + 0.3 * ROWS * WIDE
+    with pytest.raises(ValueError, match="no module to make lean"):
+        basis.convert(nn.Sequential(nn.ReLU(inplace=True), nn.ReLU6()), basis.Lean())
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_the_square_of_relu_is_four_bits_whatever_its_inputs_size(scale: float) -> None:
+    plain, lean = ReLUSquaredActivation(), nn.Sequential(ReLUSquaredActivation())
+    assert basis.convert(lean, basis.Lean()) == ["0"]
+    assert isinstance(lean[0], LeanReLUSquared)
+    x = scale * normal(ROWS, WIDE)
+    x[:, :2] = -1.0  # every group has a zero
+    y, exact = gradients(plain, x)
+    draws = [gradients(lean, x, seed) for seed in range(64)]
+    assert all(torch.equal(z, y) for z, _ in draws)
+    found = [grads for _, grads in draws]
+    assert 0.02 < errors(found[0], exact)[0] < 0.08
+    assert not found[0][0][x <= 0].any()
+    mean = [torch.stack([grads[0] for grads in found]).mean(0)]
+    assert errors(mean, exact)[0] < 1.5 * errors(found[0], exact)[0] / 8  # no bias
+    assert kept_by(lean, x) == ROWS * WIDE // 2 + 4 * ROWS + 8  # codes, a range a row, the key
+    basis.convert(lean, basis.Lean(gelu_bits=4))
+    basis.set_noise_key(lean, seed=0, step=0)
+    assert torch.equal(gradients(lean, x, 0)[1][0], gradients(lean, x, 1)[1][0])
+    assert torch.equal(pickle.loads(pickle.dumps(lean))(x), y)
+    basis.revert(lean)
+    assert type(lean[0]) is ReLUSquaredActivation
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 def test_dropout_is_exact_and_one_bit(low: bool) -> None:
     plain, lean = nn.Dropout(0.3), nn.Sequential(nn.Dropout(0.3))
     basis.convert(lean, basis.Lean())
@@ -360,6 +421,7 @@ BLOCK = [
     lambda: nn.Sequential(LlamaRMSNorm(N), LlamaMLP()),
     lambda: nn.Sequential(nn.RMSNorm(N), FusedMLP(), nn.SiLU()),
     lambda: nn.Sequential(GemmaRMSNorm(N), NewGELUActivation()),
+    lambda: nn.Sequential(nn.ReLU(), nn.Linear(N, N), ReLUSquaredActivation()),
 ]
 
 
