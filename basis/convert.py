@@ -16,7 +16,7 @@ from torch import nn
 from basis.causal_lm import unfused
 from basis.diagnostics.budget import BudgetError
 from basis.exchange import StandIn, become, is_held, is_sharded_itself, plain_name
-from basis.layers.adapters import keep_out_of_adapters
+from basis.layers.adapters import settle_in_adapters
 from basis.layers.left import Left, left_alone, warn_of_little
 from basis.layers.sketch import Method, Sketch, exchange_of
 from basis.ops.shared_noise import Passes
@@ -151,7 +151,7 @@ def convert(
     for name in chosen:
         parent, _, child = name.rpartition(".")
         _put(model.get_submodule(parent), child, made[id(found[name])])
-    keep_out_of_adapters(model)
+    settle_in_adapters(model)
     layers = [layer for _, layer in sketched_layers(model)]
     passes = Passes(len(layers))
     for place, layer in enumerate(layers):

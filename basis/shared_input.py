@@ -16,6 +16,12 @@ batch that comes round again gets new noise. A view of it, or a copy, is another
 refers to inputs weakly: an entry goes when its input does. Layers whose key was set by hand keep to
 it and share nothing.
 
+PEFT casts the input of each adapter to float32 where the model is in bfloat16, so that q, k and v
+read three copies of one tensor, one after the other. A copy that a cast made names the operation
+behind it (`_origin`). For adapters, two casts in turn of one result to one precision are one
+reading. Elsewhere they are not: a write under no_grad between two casts is not to be seen from the
+copies, and code that does so is the user's to write.
+
 Under torch.compile nothing can be kept in a table. There the first layer leaves its key on the
 tensor, as an attribute that lives while the graph is traced, and the others take it: they then
 compute the same from the same, and the compiler does it once. It is left only on results of
@@ -68,6 +74,19 @@ class _Entry:
     reading: Reading
 
 
+class _Origin:
+    """Stands for one result of an operation, as long as the operation is in a graph."""
+
+
+@dataclass(eq=False)
+class _Cast:
+    """The last cast that was read. dtypes: what it was cast to, and what that was read in."""
+
+    origin: weakref.ref[_Origin]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    reading: Reading
+
+
 def can_share(x: Tensor) -> bool:
     """Whether a table may know `x`: it is an ordinary tensor, or a fake one, and no transform or
     compiler looks on.
@@ -107,12 +126,29 @@ def is_kept_anyway(x: Tensor) -> bool:
     return any(hasattr(node, name) for name in ("_raw_saved_result", "_raw_saved_output"))
 
 
+def _origin(x: Tensor) -> _Origin | None:
+    """What `x` was cast from, if a cast made it from the result of an operation."""
+    node = x.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    source, output = node.next_functions[0]
+    # A leaf has no operation of its own: it may be written to from one step to the next.
+    if source is None or source.name() == "torch::autograd::AccumulateGrad":
+        return None
+    return cast(Any, source.metadata).setdefault(("basis: a result", output), _Origin())
+
+
 def find(
-    input: Tensor, dtype: torch.dtype, estimator: Estimator, noise: SharedNoise | None
+    input: Tensor,
+    dtype: torch.dtype,
+    estimator: Estimator,
+    noise: SharedNoise | None,
+    casts: bool = False,
 ) -> Reading | None:
     """How an earlier reader of `input` keeps it, if `estimator` may keep the same.
 
     dtype: the precision in which the input is read (autocast). noise: what is shared in this pass.
+    casts: whether another cast of the same result is the same input.
     """
     if torch.compiler.is_compiling():
         left = getattr(input, "_basis_reading", None)
@@ -124,17 +160,33 @@ def find(
         return None
     entry: _Entry | None = noise.readings.get(id(input))
     if (
-        entry is None
-        or entry.input() is not input
-        or entry.version != input._version
-        or entry.dtype != dtype
-        or entry.reading.estimator != estimator
+        entry is not None
+        and entry.input() is input
+        and entry.version == input._version
+        and entry.dtype == dtype
+        and entry.reading.estimator == estimator
     ):
-        return None
-    return entry.reading
+        return entry.reading
+    last: _Cast | None = noise.cast
+    if (
+        casts
+        and last is not None
+        and input._version == 0
+        and last.dtypes == (input.dtype, dtype)
+        and last.reading.estimator == estimator
+        and last.origin() is _origin(input)
+    ):
+        return last.reading
+    return None
 
 
-def note(input: Tensor, dtype: torch.dtype, reading: Reading, noise: SharedNoise | None) -> None:
+def note(
+    input: Tensor,
+    dtype: torch.dtype,
+    reading: Reading,
+    noise: SharedNoise | None,
+    casts: bool = False,
+) -> None:
     """Let later readers of `input` find `reading`; arguments as for `find`."""
     if torch.compiler.is_compiling():
         # Only the result of an operation with one result takes an attribute in a graph; results of
@@ -154,3 +206,11 @@ def note(input: Tensor, dtype: torch.dtype, reading: Reading, noise: SharedNoise
             del readings[place]
 
     readings[place] = _Entry(weakref.ref(input, forget), input._version, dtype, reading)
+
+    def forget_cast(gone: weakref.ref[_Origin]) -> None:
+        if noise.cast is not None and noise.cast.origin is gone:
+            noise.cast = None
+
+    origin = _origin(input) if casts and input._version == 0 else None
+    if origin is not None:
+        noise.cast = _Cast(weakref.ref(origin, forget_cast), (input.dtype, dtype), reading)

@@ -156,6 +156,9 @@ class Sketched(StandIn, HasNoiseKey, Learning):
     exact_if_kept: bool = False
     """Whether an input that is kept by the operation before is kept as it is (shared_input.py)."""
 
+    reads_casts: bool = False
+    """Whether two casts of one tensor are one input to share (shared_input.py)."""
+
     @property
     def own_names(self) -> frozenset[str]:
         return frozenset(
@@ -248,11 +251,11 @@ class Sketched(StandIn, HasNoiseKey, Learning):
             return F.linear(x, weight, bias)
         noise = None if in_pass is None else in_pass[0]
         by_hand = self.noise_key is not None and noise is None
-        reading = None if by_hand else find(input, x.dtype, self.estimator, noise)
+        reading = None if by_hand else find(input, x.dtype, self.estimator, noise, self.reads_casts)
         if reading is None:
             reading = Reading(self.estimator, *self._prepare(x, in_pass))
             if not by_hand:
-                note(input, x.dtype, reading, noise)
+                note(input, x.dtype, reading, noise, self.reads_casts)
         elif self._state_names:
             self.learn(x, reading.key)
         if self.exact_if_kept and x is input and can_share(x) and is_kept_anyway(x):

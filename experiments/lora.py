@@ -5,7 +5,8 @@ adapters teach it the same text in capitals, plainly and after `basis.apply`.
 
 Three seeds, each with the same batches and first weights for both; the loss is that of the last
 tenth of the text, which neither saw. Bytes are those of `Report`: all that a step keeps for
-backward, the logits too. Needs transformers and peft (`pip install basis-sketch[integrations]`).
+backward, the logits too. "mixed" is what PEFT makes of a model in bfloat16: adapters in float32, so
+that each casts its input. Needs transformers and peft (`pip install basis-sketch[integrations]`).
 What it can't show: large models, long runs, other tasks.
 """
 
@@ -28,6 +29,7 @@ import basis
 from report.statistics import estimate
 
 LENGTH, BATCH = 64, 16
+PRECISIONS = ("float32", "mixed", "bfloat16")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -103,13 +105,15 @@ def llama(vocabulary: int) -> Any:
     )
 
 
-def adapted(base: nn.Module, seed: int) -> Any:
+def adapted(base: nn.Module, seed: int, precision: str) -> Any:
     """A copy of `base` with adapters of rank 8 on all dense layers of its blocks."""
     import peft  # type: ignore[import-not-found, unused-ignore]
 
     torch.manual_seed(seed)
     options = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
-    return peft.get_peft_model(copy.deepcopy(base), options)
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    model = peft.get_peft_model(copy.deepcopy(base).to(dtype), options)
+    return model if precision == "mixed" else model.to(dtype)
 
 
 def compare(
@@ -123,9 +127,8 @@ def compare(
         train(base, text, text.plain, first, 3e-3, seed)
         ids = text.batch(text.capitals, torch.Generator().manual_seed(seed))
         for precision in precisions:
-            dtype = getattr(torch, precision)
             for variant in ("plain", "8x, lean, head"):
-                model = adapted(base, seed).to(dtype)
+                model = adapted(base, seed, precision)
                 sample = {"input_ids": ids, "labels": ids}
                 report = basis.apply(model, "8x", sample=sample, lean=True, head=True)
                 kept = report.after
@@ -173,8 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, required=True, help="a text file")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.csv")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2 (default: 3)")
-    known = ("bfloat16", "float32")
-    parser.add_argument("--precision", nargs="+", choices=known, default=["float32", "bfloat16"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--steps", type=int, nargs=2, default=(300, 200), help="model, adapters")
     options = parser.parse_args(arguments)
     if options.seeds < 2:

@@ -39,7 +39,10 @@ class SharedNoise:
         self._key, self.layers = key, layers
         self._drawn: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
         self.readings: dict[int, Any] = {}
-        """How the inputs of this micro-batch are kept (shared_input.py)."""
+        """How the inputs of this micro-batch are kept, and the last one that a cast made
+        (shared_input.py).
+        """
+        self.cast: Any = None
 
     @property
     def key(self) -> Tensor:
@@ -64,7 +67,7 @@ class SharedNoise:
 
     def __getstate__(self) -> dict[str, Any]:
         # drawn again from the key
-        return vars(self) | {"_key": self.key, "_drawn": {}, "readings": {}}
+        return vars(self) | {"_key": self.key, "_drawn": {}, "readings": {}, "cast": None}
 
 
 class Passes:

@@ -35,20 +35,24 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).
 
 class Three(nn.Module):
     """Three layers that read what a norm returns, as q, k and v do. edit: what is done to it before
-    the second one reads it.
+    the second one reads it; read: what each makes of it first.
     """
 
-    def __init__(self, edit: Callable[[Tensor], object] = lambda h: None) -> None:
+    def __init__(
+        self,
+        edit: Callable[[Tensor], object] = lambda h: None,
+        read: Callable[[Tensor], Tensor] = lambda h: h,
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.q, self.k, self.v = (nn.Linear(WIDTH, OUT, bias=False) for _ in range(3))
-        self.edit = edit
+        self.edit, self.read = edit, read
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q = self.q(h)
+        q = self.q(self.read(h))
         self.edit(h)
-        return torch.cat((q, self.k(h), self.v(h)), -1)
+        return torch.cat((q, self.k(self.read(h)), self.v(self.read(h))), -1)
 
 
 class One(nn.Module):
@@ -76,9 +80,9 @@ class Pair(nn.Module):
         return cast(Tensor, self.last(torch.sin(self.part(x))))
 
 
-def models(method: Estimator) -> tuple[Pair, Pair]:
+def models(method: Estimator, read: Callable[[Tensor], Tensor] = lambda h: h) -> tuple[Pair, Pair]:
     torch.manual_seed(0)
-    three = Pair(Three())
+    three = Pair(Three(read=read))
     one = copy.deepcopy(Pair(One(cast(Three, three.part))))
     one.last.load_state_dict(three.last.state_dict())
     for model in (three, one):
@@ -173,6 +177,44 @@ def test_what_was_written_to_is_another_input() -> None:
     exact = gradients(model, inputs(), by_hand)
     basis.convert(model, basis.Quantized(bits=8), include=["part.*"])
     for found, wanted in zip(gradients(model, inputs())[2:5], exact[2:5], strict=True):
+        assert checks.relative(found, wanted) < 0.02
+
+
+def read_casts(model: Pair) -> None:
+    for _, layer in basis.sketched_layers(model):
+        cast(Any, layer).reads_casts = True
+
+
+@every_method
+def test_adapters_share_what_was_cast_for_each(method: Estimator) -> None:
+    torch.manual_seed(0)
+    three, one = models(method, read=lambda h: h.to(torch.float32))
+    for model in (three, one):
+        cast(Any, model.part).norm.double()  # so that float32 is a cast, for each reader its own
+        basis.set_noise_key(model, seed=0, step=0)
+    x = inputs().double()
+    run = lambda x: one.last(torch.sin(one.part.q(one.part.norm(x).float())))  # noqa: E731
+    before = copy.deepcopy(three)
+    read_casts(three)
+    found, wanted = gradients(three, x), gradients(one, x, run)
+    gradients(before, x)  # what is learned is learned now
+    if not isinstance(method, basis.EMASketch):  # which keeps averages, and nothing of one input
+        assert kept(before, x) > kept(three, x)
+    assert abs(kept(three, x) - kept(one, x, run)) < 200
+    assert checks.relative(torch.cat(found[2:5]), wanted[2]) < 1e-5
+    gc.collect()
+    assert cast(Any, three.part).q._fixed_noise[0].cast is None
+
+
+def test_a_cast_of_what_was_written_to_is_another_input() -> None:
+    torch.manual_seed(0)
+    model = Pair(Three(edit=lambda h: h.mul_(2), read=lambda h: h.to(torch.float32)))
+    cast(Any, model.part).norm.double()
+    x = inputs().double()
+    exact = gradients(model, x)
+    basis.convert(model, basis.Quantized(bits=8), include=["part.*"])
+    read_casts(model)
+    for found, wanted in zip(gradients(model, x)[2:5], exact[2:5], strict=True):
         assert checks.relative(found, wanted) < 0.02
 
 

@@ -107,6 +107,26 @@ def test_lora_sketches_what_is_trained_and_wide_and_saves_adapters_as_ever(tmp_p
     assert list(model.state_dict()) == keys
 
 
+def test_adapters_in_float32_share_what_peft_casts_for_each() -> None:
+    """As PEFT makes them in a model of bfloat16: three copies of one input, and one sketch."""
+    peft = pytest.importorskip("peft")
+
+    def kept_inputs(targets: list[str]) -> float:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).to(torch.bfloat16),
+            peft.LoraConfig(r=1, target_modules=targets, task_type="CAUSAL_LM"),
+        )
+        model.enable_input_require_grads()
+        basis.convert(model, basis.Quantized(bits=4))
+        by_kind, _ = kept_by_category(model, {"input_ids": IDS, "labels": IDS})
+        return by_kind["inputs of dense layers"] / IDS.numel() / 2  # bytes a token and block
+
+    one, three = kept_inputs(["q_proj"]), kept_inputs(["q_proj", "k_proj", "v_proj"])
+    assert one == pytest.approx(32 / 2 + 4 + 4, abs=2)  # 4 bits, a range, the input of lora_B
+    assert three == pytest.approx(one + 2 * 4, abs=2)  # two more inputs of lora_B
+
+
 def moe(kind: str, implementation: str) -> nn.Module:
     torch.manual_seed(0)
     options = {"num_experts_per_tok": 2, "output_router_logits": False, "head_dim": 8}
