@@ -91,12 +91,41 @@ def _times(before: float, after: float) -> str:
 
 
 def _grouped(named: Iterable[tuple[str, str]]) -> list[str]:
-    """Lines of "name: text", one for all names that differ in their numbers alone."""
-    groups: dict[tuple[str, str], int] = {}
+    """Lines of "name: text", one for all names that differ in their numbers alone, or in one part,
+    as in "layers.*.{q_proj,k_proj}".
+    """
+    numbered: dict[tuple[str, str], int] = {}
     for name, text in named:
         key = re.sub(r"\b\d+\b", "*", name), text
-        groups[key] = groups.get(key, 0) + 1
+        numbered[key] = numbered.get(key, 0) + 1
+    lines = [(name.split("."), text, count) for (name, text), count in numbered.items()]
+    for place in range(max((len(parts) for parts, _, _ in lines), default=0) - 1, -1, -1):
+        lines = _joined(lines, place)
     return [
-        f"  {name}{f' ({count})' if count > 1 else ''}: {text}"
-        for (name, text), count in groups.items()
+        f"  {'.'.join(parts)}{f' ({count})' if count > 1 else ''}: {text}"
+        for parts, text, count in lines
     ]
+
+
+_Line = tuple[list[str], str, int]
+
+
+def _joined(lines: Iterable[_Line], place: int) -> list[_Line]:
+    """One line for those that differ in the part at `place` alone; where the first of them was."""
+    alike: dict[tuple[str, ...], list[_Line]] = {}
+    for line in lines:
+        parts, text, _ = line
+        if len(parts) <= place or any("{" in part for part in parts):
+            key = (*parts, text)
+        else:
+            key = (*parts[:place], "", *parts[place + 1 :], text)
+        alike.setdefault(key, []).append(line)
+    joined = []
+    for some in alike.values():
+        parts, text, count = some[0]
+        if len(some) > 1:
+            choice = ",".join(one[0][place] for one in some)
+            parts = [*parts[:place], f"{{{choice}}}", *parts[place + 1 :]]
+            count = sum(one[2] for one in some)
+        joined.append((parts, text, count))
+    return joined

@@ -13,6 +13,7 @@ import basis
 from basis.apply import parse_budget
 from basis.diagnostics.budget import kept_bytes
 from basis.diagnostics.kept import CATEGORIES, kept_by_category, tokens_of
+from basis.diagnostics.report import Change, Report
 from basis.linear import SketchedLinear
 
 WIDTH, HIDDEN, ROWS = 128, 256, 48
@@ -180,13 +181,23 @@ def test_lean_too_and_all_is_undone(model: Model, tokens: Tensor) -> None:
 
 def test_the_table(model: Model, tokens: Tensor) -> None:
     text = str(basis.apply(model, "8x", sample=tokens, lean=True))
-    assert "blocks.*.mlp.fc (2): Linear -> Quantized(bits=3.6875" in text
+    assert "blocks.*.mlp.{fc,out} (4): Linear -> Quantized(bits=3.6875" in text
     assert "embed: Embedding:" in text
     assert f"measured on {ROWS} tokens" in text
     before = 2 * (WIDTH + HIDDEN) * 4 + WIDTH * 4
     assert f"inputs of dense layers  {before:>12,.0f} ->" in text
     assert max(map(len, text.splitlines())) <= 120
     assert "by their shapes" in str(basis.apply(Model(), "8x"))
+
+
+def test_layers_that_differ_in_one_part_of_their_names_share_a_line() -> None:
+    names = [f"h.{i}.{part}" for i in range(3) for part in ("a.q", "a.k", "b.q", "c", "d")]
+    report = Report([Change(name, "Linear", "x") for name in names], [], {}, None, (0, 0))
+    assert str(report).splitlines()[1:4] == [
+        "  h.*.a.{q,k} (6): Linear -> x",
+        "  h.*.b.q (3): Linear -> x",
+        "  h.*.{c,d} (6): Linear -> x",
+    ]
 
 
 def test_measuring_leaves_the_model_and_the_noise_as_they_were(
