@@ -12,9 +12,10 @@ model, and here the same share of each segment, ceil(n_e R / T) rows; but 8 at l
 segment has no more. All other options are the method's own. What it learns it learns from all
 segments together.
 
-Rows are gathered by their index, which is all that is kept of that; the routing weights keep what
-they keep in the plain module. So does the gate between the two products, unless `basis.Lean` has
-replaced the activation in it: then it keeps 4 bits a number, as a gated MLP does (lean/gated.py).
+Rows are gathered by their index, which is all that is kept of that. For the gradient of the routing
+weights the rows that experts return are kept (routed.py), and the gate between the two products
+keeps what it does in the plain module; unless `basis.Lean` has replaced the activation in it: then
+both keep 4 bits a number, the gate as a gated MLP does (lean/gated.py).
 Sizes of segments are
 looked at on the host once a forward, as in transformers' own plain forward; torch.compile breaks
 its graph there. Many small experts in eager mode are many small operations.
@@ -36,6 +37,7 @@ from torch.fx import Proxy
 
 from basis.estimator import Estimator
 from basis.exchange import StandInOfClass, standing_in, take_over
+from basis.layers.routed import sum_of_experts
 from basis.lean.activation import LeanActivation
 from basis.lean.gated import gated
 from basis.ops.matrix import cast_for_autocast, has_values
@@ -121,6 +123,11 @@ class SketchedExperts(StandInOfClass):
             if isinstance(part, ExpertProduct):
                 part.owner = (self,)
 
+    @property
+    def _is_lean(self) -> bool:
+        """Whether `basis.Lean` has replaced the activation."""
+        return isinstance(getattr(self, "act_fn", None), LeanActivation)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H); top_k_index (T, k): experts, E for none; top_k_weights (T, k)."""
         inputs = (hidden_states, top_k_index, top_k_weights)
@@ -131,6 +138,8 @@ class SketchedExperts(StandInOfClass):
         if exact or self.for_inference() or not has_values(hidden_states):
             for part in (first, second):
                 part.key_for(hidden_states)  # a reentrant checkpoint: see Sketched._draws
+                if self._is_lean:
+                    part.pass_without_grad(hidden_states.device)
             return cast(Tensor, super().forward(*inputs))
         if torch.compiler.is_compiling():
             return cast(Tensor, torch.compiler.disable(self._sketched)(*inputs))
@@ -150,19 +159,21 @@ class SketchedExperts(StandInOfClass):
         y = second(h, counts, tokens)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
-        y = y * top_k_weights.flatten()[order].unsqueeze(-1)
-        y = y.new_zeros(tokens * k, y.shape[-1]).index_copy(0, order, y)
-        return y.unflatten(0, (tokens, k)).sum(1).to(hidden_states.dtype)
+        key = None
+        if self._is_lean and y.numel() > 0:
+            key = derive(second.fixed_or_fresh_key(y.device), 1)
+        return sum_of_experts(y, top_k_weights, order, hidden_states.dtype, key)
 
     def _gated(self, h: Tensor, first: ExpertProduct) -> Tensor:
         """The gate and what it lets through (S, 2 I) -> (S, I); in few bits where the activation is
         a lean one, and the gate is the one that most mixtures have.
         """
         is_default = type(self)._apply_gate.__name__ == "_default_apply_gate"
-        if not (is_default and isinstance(self.act_fn, LeanActivation)):
+        if not (is_default and self._is_lean):
             return self._apply_gate(h)
         gate, up = h.chunk(2, -1)
-        return gated(gate, up, derive(first.key_for(h), 1), self.act_fn.lean_name)
+        key = derive(first.fixed_or_fresh_key(h.device), 1)
+        return gated(gate, up, key, cast(LeanActivation, self.act_fn).lean_name)
 
 
 def matrices(module: nn.Module) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import basis
 from basis.convert import left_alone
 from basis.diagnostics.adaptive_rank import set_rank
 from basis.layers.experts import ExpertProduct, SketchedExperts
+from basis.layers.routed import sum_of_experts
 from basis.linear import SketchedLinear
 
 SKETCH = basis.BalancedSketch(8, invariant_scalars=False)
@@ -73,6 +74,64 @@ def test_each_experts_gradient_is_unbiased_and_all_else_exact(kind: str) -> None
             assert expert.abs().max() < 5
 
 
+def test_lean_experts_keep_few_bits_and_routing_weights_have_an_unbiased_gradient() -> None:
+    """The gradient of the router's weight, on average over draws; the output is exact."""
+    y, _, exact = gradients(mixture(), rows(256))
+    model = mixture()
+    basis.convert(model, basis.Exact(), include=["experts"])
+    before = kept_by(model, rows(256))
+    basis.convert(model, basis.Lean())
+    after = kept_by(model, rows(256))
+    spared = 512 * 8 * 4 - (512 * 8 // 2 + 512 * 4 + 8)  # y: codes, a range a row, the key
+    assert before - after == spared - 512 * 12 // 4  # SiLU's 2 bits; `up` holds what it kept
+    draws = []
+    for seed in range(100):
+        torch.manual_seed(seed)
+        found_y, _, found = gradients(model, rows(256))
+        assert torch.equal(found_y, y) or torch.allclose(found_y, y, rtol=1e-6)
+        draws.append(found["router.weight"].clone())
+    stack, wanted = torch.stack(draws), exact["router.weight"]
+    z = (stack.mean(0) - wanted) / (stack.std(0) / len(draws) ** 0.5)
+    assert 0.3 < z.square().mean() < 2.2
+    assert 0 < (stack[0] - wanted).norm() < 0.1 * wanted.norm()
+
+
+def kept_by(model: nn.Module, x: Tensor) -> int:
+    """Bytes, but for x itself and parameters."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    for known in (x, *model.parameters()):
+        kept.pop(known.untyped_storage().data_ptr(), None)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+def test_rows_of_experts_are_kept_once_for_the_routing_weights() -> None:
+    """y, the weights and the order: PyTorch keeps the product of the first two as well."""
+    y = torch.randn(6, 4, dtype=torch.float64).requires_grad_()
+    weights = torch.rand(3, 2, dtype=torch.float64).requires_grad_()
+    order = torch.tensor([4, 1, 0, 5, 2, 3])
+    assert torch.autograd.gradcheck(
+        lambda y, w: sum_of_experts(y, w, order, torch.float64), (y, weights)
+    )
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        sum_of_experts(y, weights, order, torch.float64)
+    assert [id(one) for one in kept] == [id(weights), id(order), id(y)]
+
+
 def test_noise_differs_between_experts_and_follows_the_key() -> None:
     """Two experts with the same rows and weights get different estimates."""
     torch.manual_seed(0)
@@ -124,9 +183,9 @@ def test_a_rank_counts_rows_of_the_layer_and_few_rows_are_kept_whole() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model["experts"](rows(), chosen, torch.ones(64, 1))
     # Of the first product's input: weights (12, 8), sketches (R, 8); of the second's, transposed.
-    # Besides: what SiLU and the product with the routing weights keep, (64, 12) and (64, 8).
+    # Besides: what SiLU keeps, (64, 12). Routing weights without a gradient keep no rows.
     matrices = Counter(shape for shape in kept if len(shape) == 2 and 0 not in shape)
-    first = {(12, 8): 3, (10, 8): 1, (8, 8): 1, (4, 8): 1, (64, 8): 1}
+    first = {(12, 8): 3, (10, 8): 1, (8, 8): 1, (4, 8): 1}
     second = {(8, 12): 3 + 1, (10, 12): 1, (4, 12): 1, (64, 12): 1}
     assert matrices == Counter({**first, **second, (64, 1): 1})
 
