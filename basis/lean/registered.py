@@ -8,33 +8,40 @@ stay as they were, and `basis.revert` gives the module its configuration back.
 
 The function is PyTorch's attention with q, k, v and the output in 8 bits (sdpa.py): after rotation,
 k and v with the heads that they have. Rotation itself keeps cosines and sines, which all layers
-share. Taken are modules whose model was loaded with `attn_implementation="sdpa"`, the default; it
-stays as it is, in bytes too, where a position bias is learned (T5).
+share. A position bias (T5) and a cap of the scores (Gemma 2) are added and applied to scores that
+backward forms again (scores.py).
+
+Taken are modules whose model was loaded with `attn_implementation="sdpa"`, the default; or "eager",
+the default where scores are capped, which PyTorch's attention can't do: if the function for it, in
+the file of the class, takes a cap and computes what scores.py does (`_caps`). A forward that is
+trained on returns no probabilities, as with "sdpa", unless `output_attentions` is asked for.
 
 What is exact: the output, bit by bit where PyTorch would take the same kernel. Kept and errors:
-sdpa.py. A forward with `use_cache=True`, the default of transformers, puts keys and values into a
-cache that lives as long as what the model returns: train with `use_cache=False`.
+sdpa.py, scores.py. A forward with `use_cache=True`, the default of transformers, puts keys and
+values into a cache that lives as long as what the model returns: train with `use_cache=False`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from basis.lean.scores import Scores, attended, lean_scores
 from basis.lean.sdpa import lean_sdpa
-from basis.lean.subclass import LeanSubclass, plain_class
+from basis.lean.subclass import LeanSubclass, agree, plain_class, real_numbers
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast
 
 NAME = "basis_sdpa"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-_SPECIAL = ("position_bias", "softcap")
-"""What PyTorch's attention is given otherwise, or not at all."""
 _READERS = ("o_proj", "out_proj", "c_proj", "dense")
 """What the dense layer that reads the output may be called."""
 
@@ -57,30 +64,61 @@ def attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.shape[2] > 1 and attention_mask is None and causal
     assert isinstance(module, LeanRegistered)
-    special = any(more.get(name) is not None for name in _SPECIAL)
-    if module.rounds(query, key, value) and not special:
+    bias = more.get("position_bias")
+    trains = module.rounds(query, key, value, *(() if bias is None else (bias,)))
+    if trains and not more.get("output_attentions"):
         q, k, v = (cast_for_autocast(x) for x in (query, key, value))
-        if causal and k.shape[2] > q.shape[2]:
+        if causal and k.shape[2] > q.shape[2] and not module.is_written_out:
             k, v = (x[:, :, : q.shape[2]] for x in (k, v))
+            bias = None if bias is None else bias[..., : q.shape[2]]
         noise_key = module.fixed_or_fresh_key(q.device)
-        output = lean_sdpa(
-            q,
-            k,
-            v,
-            attention_mask,
-            noise_key,
-            causal=causal,
-            dropout=dropout,
-            scale=scaling,
-            whole=module.output_is_kept(),
-        )
+        if module.is_written_out:
+            output = _written_out(q, k, v, attention_mask, noise_key, dropout, scaling, more)
+        elif more.get("softcap") is not None:
+            output = None  # which PyTorch's attention refuses
+        elif bias is not None:
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            how = Scores(scale, 0.0, causal, dropout, learned=bias.requires_grad)
+            output = lean_scores(q, k, v, bias, attention_mask, noise_key, how)
+        else:
+            output = lean_sdpa(
+                q,
+                k,
+                v,
+                attention_mask,
+                noise_key,
+                causal=causal,
+                dropout=dropout,
+                scale=scaling,
+                whole=module.output_is_kept(),
+            )
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
     module.pass_without_grad(query.device)
-    more |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-    plain = _registry(module)["sdpa"]
+    more |= {"dropout": dropout, "scaling": scaling}
+    if not module.is_written_out:
+        more["is_causal"] = is_causal
+    plain = module.plain_function()
     result: tuple[Tensor, None] = plain(module, query, key, value, attention_mask, **more)
     return result
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key: Tensor,
+    dropout: float,
+    scaling: float | None,
+    more: dict[str, Any],
+) -> Tensor | None:
+    """Attention as `_caps` knows it, from which masks of numbers come; None for others."""
+    if mask is not None and mask.dtype == torch.bool:
+        return None
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    how = Scores(scale, more.get("softcap") or 0.0, False, dropout, written_out=True)
+    return lean_scores(q, k, v, None, mask, key, how)
 
 
 class LeanRegistered(LeanSubclass, HasNoiseKey):
@@ -122,6 +160,18 @@ class LeanRegistered(LeanSubclass, HasNoiseKey):
             return False
         return any(x.requires_grad for x in tensors)
 
+    @property
+    def is_written_out(self) -> bool:
+        """Whether the plain module has attention in single operations."""
+        return bool(self.lean_config._attn_implementation == "eager")
+
+    def plain_function(self) -> Callable[..., Any]:
+        """What the plain module calls."""
+        if self.is_written_out:
+            return _eager(plain_class(self))
+        plain: Callable[..., Any] = _registry(self)["sdpa"]
+        return plain
+
     def output_is_kept(self) -> bool:
         """Whether a dense layer of this module keeps the output as it is."""
         readers = (getattr(self, name, None) for name in _READERS)
@@ -133,11 +183,51 @@ def _registry(module: nn.Module) -> Any:
     return getattr(sys.modules[plain_class(module).__module__], REGISTRY)
 
 
+def _eager(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The function that the file of `cls` has for attention in single operations."""
+    found: Callable[..., Any] = sys.modules[cls.__module__].eager_attention_forward
+    return found
+
+
+@functools.cache
+def _caps(eager: Callable[..., Any]) -> bool:
+    """Whether a function for attention in single operations takes a cap of the scores, and computes
+    what `attended` does.
+    """
+    if "softcap" not in inspect.signature(eager).parameters:
+        return False
+    module = SimpleNamespace(num_key_value_groups=2, head_dim=8, training=False)
+    with real_numbers():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 8, 5, 8, generator=generator)
+        mask = torch.randn(2, 1, 5, 5, generator=generator)
+        for softcap in (0.0, 1.5):
+            how = Scores(0.3, softcap, written_out=True)
+
+            def found(x: Tensor, softcap: float = softcap) -> Tensor:
+                q, k, v = x.split((4, 2, 2), 1)
+                cap = softcap or None
+                y = eager(module, q, k, v, mask.to(x.dtype), scaling=0.3, softcap=cap)[0]
+                return y.transpose(1, 2)
+
+            def formula(x: Tensor, how: Scores = how) -> Tensor:
+                q, k, v = x.split((4, 2, 2), 1)
+                return attended(q, k, v, None, mask.to(x.dtype), how)[0]
+
+            if not agree(found, formula, x, x.bfloat16()):
+                return False
+    return True
+
+
 def is_registered(module: nn.Module) -> bool:
-    """Whether `module` is one that calls an attention function by name, and PyTorch's now."""
+    """Whether `module` is one that calls an attention function by name, and one that is known."""
     if isinstance(module, LeanRegistered):
         return True
-    if getattr(getattr(module, "config", None), "_attn_implementation", None) != "sdpa":
+    called = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if called not in ("sdpa", "eager"):
         return False
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and REGISTRY in code.co_names
+    if code is None or REGISTRY not in code.co_names:
+        return False
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return called == "sdpa" or (eager is not None and _caps(eager))

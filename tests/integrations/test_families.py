@@ -32,7 +32,10 @@ BERT = {**ENCODER, "vocab_size": VOCABULARY, "intermediate_size": 256}
 VIT = {**ENCODER, "intermediate_size": 256, "image_size": 32, "patch_size": 8, "num_labels": 5}
 T5 = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 32, "d_ff": 128, "num_heads": 2,
       "num_layers": 2, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}  # fmt: skip
-DENSE, NORMS = "inputs of dense layers", "norms"
+GEMMA2 = {**LLAMA, "head_dim": 32, "sliding_window": LENGTH // 2, "pad_token_id": 0}
+OPT = {**ENCODER, "vocab_size": VOCABULARY, "ffn_dim": 256, "word_embed_proj_dim": WIDTH,
+       "max_position_embeddings": LENGTH}  # fmt: skip
+DENSE, NORMS, DROPOUT = "inputs of dense layers", "norms", "dropout"
 ACTIVATIONS, ATTENTION, LOSS = "activations", "attention", "logits and loss"
 BLOCK = {DENSE, NORMS, ACTIVATIONS, ATTENTION}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], set[str], float]] = {
@@ -49,7 +52,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], set[str], float]] = {
     ),
     "BERT": ("Bert", "BertForMaskedLM", BERT, BLOCK, 3.5),
     "ViT": ("ViT", "ViTForImageClassification", VIT, BLOCK, 5),
-    "T5": ("T5", "T5ForConditionalGeneration", T5, BLOCK - {ATTENTION}, 2.7),
+    "T5": ("T5", "T5ForConditionalGeneration", T5, BLOCK | {DROPOUT}, 5),
+    "Gemma2": ("Gemma2", "Gemma2ForCausalLM", GEMMA2, BLOCK | {LOSS}, 5),
+    "OPT": ("OPT", "OPTForCausalLM", OPT, BLOCK | {LOSS}, 2.5),  # its dropout is a function
     "Llama, LoRA": ("Llama", "LlamaForCausalLM", LLAMA, BLOCK | {LOSS}, 5),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
