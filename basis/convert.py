@@ -64,7 +64,7 @@ def convert(
     What stands in for another module already takes the options of the new `method`.
 
     Dense layers that are left as they are, whatever the patterns: those whose weight is frozen, of
-    whose input nothing is kept anyway; and subclasses of nn.Linear, whose own forward would be
+    whose input nothing is kept anyway; and subclasses of nn.Linear whose own forward would be
     lost. Those are nn.LazyLinear before its first forward, layers under
     torch.nn.utils.parametrizations (weight_norm, spectral_norm, ...: convert first, then put them
     on) and other libraries' layers. With the default `include`, layers with a very narrow input are

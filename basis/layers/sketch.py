@@ -1,6 +1,7 @@
 """Which modules are dense layers, and what `basis.convert(model, estimator)` puts in their place.
 
     nn.Linear                           SketchedLinear
+    its subclasses with its forward     SketchedSubclass (linear_subclass.py)
     transformers' Conv1D                SketchedConv1D (conv1d.py)
     experts of a mixture                SketchedExperts (experts.py)
     nn.MultiheadAttention               SketchedAttention (attention.py)
@@ -23,7 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from basis.estimator import Estimator
 from basis.exchange import Exchange, StandIn, is_sharded_itself
-from basis.layers import attention, conv1d, experts
+from basis.layers import attention, conv1d, experts, linear_subclass
 from basis.linear import SketchedLinear
 from basis.sketched import WANTED, Sketched
 
@@ -59,7 +60,7 @@ def _is_dense(module: nn.Module) -> bool:
         return experts.why_not(module) is None
     if attention.is_attention(module):
         return attention.why_not(module) is None
-    return _is_linear(module) or conv1d.is_conv1d(module)
+    return _is_linear(module) or conv1d.is_conv1d(module) or linear_subclass.is_subclass(module)
 
 
 def width_of(module: nn.Module) -> int:
@@ -94,6 +95,9 @@ class Sketch(Exchange):
         return isinstance(module, Sketched | experts.SketchedExperts)
 
     def stand_in(self, name: str, module: nn.Module) -> StandIn:
+        if linear_subclass.is_subclass(module):
+            assert isinstance(module, nn.Linear)
+            return linear_subclass.sketched_subclass(module, self._chosen(name, module))
         if isinstance(module, nn.Linear):
             return SketchedLinear.from_linear(module, self._chosen(name, module))
         if experts.is_experts(module):

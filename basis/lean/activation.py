@@ -37,10 +37,11 @@ from torch.fx import Proxy
 
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.lean.gelu import check_bits, steps
-from basis.lean.subclass import LeanSubclass, agree, real_numbers, takes_one
+from basis.lean.subclass import LeanSubclass
 from basis.ops import step_code
 from basis.ops.noise import pi
 from basis.ops.step_code import Levels
+from basis.trial import agree, real_numbers, takes_one
 
 
 def _gelu_new(x: Tensor) -> Tensor:

@@ -43,11 +43,12 @@ from basis.estimators.quantized import Quantized
 from basis.exchange import is_special
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.lean.activation import ACTIVATIONS, name_of, times_slope
-from basis.lean.subclass import LeanSubclass, agree, on_trial, real_numbers, takes_one
+from basis.lean.subclass import LeanSubclass
 from basis.noise_key import HasNoiseKey
 from basis.ops import group_code
 from basis.ops.noise import derive
 from basis.sketched import sketched_linear, wants_weight_grad
+from basis.trial import agree, on_trial, real_numbers, takes_one
 
 Y_BITS = 8
 GROUP = 128

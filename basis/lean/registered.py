@@ -36,9 +36,10 @@ from torch import Tensor, nn
 
 from basis.lean.scores import Scores, attended, lean_scores
 from basis.lean.sdpa import lean_sdpa
-from basis.lean.subclass import LeanSubclass, agree, plain_class, real_numbers
+from basis.lean.subclass import LeanSubclass
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast
+from basis.trial import agree, plain_class, real_numbers
 
 NAME = "basis_sdpa"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"

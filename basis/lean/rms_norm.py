@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
-from basis.lean.subclass import LeanSubclass, agree, on_trial, real_numbers, takes_one
+from basis.lean.subclass import LeanSubclass
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import at_least_float32
 from basis.ops.rounding import Rounded, restore, round_to_int8
+from basis.trial import agree, on_trial, real_numbers, takes_one
 
 _LOW = (torch.float16, torch.bfloat16)
 _FOREIGN_KINDS = ("llama", "late", "gemma", "t5")

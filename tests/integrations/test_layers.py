@@ -74,6 +74,33 @@ def test_gpt2_is_sketched_in_its_blocks_and_reverted() -> None:
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
+def test_falcon_adds_its_biases_late_and_so_do_its_stand_ins() -> None:
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        **{k: SMALL[k] for k in ("vocab_size", "hidden_size", "num_attention_heads")},
+        num_hidden_layers=2,
+        bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    model = transformers.FalconForCausalLM(config).to(torch.bfloat16)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p)
+    kinds = [type(module) for module in model.modules()]
+    wanted, exact = gradients(model)
+    assert len(basis.convert(model, UNBIASED)) == 2 * 4 + 1
+    found, sketched = gradients(model)
+    assert found == wanted
+    same = [name for name in exact if "bias" in name]
+    assert len(same) > 8
+    assert all(torch.equal(sketched[n], exact[n]) for n in same)
+    some = "transformer.h.0.mlp.dense_h_to_4h.weight"
+    assert not torch.allclose(sketched[some], exact[some], rtol=0.1)
+    basis.revert(model)
+    assert [type(module) for module in model.modules()] == kinds
+
+
 def test_lora_sketches_what_is_trained_and_wide_and_saves_adapters_as_ever(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
