@@ -3,9 +3,10 @@
 Hydra goes on with a sweep when a job fails, and at the end shows the first failure only. So each
 failure is shown when it happens, and `command_line.run` reads here what it has to say at the end.
 
-Hydra's basic launcher runs jobs in this process. Those of joblib and submitit run them in others,
-which get a copy of the callback and report by files (worker.py). There a first signal to this
-process waits for the jobs, which have it too by Ctrl-C, and else from here; a second one ends it.
+Hydra's basic launcher runs jobs in this process. Those of joblib, submitit and Ray run them in
+others, which get a copy of the callback and report by files (worker.py). There a first signal to
+this process waits for the jobs, which have it too by Ctrl-C, and else from here; a second one ends
+it. Ray's processes are out of reach of both, so a file tells them (`Records.stop`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 OmegaConf.register_new_resolver("run_name", rundir.run_name, replace=True)
 
 RECORD = "multirun.yaml"  # Hydra's, of the last sweep into a folder
+_LITTLE = 75 << 20  # bytes, the least that Ray takes: nothing large is sent to a cell
 SUBDIR = "${run_name:${hydra:job.override_dirname}}"  # as in conf/config.yaml
 
 
@@ -96,17 +98,21 @@ class ReportFailedJobs(Callback):
         launcher = str(config.hydra.launcher._target_)
         if launcher.endswith("BasicLauncher"):
             return
-        self.shares_devices = launcher.endswith("JoblibLauncher")
-        self.records = jobs.records = Records(jobs.folder.absolute() / f".jobs_{uuid.uuid4().hex}")
+        ray = launcher.endswith("RayLauncher")
+        self.shares_devices = ray or launcher.endswith("JoblibLauncher")
+        folder = jobs.folder.absolute() / f".jobs_{uuid.uuid4().hex}"
+        self.records = jobs.records = Records(folder, watched=ray)
         # Other processes look for the modules of this project, whatever folder they begin in.
         paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if ray:
+            _start_ray(config.hydra.launcher.ray.init)
         worker.catch(_wait_for_the_jobs)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.records is None or self.home.is_here():
             return
-        worker.begin()
+        worker.begin(self.records)
         if self.shares_devices:
             worker.take_device(self.records.folder)
 
@@ -139,10 +145,24 @@ def _wait_for_the_jobs(number: int, frame: FrameType | None) -> None:
     """The first signal to a process whose jobs run in others."""
     worker.catch(signal.default_int_handler)
     log.warning("waiting until the jobs have saved; a second signal ends them at once")
+    assert jobs.records is not None
+    if jobs.records.watched:
+        jobs.records.ask_to_stop(number)
     if number != signal.SIGINT:  # Ctrl-C goes to all processes of a terminal
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 os.kill(child.pid, number)
+
+
+def _start_ray(options: DictConfig) -> None:
+    """Start Ray as its launcher would, which finds it started: later it would take the handlers of
+    signals away again. What cells say is not shown, unless `options` ask for it (`log_to_driver`):
+    it would come after the table of the sweep.
+    """
+    import ray
+
+    given: Any = OmegaConf.to_container(options, resolve=True)
+    ray.init(**{"object_store_memory": _LITTLE, "log_to_driver": False, **given})
 
 
 def losses_of_workers() -> tuple[type[Exception], ...]:
@@ -152,6 +172,10 @@ def losses_of_workers() -> tuple[type[Exception], ...]:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
         found += [FailedJobError, UncompletedJobError]
+    if "ray" in sys.modules:
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+        found += [NodeDiedError, OutOfMemoryError, WorkerCrashedError]
     return tuple(found)
 
 

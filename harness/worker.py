@@ -1,6 +1,6 @@
 """What is different where a cell of a sweep runs in a process of its own.
 
-Hydra's joblib and submitit launchers hand `train.main` and the callback of harness/sweep.py to
+Hydra's joblib, submitit and Ray launchers hand `train.main` and the callback of harness/sweep.py to
 other processes, by pickle. There the process that the user started can't see what became of a job,
 and its signals arrive elsewhere. So a worker
 
@@ -20,6 +20,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,8 @@ from filelock import FileLock, Timeout
 from data.storage import write_atomic
 
 _PROCESS = uuid.uuid4().hex  # not the number of the process: jobs may run on other machines
+
+STOP = "stop"  # a file of Records
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to save and stop; see harness/command_line.py."""
@@ -68,14 +72,28 @@ class Record:
 
 @dataclass(frozen=True)
 class Records:
-    """The records of one sweep: a folder, made when the first is written."""
+    """The records of one sweep: a folder, made when the first is written.
+
+    watched: whether workers look there for a signal, as none can be sent to them.
+    """
 
     folder: Path
+    watched: bool = False
 
     def write(self, number: int, record: Record) -> None:
         """Keep the record of job `number`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / f"{number}.json", json.dumps(vars(record)))
+
+    def ask_to_stop(self, number: int) -> None:
+        """Leave signal `number` for workers that no signal reaches (see `begin`)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / STOP, str(number))
+
+    def stop(self) -> int | None:
+        """The signal that was left for workers, if there was one."""
+        file = self.folder / STOP
+        return int(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def take(self) -> list[Record]:
         """All records, in the order of the jobs. They are deleted."""
@@ -109,10 +127,30 @@ class _Signals:
 _signals: _Signals | None = None  # in a worker, from its first job on
 
 
-def begin() -> None:
-    """This process is a worker: from now on a signal between jobs is kept for the next one."""
+def begin(records: Records | None = None) -> None:
+    """This process is a worker: from now on a signal between jobs is kept for the next one, also
+    one that `records` ask for, if they are watched, now and each second.
+    """
     global _signals
     _signals = _signals or _Signals()
+    if records is None or not records.watched:
+        return
+    if (number := records.stop()) is not None:  # a job that waited: it does not begin
+        _signals.code = _signals.code or 128 + number
+    elif records not in _watched:
+        _watched.add(records)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # Ray's processes are begun without
+        threading.Thread(target=_watch, args=(records,), daemon=True).start()
+
+
+_watched: set[Records] = set()
+
+
+def _watch(records: Records) -> None:
+    """Send this process the signal that `records` ask for, once."""
+    while (number := records.stop()) is None:
+        time.sleep(1)
+    os.kill(os.getpid(), number)
 
 
 @contextmanager

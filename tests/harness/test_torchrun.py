@@ -150,12 +150,19 @@ def test_a_killed_process_takes_the_other_along_and_the_command_goes_on(
     assert _history(tmp_path / "killed") == _history(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("ddp", ("method=exact",)), ("ddp", BASIS), ("fsdp", BASIS), ("fsdp", ("method=transform",))],
+    ids=lambda value: value if isinstance(value, str) else value[0].partition("=")[2],
+)
 def test_kills_within_saves_leave_a_checkpoint_to_go_on_from(
-    kind: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    kind: str,
+    method: tuple[str, ...],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Of the process that writes and of the other one in turn, as soon as a save has begun."""
-    words = (*BASIS, f"parallel={kind}", f"steps={20 * KILLS}", "eval.every=20")
+    words = (*method, f"parallel={kind}", f"steps={20 * KILLS}", "eval.every=20")
     words = (*words, "checkpoint.every=1")
     _finish(tmp_path, "straight", *words)
     saves, within = tmp_path / "killed" / "checkpoints", 0
@@ -175,7 +182,7 @@ def test_kills_within_saves_leave_a_checkpoint_to_go_on_from(
         code, said = _end(running)
         assert code != 0, said
     _finish(tmp_path, "killed", *words)
-    record_property(f"kills of one of two, {kind}", f"{KILLS}, {within} within a save")
+    record_property(f"kills of one of two, {kind}, {method[0]}", f"{KILLS}, {within} within a save")
     assert within > 0
     assert _history(tmp_path / "killed") == _history(tmp_path / "straight")
 

@@ -124,6 +124,28 @@ def test_a_signal_between_jobs_is_kept_and_one_within_ends_it(number: signal.Sig
 
 
 @pytest.mark.usefixtures("fresh")
+def test_a_signal_that_can_only_be_left_in_a_file_stops_jobs_and_begins_none(
+    tmp_path: Path,
+) -> None:
+    """As for cells of Ray."""
+    records = worker.Records(tmp_path / "records", watched=True)
+    worker.begin(records)
+    worker.begin(records)  # at its second job
+    leave = threading.Timer(0.1, records.ask_to_stop, (signal.SIGTERM,))
+    leave.start()
+    with pytest.raises(worker.Interrupted) as ended, worker.job():
+        time.sleep(10)
+    assert ended.value.code == 143
+    worker._signals = None  # as in another process
+    worker.begin(records)
+    with pytest.raises(worker.Interrupted) as kept, worker.job():
+        raise AssertionError("begun")
+    assert kept.value.code == 143
+    assert records.take() == []
+    assert not records.folder.exists()
+
+
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(
     ("given", "visible", "expected"),
     [
@@ -183,12 +205,17 @@ def test_a_job_of_slurm_queues_itself_again_after_its_signal(
     assert {"signal=USR1@120", "requeue", "open-mode=append"} <= set(options)
 
 
+RAY = [
+    "ray",
+    "+hydra.launcher.ray.init.num_cpus=2",
+    "+hydra.launcher.ray.init.include_dashboard=no",
+]
 CELLS = ["method=basis", "method.rank=2,0,4", "seed=0"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda x: x[0]
+    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"], RAY], ids=lambda x: x[0]
 )
 def test_launchers_report_what_became_of_each_cell(
     launcher: list[str], data: Path, tmp_path: Path
@@ -224,14 +251,24 @@ def test_launchers_report_what_became_of_each_cell(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "launcher"),
+    [
+        (signal.SIGINT, "joblib"),
+        (signal.SIGTERM, "joblib"),
+        (signal.SIGKILL, "joblib"),
+        (signal.SIGINT, "ray"),
+        (signal.SIGTERM, "ray"),  # Ray starts a killed cell again
+    ],
+)
 def test_a_sweep_in_several_processes_is_stopped(
-    number: signal.Signals, data: Path, tmp_path: Path
+    number: signal.Signals, launcher: str, data: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C, a batch system's signal to the first process, and a worker that is killed."""
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
     folder = tmp_path / "sweep"
-    arguments = command(data, "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    two = RAY[1:] if launcher == "ray" else ["hydra.launcher.n_jobs=2"]
+    arguments = command(data, "-m", f"hydra/launcher={launcher}", *two)
     arguments += ["seed=0,1,2", "steps=1000000", "eval.every=0", f"hydra.sweep.dir={folder}"]
     output = tmp_path / "output.txt"
     with (
@@ -265,7 +302,8 @@ def test_a_sweep_in_several_processes_is_stopped(
         assert said.count("a process of the sweep has gone, killed or out of memory") == 1
         return
     assert code == 128 + number
-    assert said.count("checkpoint saved; the same command continues") == 2
+    if launcher == "joblib":  # what cells of Ray say is in Ray's logs
+        assert said.count("checkpoint saved; the same command continues") == 2
     for metrics in begun:
         summary = rundir.read_summary(metrics.parent)
         assert (summary["status"], summary["saved_step"]) == ("interrupted", summary["step"])
