@@ -20,7 +20,10 @@ from __future__ import annotations
 import signal
 import sys
 
+from harness import terminal
+
 if __name__ == "__main__":
+    terminal.attach()
     # Until all libraries are loaded, Ctrl-C ends the process at once and without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -7,7 +7,8 @@ in which a run meets them:
 checks them, `compose` makes the frozen `Config` of what Hydra gives; `method` holds the estimator
 of dW, made once, with the layers it is for and its byte budget. `activations`, `attention`,
 `optim`, `rank_control`, `tracker` each declare and check the options of one group, next to the code
-that uses them. `command_line` turns what Hydra refuses into one line, and lets Ctrl-C save first.
+that uses them. `command_line` turns what Hydra refuses into one line, and lets Ctrl-C save first;
+`terminal` keeps a reader that goes away from ending anything.
 
 *Values to a run.* `set_up` puts a run together in the order in which it can be refused. It asks
 `device` where to compute, `rundir` whether the folder holds another run, `build` for text and model

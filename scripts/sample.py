@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from harness import terminal
 from harness.folder.checkpoint import CheckpointError
 from harness.trained import load_trained
 
@@ -80,4 +81,5 @@ def sample(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    terminal.attach()
     sys.exit(main())

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness import terminal
 from harness.folder import status
 
 
@@ -33,4 +34,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    terminal.attach()
     sys.exit(main())

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness import terminal
 from harness.folder.metrics import read_metrics
 from harness.folder.run_id import new_run_id, read_run_file, run_id
 from harness.folder.rundir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_config, read_summary
@@ -119,4 +120,5 @@ def rebuild(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    terminal.attach()
     sys.exit(main())
