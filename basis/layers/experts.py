@@ -16,9 +16,11 @@ Rows are gathered by their index, which is all that is kept of that. For the gra
 weights the rows that experts return are kept (routed.py), and the gate between the two products
 keeps what it does in the plain module; unless `basis.Lean` has replaced the activation in it: then
 both keep 4 bits a number, the gate as a gated MLP does (lean/gated.py).
-Sizes of segments are
-looked at on the host once a forward, as in transformers' own plain forward; torch.compile breaks
-its graph there. Many small experts in eager mode are many small operations.
+
+Sizes of segments are looked at on the host once a forward, as in transformers' own plain forward. A
+sketch per segment has as many rows as the segment, so torch.compile breaks its graph there. For a
+method that keeps each row by itself, `Quantized`, one sketch of all rows serves all segments, and
+the experts are part of a graph (grouped.py). Many small experts are many small products.
 
 The module has a forward of its own instead of an entry in transformers' registry of experts'
 functions: that is chosen by the model's configuration, for all layers at once, and would be saved
@@ -36,7 +38,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from basis.estimator import Estimator
+from basis.estimators.quantized import Quantized
 from basis.exchange import StandInOfClass, standing_in, take_over
+from basis.layers.grouped import grouped_linear
 from basis.layers.routed import sum_of_experts
 from basis.lean.activation import LeanActivation
 from basis.lean.gated import gated
@@ -99,6 +103,17 @@ class ExpertProduct(Sketched):
             ]
         )
 
+    def grouped(self, x: Tensor, source: Tensor, index: Tensor, ends: Tensor) -> Tensor:
+        """The same for x = source[index], with a sketch of `source`; ends: where the rows of each
+        expert end (grouped.py).
+        """
+        x, source = cast_for_autocast(x), cast_for_autocast(source)
+        owner = self.owner[0]
+        weights = self.weight.mT if owner.is_transposed else self.weight
+        biases = getattr(owner, f"{self.parameter}_bias") if owner.has_bias else None
+        method = cast(Quantized, self.estimator)
+        return grouped_linear(x, weights, biases, source, index, ends, self.key_for(x), method)
+
     def extra_repr(self) -> str:
         experts, out, width = self.weight.shape
         return f"{experts} experts, {(out, width)}, estimator={self.estimator}"
@@ -128,6 +143,13 @@ class SketchedExperts(StandInOfClass):
         """Whether `basis.Lean` has replaced the activation."""
         return isinstance(getattr(self, "act_fn", None), LeanActivation)
 
+    @property
+    def _keeps_rows(self) -> bool:
+        """Whether both products keep each row by itself: they then are part of a graph."""
+        parts = (getattr(self, SKETCHES[name]) for name in matrices(self))
+        plain = not getattr(self, "has_post_expert_norm", False)
+        return plain and all(isinstance(part.estimator, Quantized) for part in parts)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H); top_k_index (T, k): experts, E for none; top_k_weights (T, k)."""
         inputs = (hidden_states, top_k_index, top_k_weights)
@@ -141,7 +163,7 @@ class SketchedExperts(StandInOfClass):
                 if self._is_lean:
                     part.pass_without_grad(hidden_states.device)
             return cast(Tensor, super().forward(*inputs))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self._keeps_rows:
             return cast(Tensor, torch.compiler.disable(self._sketched)(*inputs))
         return self._sketched(*inputs)
 
@@ -151,12 +173,20 @@ class SketchedExperts(StandInOfClass):
         first, second = (getattr(self, SKETCHES[name]) for name in matrices(self))
         tokens, k = top_k_index.shape
         expert, order = top_k_index.flatten().sort(stable=True)
-        counts = torch.bincount(expert, minlength=len(first.weight))[: len(first.weight)].tolist()
-        used = sum(counts)  # what goes to no expert is sorted to the end
-        order = order[:used]
-        h = first(hidden_states[order // k], counts, tokens)
-        h = self._gated(h, first) if self.has_gate else self.act_fn(h)
-        y = second(h, counts, tokens)
+        many = len(first.weight)
+        if self._keeps_rows:
+            numbers = torch.arange(many, device=expert.device)
+            ends = torch.searchsorted(expert, numbers, right=True).cpu()
+            rows = order // k
+            h = first.grouped(hidden_states[rows], hidden_states, rows, ends)
+            h = self._gated(h, first) if self.has_gate else self.act_fn(h)
+            y = second.grouped(h, h.detach()[order.argsort()], order, ends)
+        else:
+            counts = torch.bincount(expert, minlength=many)[:many].tolist()
+            order = order[: sum(counts)]  # what goes to no expert is sorted to the end
+            h = first(hidden_states[order // k], counts, tokens)
+            h = self._gated(h, first) if self.has_gate else self.act_fn(h)
+            y = second(h, counts, tokens)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         key = None

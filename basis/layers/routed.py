@@ -41,7 +41,9 @@ class _Combine(torch.autograd.Function):
         tokens, k = weights.shape
         rows = y * weights.flatten()[order].unsqueeze(-1)
         every = rows.new_zeros(tokens * k, y.shape[-1]).index_copy(0, order, rows)
-        return every.unflatten(0, (tokens, k)).sum(1).to(dtype)
+        total = every.unflatten(0, (tokens, k)).sum(1)
+        # Not a cast that does nothing: in a graph of PyTorch 2.11 the gradient would be lost.
+        return total if total.dtype == dtype else total.to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

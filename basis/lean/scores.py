@@ -120,7 +120,9 @@ def attended(
         if how.dropout:
             p, left = torch.native_dropout(p, how.dropout, True)
             left = pack(left.to(torch.uint8).permute(2, 0, 1, 3), 1)  # in rows of queries
-        return torch.matmul(p, v).to(q.dtype), left
+        y = torch.matmul(p, v)
+        # Not a cast that does nothing: in a graph of PyTorch 2.11 the gradient would be lost.
+        return y if y.dtype == q.dtype else y.to(q.dtype), left
 
 
 class _Attention(torch.autograd.Function):

@@ -132,6 +132,49 @@ def test_rows_of_experts_are_kept_once_for_the_routing_weights() -> None:
     assert [id(one) for one in kept] == [id(weights), id(order), id(y)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_experts_keep_a_token_once_and_all_else_is_exact(kind: str) -> None:
+    """One of the tokens goes to no expert, and one expert has no tokens."""
+    plain, model = (mixture(**KINDS[kind]).experts for _ in range(2))
+    model = nn.ModuleDict({"experts": model})
+    basis.convert(model, basis.Quantized(bits=2.5))
+    chosen = torch.randint(3, (64, 2), generator=torch.Generator().manual_seed(2))
+    chosen[5] = 4  # there are experts 0 to 3, and no tokens for 3
+    found, draws = [], []
+    for step in range(101):
+        basis.set_noise_key(model, seed=0, step=step)
+        experts = model["experts"] if step else plain
+        x, weights = rows().requires_grad_(), torch.linspace(0.1, 0.9, 128).view(64, 2)
+        weights.requires_grad_()
+        experts.zero_grad()
+        y = experts(x, chosen, weights)
+        y.square().sum().backward()
+        grads = {name: p.grad for name, p in experts.named_parameters()}
+        matrix = [name for name in grads if name.endswith("proj")]
+        biases = [grads[name] for name in grads if name not in matrix]
+        found.append([y.detach(), x.grad, weights.grad, *biases])
+        draws.append([grads[name] for name in matrix])
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0])
+    for exact, *some in zip(*draws, strict=True):
+        once, of_mean = ((g - exact).norm() for g in (some[0], torch.stack(some).mean(0)))
+        assert 0.05 * exact.norm() < once < exact.norm()
+        assert of_mean < 1.5 * once / 10
+        assert not some[0][3].any()
+
+
+def test_bits_of_quantized_experts_are_counted_by_hand() -> None:
+    kept = [
+        kept_by(model, rows())
+        for method in (basis.Exact(), basis.Quantized(bits=4))
+        for model in [mixture(gate=False)]
+        if basis.convert(model, method, include=["experts"])
+    ]
+    code = [64 * 8 // 2 + 64 * 4, 128 * 12 // 2 + 128 * 4]  # of tokens, of what goes to `down`
+    index = 128 * 8 + 4 * 8 + 2 * 8  # each row's token, the ends, two keys
+    assert kept[0] - kept[1] == 4 * (128 * 8 + 128 * 12) - sum(code) - index
+
+
 def test_noise_differs_between_experts_and_follows_the_key() -> None:
     """Two experts with the same rows and weights get different estimates."""
     torch.manual_seed(0)
@@ -322,6 +365,21 @@ def test_under_autocast_and_without_gradients() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(rows()), mixture()(rows()))
     assert isinstance(model.experts.down_sketch, ExpertProduct)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gated", "with bias"])
+def test_quantized_experts_are_part_of_a_graph(kind: str) -> None:
+    model, found = mixture(**KINDS[kind]), []
+    basis.convert(model, basis.Quantized(bits=4))
+    basis.convert(model, basis.Lean())
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        basis.set_noise_key(model, seed=0, step=1)
+        model.zero_grad()
+        call(rows()).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.slow
