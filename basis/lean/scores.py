@@ -37,8 +37,10 @@ from basis.ops.bits import pack, unpack
 from basis.ops.matrix import without_autocast
 from basis.ops.rounding import restore_all, round_all
 
-PIECE = 1 << 24
-"""Scores that backward holds at once, a few times over: 64 MiB each in float32."""
+PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Scores that backward holds at once, a few times over: on the CPU so many as lie in the cache, on
+CUDA 64 MiB in float32.
+"""
 EVERY = slice(None)
 
 
@@ -169,7 +171,8 @@ def _blocks(q: Tensor, k: Tensor) -> list[slice]:
     rows = q.shape[-2]
     if torch.compiler.is_compiling():
         return [slice(0, rows)]
-    size = max(PIECE // (q.shape[0] * q.shape[1] * k.shape[-2]) // 8 * 8, 8)
+    piece = PIECE.get(q.device.type, PIECE["cuda"])
+    size = max(piece // (q.shape[0] * q.shape[1] * k.shape[-2]) // 8 * 8, 8)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -205,28 +208,34 @@ def _gradients(
             return x.reshape(q.shape[0], q.shape[1], count, -1)
 
         some, its_grad = grouped(q[:, :, rows]), grouped(grad[:, :, rows])
-        u = apart(some @ k.mT).to(wide) * how.scale
+        u = apart(some @ k.mT).to(wide).mul_(how.scale)
         slope = None
         if how.softcap:
-            u = torch.tanh(u / how.softcap)
-            slope = 1.0 - u.square()
-            u = u * how.softcap
+            u = u.div_(how.softcap).tanh_()
+            slope = u.square().neg_().add_(1.0)
+            u = u.mul_(how.softcap)
         added = _added(bias, mask, rows, q, k, how.causal)
-        p = torch.ops.aten._safe_softmax(u if added is None else u + added, -1)
-        dp = apart(its_grad @ v.mT).to(wide)
-        kept = p
-        if left is not None:
+        p = torch.ops.aten._safe_softmax(u if added is None else u.add_(added), -1)
+        del u, added
+        du = apart(its_grad @ v.mT).to(wide)  # as yet dP
+        if left is None:
+            dv += grouped(p.to(low)).mT @ its_grad
+        else:
             bits = unpack(left[rows.start // 8 : -(-rows.stop // 8)], 1, count)
-            factor = bits.permute(1, 2, 0, 3).to(wide) * (1.0 / (1.0 - how.dropout))
-            kept, dp = p * factor, dp * factor
-        dv += grouped(kept.to(low)).mT @ its_grad
-        du = p * (dp - (dp * p).sum(-1, keepdim=True))
+            factor = bits.permute(1, 2, 0, 3).to(wide).mul_(1.0 / (1.0 - how.dropout))
+            du = du.mul_(factor)
+            dv += grouped(factor.mul_(p).to(low)).mT @ its_grad
+            del factor
+        du = du.sub_((du * p).sum(-1, keepdim=True)).mul_(p)
+        del p
         if dbias is not None:
             seen = _seen(mask, how.causal, rows, q, k)
             reached = du if seen is None else du.masked_fill(~seen, 0.0)
             part = _of(rows, dbias)
             part += reached.sum_to_size(part.shape)
-        dz = grouped((du if slope is None else du * slope).mul_(how.scale).to(low))
+        if slope is not None:
+            du = du.mul_(slope)
+        dz = grouped(du.mul_(how.scale).to(low))
         dq[:, :, rows] = apart(dz @ k)
         dk += dz.mT @ some
     if dbias is not None and bias is not None:
