@@ -21,11 +21,12 @@ from data.options import with_tokenizer
 from harness.config import Config, flattened
 from harness.method import make_method, method_schema
 from harness.world import here
-from models.hf import described
+from models.hf_config import described
 
 
-def load(values: DictConfig) -> Config:
+def load(values: DictConfig, *, weights: bool = True) -> Config:
     """The typed, checked configuration of composed values; the method is made here, once.
+    weights: whether a model of a folder is to have some, as it need not to be planned.
 
     Raises ValueError that names the user's dotted option.
     """
@@ -43,7 +44,7 @@ def load(values: DictConfig) -> Config:
                 raise ValueError(f"{name}={value}: must be a list of words, without lists in it")
         given["data"] = with_tokenizer(given["data"], given["model"])
         if given["model"].get("family") == "hf":
-            given["model"] = described(given["model"])
+            given["model"] = described(given["model"], weights=weights)
         options = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         raise ValueError(conf.explain(error, ())) from error
@@ -78,8 +79,8 @@ def _schema(method: str) -> DictConfig:
     return schema
 
 
-def configuration(overrides: Sequence[str]) -> Config:
+def configuration(overrides: Sequence[str], *, weights: bool = True) -> Config:
     """What train.py would run under `overrides`. Raises ValueError in one line for what can't be,
-    misspelt words too.
+    misspelt words too. weights: see `load`.
     """
-    return load(conf.compose(overrides))
+    return load(conf.compose(overrides), weights=weights)

@@ -10,10 +10,7 @@ What is exact: the model, and its loss. The loss is the model's own, given the s
 targets. In training `basis.fuse_head` takes it without forming logits; evaluation forms them, of
 eval.batch_size windows at once. Text is generated without a cache of keys, from whole logits.
 
-`described` reads config.json once, before a run starts, and fills in the sizes that the options
-leave open. It adds the file itself (`architecture`) and a sha256 of config.json and of the weights.
-So a checkpoint says which model it continues: another model under the same path is refused, a
-folder that was moved is not, and a run can be read back without the folder.
+What the folder says of its model: hf_config.py.
 
 `blocks`, `wte` and `head` are looked up in the inner model; each parameter has one name, that of
 transformers with `inner.` in front. Patterns of layers may say `blocks` and `head` (`names`).
@@ -21,10 +18,8 @@ transformers with `inner.` in front. Patterns of layers may say `blocks` and `he
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import importlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,135 +30,7 @@ import basis
 from basis.causal_lm import is_fused
 from models.base import LanguageModel
 from models.config import ModelConfig
-
-MOST_TOKENS = 2048
-"""Of a window, where model.block_size is null and the model could take more."""
-SIZES = {
-    "vocab_size": ("vocab_size",),
-    "n_layer": ("num_hidden_layers",),
-    "n_head": ("num_attention_heads",),
-    "n_embd": ("hidden_size",),
-}
-"""By option, what transformers calls it."""
-MORE_SIZES = {
-    "n_kv_head": ("num_key_value_heads",),
-    "n_inner": ("intermediate_size", "n_inner", "ffn_dim"),
-    "layer_norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
-    "tie_head": ("tie_word_embeddings",),
-}
-"""The same; not every model has these."""
-DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout",
-            "dropout", "activation_dropout")  # fmt: skip
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ModuleNotFoundError:
-        raise ValueError(
-            "model.path: model=hf needs the package transformers; "
-            "pip install basis-sketch[integrations]"
-        ) from None
-
-
-def described(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of model=hf, complete: null is filled in from the config.json of `path`.
-
-    Raises ValueError naming the option: no folder with config.json and safetensors at `path`, a
-    model that transformers does not know, a size that is not the model's.
-    """
-    given = options.get("path")
-    if not given:
-        raise ValueError(
-            "model.path=null: model=hf needs a local folder with config.json and safetensors"
-        )
-    folder, what = Path(str(given)).expanduser(), f"model.path={given}"
-    files = _files(folder, what)
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        assert isinstance(raw, dict)
-    except (AssertionError, ValueError):
-        raise ValueError(f"{what}: its config.json is no JSON object") from None
-    config = _config(raw, what).get_text_config()
-    found = {name: _first(config, theirs) for name, theirs in (SIZES | MORE_SIZES).items()}
-    if missing := [name for name in SIZES if not isinstance(found[name], int)]:
-        raise ValueError(f"{what}: its config.json does not say model.{missing[0]}")
-    found["tie_head"] = bool(found["tie_head"])
-    if found["layer_norm_eps"] is None:
-        found["layer_norm_eps"] = 1e-6
-    filled = dict(options)
-    for name, value in found.items():
-        if filled.get(name) not in (None, value):
-            raise ValueError(
-                f"model.{name}={filled[name]}: the config.json of {what} says {value}; leave it "
-                "null"
-            )
-        filled[name] = value
-    most = _first(config, ("max_position_embeddings",))
-    if filled.get("block_size") is None:
-        filled["block_size"] = min(most or MOST_TOKENS, MOST_TOKENS)
-    elif most is not None and filled["block_size"] > most:
-        raise ValueError(
-            f"model.block_size={filled['block_size']}: the config.json of {what} allows at most "
-            f"{most} (max_position_embeddings)"
-        )
-    dropouts = [name for name in DROPOUTS if isinstance(getattr(config, name, None), int | float)]
-    if filled.get("dropout") is None:
-        filled["dropout"] = float(max((getattr(config, name) for name in dropouts), default=0.0))
-    else:
-        if filled["dropout"] and not dropouts:
-            raise ValueError(f"model.dropout={filled['dropout']}: {what} has no dropout; give 0")
-        raw |= dict.fromkeys(dropouts, filled["dropout"])
-    return filled | {"architecture": json.dumps(raw, sort_keys=True), "sha256": _sha256(files)}
-
-
-def _files(folder: Path, what: str) -> list[Path]:
-    """What decides the model: config.json and the weights."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"{what}: no such folder; a model is read from a local folder, and never downloaded"
-        )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{what}: holds no config.json")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = sorted(
-            path.name for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}")
-        )
-        why = f"; {pickles[0]} is a pickle, which can run code when it is read" if pickles else ""
-        raise ValueError(
-            f"{what}: holds no *.safetensors{why}; save_pretrained(...) of transformers writes them"
-        )
-    return [folder / "config.json", *sorted(folder.glob("*.safetensors.index.json")), *weights]
-
-
-def _sha256(files: list[Path]) -> str:
-    """Of the names and contents of `files`."""
-    whole = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            whole.update(
-                f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-            )
-    return whole.hexdigest()
-
-
-def _config(raw: Mapping[str, Any], what: str) -> Any:
-    """The config object of transformers. Raises ValueError for a model that it doesn't know."""
-    transformers = _transformers()
-    kind = raw.get("model_type")
-    try:
-        return type(transformers.AutoConfig.for_model(kind)).from_dict(dict(raw))
-    except ValueError as error:
-        raise ValueError(
-            f"{what}: model_type={kind!r}: transformers {transformers.__version__} has no such "
-            f"model, and code of a folder's own is not run ({str(error).splitlines()[0][:100]})"
-        ) from None
-
-
-def _first(config: Any, names: tuple[str, ...]) -> Any:
-    found = (getattr(config, name, None) for name in names)
-    return next((value for value in found if value is not None), None)
+from models.hf_config import files_of, settings, transformers
 
 
 class HF(LanguageModel):
@@ -175,15 +42,17 @@ class HF(LanguageModel):
 
     def __init__(self, config: ModelConfig, *, weights: bool = True) -> None:
         super().__init__(config)
-        assert config.architecture is not None
+        _know_windows()
         what = f"model.path={config.path}"
-        settings = _config(json.loads(config.architecture), what)
+        found = settings(config)
         if weights and torch.get_default_device().type != "meta":
-            self.inner = _loaded(config, settings, what)
+            self.inner = _loaded(config, found, what)
         else:
-            auto = _transformers().AutoModelForCausalLM
-            self.inner = auto.from_config(settings, dtype=torch.float32)
+            auto = transformers().AutoModelForCausalLM
+            self.inner = auto.from_config(found, dtype=torch.float32)
         self.inner.train()  # from_pretrained leaves it in eval()
+        if self.inner.loss_type is None:  # the one that is taken then, with a warning at each call
+            self.inner.loss_type = "ForCausalLM"
         lists = {n: m for n, m in self.named_modules() if isinstance(m, nn.ModuleList)}
         head = self.inner.get_output_embeddings()
         if not lists or not isinstance(head, nn.Linear):
@@ -211,27 +80,56 @@ class HF(LanguageModel):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         self.check_length(tokens)
         if targets is None:
-            logits: Tensor = self.inner(input_ids=tokens, use_cache=False).logits
+            logits: Tensor = self._called(tokens).logits
             return logits
         if self.training and torch.is_grad_enabled() and not is_fused(self.head):
             basis.unfuse_head(self.inner)  # of a head that was exchanged since
             basis.fuse_head(self.inner)
         targets = targets.contiguous()
-        loss: Tensor = self.inner(
-            input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False
-        ).loss
+        loss: Tensor = self._called(tokens, labels=targets, shift_labels=targets).loss
         return loss
 
+    def _called(self, tokens: Tensor, **labels: Tensor) -> Any:
+        global _in_windows
+        _in_windows = True
+        try:
+            return self.inner(input_ids=tokens, use_cache=False, **labels)
+        finally:
+            _in_windows = False
 
-def _loaded(config: ModelConfig, settings: Any, what: str) -> Any:
+
+_in_windows = False
+
+
+def _know_windows() -> None:
+    """Tell transformers, within a forward of HF, that each row of tokens is one sequence.
+
+    It would look for the places where sequences begin in the positions, on the host. Where it may
+    not look, in compiled graphs and on fake tensors, it makes a mask for what it might have found:
+    T x T numbers, with which attention is slower and keeps repeated keys and values.
+    """
+    masks = importlib.import_module("transformers.masking_utils")
+    plain = masks.find_packed_sequence_indices
+    if not hasattr(plain, "knows_windows"):
+
+        @functools.wraps(plain)
+        def find(position_ids: Tensor) -> Tensor | None:
+            found: Tensor | None = None if _in_windows else plain(position_ids)
+            return found
+
+        find.knows_windows = True  # type: ignore[attr-defined]
+        masks.find_packed_sequence_indices = find
+
+
+def _loaded(config: ModelConfig, found: Any, what: str) -> Any:
     """The model with the weights of the folder."""
     assert config.path is not None
     folder = Path(config.path).expanduser()
-    _files(folder, what)
+    files_of(folder, what)
     try:
-        model, told = _transformers().AutoModelForCausalLM.from_pretrained(
+        model, told = transformers().AutoModelForCausalLM.from_pretrained(
             folder,
-            config=settings,
+            config=found,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,

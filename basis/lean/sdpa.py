@@ -34,6 +34,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from basis.first_order import first_order, in_transform, link, refuse_nested_transforms
 from basis.ops.rounding import restore_all, round_all
@@ -63,6 +64,8 @@ def _kernel(
     if torch.compiler.is_compiling() or in_transform():
         same = q.shape[-1] == v.shape[-1]
         return kernel_by_rule(q, mask, dropout) if same else None
+    if isinstance(q, FakeTensor):  # of which PyTorch's choice is not the real one's
+        return kernel_by_rule(q, mask, dropout) or "again"
     grouped = q.shape[1] != k.shape[1]
     choice = torch._fused_sdp_choice(
         q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from models.hf import described
+from models.hf_config import described
 
 
 def test_without_transformers_the_extra_is_named(
