@@ -11,7 +11,8 @@ that is here).
 
 A plan takes seconds for any size, because what is alike is gone through once or twice.
 
-*Depth.* Models of 3 and 4 blocks are walked through. Bytes alive at an operator are a straight line
+*Depth.* Models of 3 and 4 blocks are walked through (of a folder's, whose blocks may be of several
+kinds in turn, of as many as their period asks for). Bytes alive at an operator are a straight line
 in the depth, if operators are paired by their distance from the beginning or from the end of
 forward and backward; so each pair is extended to the depth of the model, and the peak is the
 largest. What stands between is no larger, since bytes change by the same amount from block to
@@ -42,22 +43,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 import basis
 from basis import head_sizes
+from basis.ops import shapes
 from harness import activations, memory
 from harness.build import apply_method
 from harness.config import Config
 from harness.device import Runtime
 from harness.optim import make_optimizer
 from harness.parallel import Parallel, every_process
-from models import LanguageModel, build
+from models import LanguageModel, ModelConfig, build
+from models.hf_config import kinds_of_blocks, shallower
 
 
 @dataclass(frozen=True)
@@ -179,15 +184,33 @@ def _cut(few: list[Any], more: list[Any]) -> int:
 
 
 def _deep_walk(config: Config, *, categories: bool = True) -> _Walk:
-    """`_walk`, with deep models extended from `FEW_BLOCKS` blocks."""
-    depth = config.model.n_layer
-    if depth <= FEW_BLOCKS:
+    """`_walk`, with deep models extended from two of few blocks."""
+    depths = _depths(_kinds(config.model))
+    if depths is None:
         return _walk(config, categories=categories)
-    few, more = (
-        _walk(with_size(config, n_layer=FEW_BLOCKS - 1 + i), categories=categories)
-        for i in range(2)
-    )
-    return few.extended(more, depth - FEW_BLOCKS + 1)
+    few, more = (_walk(with_size(config, n_layer=depth), categories=categories) for depth in depths)
+    times = (config.model.n_layer - depths[0]) // (depths[1] - depths[0])
+    return few.extended(more, times)
+
+
+def _kinds(model: ModelConfig) -> list[Any]:
+    """Of each block something that two have in common if they are alike."""
+    if model.family != "hf":
+        return [None] * model.n_layer
+    return kinds_of_blocks(model)
+
+
+def _depths(kinds: list[Any]) -> tuple[int, int] | None:
+    """The two depths to walk through: blocks between them are all that follow, again and again.
+    None: the model is not deeper than that.
+    """
+    depth = len(kinds)
+    for more in range(FEW_BLOCKS, depth):
+        for few in range(more - 1, FEW_BLOCKS - 2, -1):
+            times, rest = divmod(depth - few, more - few)
+            if rest == 0 and kinds[few:] == kinds[few:more] * times:
+                return few, more
+    return None
 
 
 def _walk(config: Config, *, categories: bool = True, every_block: bool = False) -> _Walk:
@@ -205,6 +228,8 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
     with (
         _others(config) as mesh,
         head_sizes.blocks_of(_kind(config)),
+        shapes.alone(),
+        _grouped_products(),
         blocks,
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
@@ -217,15 +242,17 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
         tokens = torch.zeros(config.micro_batch_size, config.model.block_size, dtype=torch.int64)
 
         def forward() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=False):
                 return model(tokens, tokens)
 
         basis.set_noise_key(model, seed=0, step=0)
         kept = memory.saved_bytes(model, forward) if categories else {}
         ends = [0]
         micro_batches = min(config.micro_batches, 2)
-        held = memory.held_tensors(model, optimizer)
-        with memory.LiveBytes(held, resized=mesh is not None) as live:
+        # No list of them is held: what layers learn takes the place of what they knew.
+        with memory.LiveBytes(
+            memory.held_tensors(model, optimizer), resized=mesh is not None
+        ) as live:
             for micro_batch in range(micro_batches):
                 basis.set_noise_key(model, seed=0, step=0)
                 ends.append(len(live.series))
@@ -239,6 +266,29 @@ def _walk(config: Config, *, categories: bool = True, every_block: bool = False)
         return _Walk(
             memory.tensor_bytes(model.parameters()), memory.optimizer_bytes(optimizer), passes, kept
         )
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """A (S, N) times W (E, N, M) by groups of its rows: what it keeps, and shapes."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(a, weights, offs)
+        return a.new_empty(a.shape[0], weights.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, weights, _ = ctx.saved_tensors
+        return torch.empty_like(a), torch.empty_like(weights), None
+
+
+@contextmanager
+def _grouped_products() -> Iterator[None]:
+    """Plain experts of transformers multiply by PyTorch's grouped_mm, which knows fake tensors in
+    bfloat16 only.
+    """
+    with patch.object(F, "grouped_mm", lambda a, b, offs: _GroupedProduct.apply(a, b, offs)):
+        yield
 
 
 @contextmanager
@@ -323,11 +373,13 @@ def with_size(
     """`config` for another context, micro-batch or depth; where a step has several micro-batches,
     it keeps two.
     """
-    model = dataclasses.replace(
-        config.model,
-        block_size=block_size or config.model.block_size,
-        n_layer=n_layer or config.model.n_layer,
-    )
+    model = config.model
+    if n_layer is not None:
+        of_folder = model.family == "hf"
+        model = (
+            shallower(model, n_layer) if of_folder else dataclasses.replace(model, n_layer=n_layer)
+        )
+    model = dataclasses.replace(model, block_size=block_size or model.block_size)
     windows = micro_batch_size or config.micro_batch_size
     return dataclasses.replace(
         config,

@@ -32,6 +32,7 @@ from data.tokenizers import GPT2Tokenizer
 from harness.compose import configuration
 from harness.config import Config
 from harness.memory import CATEGORIES, format_bytes
+from models.hf_config import most_tokens
 from report.figures import pyplot, save
 from report.tables import Column, Table
 
@@ -60,7 +61,7 @@ def configurations(
         scope = [] if name == "exact" else ["method.include=['*']"]
         words = [f"method={name}", *scope, *(f"method.{option}" for option in options)]
         for kind in kinds:
-            config = configuration([*words, f"activations={kind}", *overrides])
+            config = configuration([*words, f"activations={kind}", *overrides], weights=False)
             if config.model.vocab_size is None and config.data.tokenizer != "gpt2":
                 raise ValueError(
                     f"model.vocab_size=null: with data.tokenizer={config.data.tokenizer} it "
@@ -69,6 +70,13 @@ def configurations(
                 )
             found[method, kind] = config.resolved(GPT2Tokenizer.vocab_size)
     return found
+
+
+def most_context(config: Config) -> int:
+    """The longest context that is looked at, in tokens."""
+    most = MOST_TOKENS // config.micro_batch_size
+    known = most_tokens(config.model) if config.model.family == "hf" else None
+    return most if known is None else min(most, known)
 
 
 def row(
@@ -86,9 +94,10 @@ def row(
     }
     most = MOST_TOKENS // config.model.block_size
     by_batch = planning.peaks(config, "micro_batch_size", most)
+    limit = most_context(config)
+    unit = min(256, limit)
     for budget in budgets:
-        limit = MOST_TOKENS // config.micro_batch_size
-        line[f"context_{budget:g}"] = planning.largest(peak, budget * 2**30, unit=256, limit=limit)
+        line[f"context_{budget:g}"] = planning.largest(peak, budget * 2**30, unit=unit, limit=limit)
         line[f"batch_{budget:g}"] = planning.largest(by_batch, budget * 2**30, unit=1, limit=most)
     return line
 
@@ -116,10 +125,14 @@ def table(lines: list[dict[str, Any]], config: Config, budgets: list[float]) -> 
     if budgets:
         notes.append(
             "Context (in steps of 256) and micro-batch: the largest whose peak fits, the other as "
-            f"given; not looked for beyond {MOST_TOKENS:,} tokens in all. 0: not even the smallest "
-            "fits."
+            f"given; not looked for beyond {MOST_TOKENS:,} tokens in all, nor beyond what the "
+            "model can take. 0: not even the smallest fits."
         )
     return Table("plan", "Memory of a training step", columns, lines, notes)
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
 
 
 def draw(
@@ -127,6 +140,7 @@ def draw(
     peaks: dict[tuple[str, str], Callable[[int], int]],
     budgets: list[float],
     path: Path,
+    longest: int,
 ) -> Path:
     """Peak against context, a line per method and activations; with budgets, beside it the longest
     context that fits each.
@@ -140,24 +154,23 @@ def draw(
         kinds = list(dict.fromkeys(kind for _, kind in peaks))
         methods = list(dict.fromkeys(method for method, _ in peaks))
         ends = []
+        contexts = [n for n in FIGURE_CONTEXTS if n <= longest] or [longest]
         for (method, kind), peak in tqdm(peaks.items(), desc="lines", leave=False):
-            sizes = [peak(length) / 2**30 for length in FIGURE_CONTEXTS]
+            sizes = [peak(length) / 2**30 for length in contexts]
             colour = f"C{methods.index(method)}"
             style = ("-", "--", ":", "-.")[kinds.index(kind) % 4]
-            axes.loglog(FIGURE_CONTEXTS, sizes, linestyle=style, color=colour, linewidth=1.8)
+            axes.loglog(contexts, sizes, linestyle=style, color=colour, linewidth=1.8)
             ends.append((sizes[-1], f"{method}, {kind}  {sizes[-1]:.0f} GiB", colour))
         lowest = 0.0
         for size, label, colour in sorted(
             ends
         ):  # labels at the lines' ends, moved up where they would lie on each other
             lowest = max(size, lowest * 1.13)
-            axes.text(
-                FIGURE_CONTEXTS[-1] * 1.08, lowest, label, color=colour, va="center", fontsize=9
-            )
+            axes.text(contexts[-1] * 1.08, lowest, label, color=colour, va="center", fontsize=9)
         for budget in budgets:
             axes.axhline(budget, color="grey", linewidth=0.8)
             axes.text(
-                FIGURE_CONTEXTS[0],
+                contexts[0],
                 budget * 1.02,
                 f"{budget:g} GiB",
                 color="grey",
@@ -165,13 +178,11 @@ def draw(
                 fontsize=9,
             )
         axes.set_xlim(
-            FIGURE_CONTEXTS[0] * 0.9, FIGURE_CONTEXTS[-1] * (9 if budgets else 5)
+            contexts[0] * 0.9, contexts[-1] * (9 if budgets else 5)
         )  # room for the labels
         axes.set_xlabel("context (tokens)")
         axes.set_ylabel("peak of a step (GiB)")
-        axes.set_xticks(
-            FIGURE_CONTEXTS, [f"{length // 1024}k" for length in FIGURE_CONTEXTS], minor=False
-        )
+        axes.set_xticks(contexts, [_short(length) for length in contexts], minor=False)
         axes.minorticks_off()
         powers = [2**i for i in range(11) if axes.get_ylim()[0] <= 2**i <= axes.get_ylim()[1]]
         axes.set_yticks(powers, [str(power) for power in powers])
@@ -251,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         configs = configurations(options.overrides, options.methods, options.activations)
         peaks = {
-            key: planning.peaks(config, "block_size", MOST_TOKENS // config.micro_batch_size)
+            key: planning.peaks(config, "block_size", most_context(config))
             for key, config in configs.items()
         }
         lines = [
@@ -263,5 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     show(table(lines, next(iter(configs.values())), options.memory), options.csv)
     if options.figure:
-        print("Written:", draw(lines, peaks, options.memory, options.figure.with_suffix(".svg")))
+        path = options.figure.with_suffix(".svg")
+        longest = most_context(next(iter(configs.values())))
+        print("Written:", draw(lines, peaks, options.memory, path, longest))
     return 0

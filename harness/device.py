@@ -68,9 +68,13 @@ class Runtime:
             return model(*(tensor.to(self.device) for tensor in batch))
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which forward runs: autocast to bfloat16 if that is the precision."""
+        """The context in which forward runs: autocast to bfloat16 if that is the precision.
+
+        Without its cache of weights in bfloat16: a weight is used once in a forward, and the cache
+        would hold copies of all until the forward ends.
+        """
         return (
-            torch.autocast(self.device.type, torch.bfloat16)
+            torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
             if self.precision == "bfloat16"
             else nullcontext()
         )

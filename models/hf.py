@@ -30,7 +30,7 @@ import basis
 from basis.causal_lm import is_fused
 from models.base import LanguageModel
 from models.config import ModelConfig
-from models.hf_config import files_of, settings, transformers
+from models.hf_config import blocks_of, files_of, settings, transformers
 
 
 class HF(LanguageModel):
@@ -53,11 +53,10 @@ class HF(LanguageModel):
         self.inner.train()  # from_pretrained leaves it in eval()
         if self.inner.loss_type is None:  # the one that is taken then, with a warning at each call
             self.inner.loss_type = "ForCausalLM"
-        lists = {n: m for n, m in self.named_modules() if isinstance(m, nn.ModuleList)}
+        blocks, found_blocks = blocks_of(self, config.n_layer)
         head = self.inner.get_output_embeddings()
-        if not lists or not isinstance(head, nn.Linear):
+        if not len(found_blocks) or not isinstance(head, nn.Linear):
             raise ValueError(f"{what}: {type(self.inner).__name__} has no layers or no dense head")
-        blocks = max(lists, key=lambda name: (len(lists[name]) == config.n_layer, len(lists[name])))
         name = next(n for n, m in self.named_modules() if m is head)
         self._names = {"blocks": blocks, "head": name}
 
@@ -108,7 +107,7 @@ def _know_windows() -> None:
     not look, in compiled graphs and on fake tensors, it makes a mask for what it might have found:
     T x T numbers, with which attention is slower and keeps repeated keys and values.
     """
-    masks = importlib.import_module("transformers.masking_utils")
+    masks: Any = importlib.import_module("transformers.masking_utils")
     plain = masks.find_packed_sequence_indices
     if not hasattr(plain, "knows_windows"):
 

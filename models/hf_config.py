@@ -19,6 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from models.config import ModelConfig
 
 MOST_TOKENS = 2048
@@ -190,3 +193,28 @@ def shallower(config: ModelConfig, n_layer: int) -> ModelConfig:
 def _is_of(value: Any, text: Any) -> bool:
     """Whether `value`, a part of config.json, is that of the language model `text` within it."""
     return isinstance(value, dict) and value.get("model_type") == text.model_type
+
+
+def kinds_of_blocks(config: ModelConfig) -> list[Any]:
+    """Of each block of the model what tells it from others: the sizes of its parameters, and its
+    entries in lists of config.json, such as layer_types.
+    """
+    text = settings(config).get_text_config()
+    lists = [v for v in vars(text).values() if isinstance(v, list) and len(v) == config.n_layer]
+    with torch.device("meta"):
+        model = transformers().AutoModelForCausalLM.from_config(settings(config))
+    blocks = blocks_of(model, config.n_layer)[1]
+    return [
+        ([(name, p.shape) for name, p in block.named_parameters()], [of[i] for of in lists])
+        for i, block in enumerate(blocks)
+    ]
+
+
+def blocks_of(model: nn.Module, n_layer: int) -> tuple[str, nn.ModuleList]:
+    """The list of blocks in a model of transformers, and its name; an empty one if it has none."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    return max(
+        lists.items(),
+        key=lambda pair: (len(pair[1]) == n_layer, len(pair[1])),
+        default=("", nn.ModuleList()),
+    )

@@ -31,7 +31,7 @@ training; where no gradient is wanted the plain forward runs, whichever was chos
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from basis.layers.grouped import grouped_linear
 from basis.layers.routed import sum_of_experts
 from basis.lean.activation import LeanActivation
 from basis.lean.gated import gated
+from basis.ops import shapes
 from basis.ops.matrix import cast_for_autocast, has_values
 from basis.ops.noise import combine, derive
 from basis.ops.shared_noise import Passes
@@ -51,6 +52,23 @@ from basis.sketched import Sketched, sketched_linear, wants_weight_grad
 
 SKETCHES = {"gate_up_proj": "gate_up_sketch", "up_proj": "up_sketch", "down_proj": "down_sketch"}
 """The Parameter of a product -> the submodule that keeps for it."""
+
+
+class Counted(NamedTuple):
+    """counts: rows of each expert. tokens: T, by which a method's rank counts."""
+
+    counts: list[int]
+    tokens: int
+
+
+class Grouped(NamedTuple):
+    """rows (S, N): those of experts, which are `index` (S,) of what is kept; ends (E,): where those
+    of each expert end, on the host.
+    """
+
+    rows: Tensor
+    index: Tensor
+    ends: Tensor
 
 
 class ExpertProduct(Sketched):
@@ -72,11 +90,13 @@ class ExpertProduct(Sketched):
     def original(self) -> nn.Module:
         raise ValueError("a product of experts stands for no module; revert the experts")
 
-    def forward(self, x: Tensor, counts: list[int], tokens: int) -> Tensor:
-        """The rows `x` (S, N), sorted by expert, times the experts' weights: (S, M).
-
-        counts: rows of each expert; tokens: T, by which a method's rank counts.
+    def forward(self, x: Tensor, segments: Counted | Grouped) -> Tensor:
+        """The rows of experts, sorted by expert, times their weights: (S, M). x: what is kept in
+        few bytes, these rows (S, N), or with `Grouped` what they are taken from.
         """
+        if isinstance(segments, Grouped):
+            return self._grouped(x, *segments)
+        counts, tokens = segments
         x = cast_for_autocast(x)
         owner = self.owner[0]
         weights = self.weight.mT if owner.is_transposed else self.weight
@@ -103,10 +123,8 @@ class ExpertProduct(Sketched):
             ]
         )
 
-    def grouped(self, x: Tensor, source: Tensor, index: Tensor, ends: Tensor) -> Tensor:
-        """The same for x = source[index], with a sketch of `source`; ends: where the rows of each
-        expert end (grouped.py).
-        """
+    def _grouped(self, source: Tensor, x: Tensor, index: Tensor, ends: Tensor) -> Tensor:
+        """The same for x = source[index], with a sketch of `source` (grouped.py)."""
         x, source = cast_for_autocast(x), cast_for_autocast(source)
         owner = self.owner[0]
         weights = self.weight.mT if owner.is_transposed else self.weight
@@ -117,6 +135,14 @@ class ExpertProduct(Sketched):
     def extra_repr(self) -> str:
         experts, out, width = self.weight.shape
         return f"{experts} experts, {(out, width)}, estimator={self.estimator}"
+
+
+def _counts(expert: Tensor, experts: int) -> list[int]:
+    """Rows of each expert. Of tensors that have no values as many for each: a plan of bytes."""
+    if shapes.counts(expert):
+        return [len(part) for part in expert.tensor_split(experts)]
+    counts: list[int] = torch.bincount(expert, minlength=experts)[:experts].tolist()
+    return counts
 
 
 class SketchedExperts(StandInOfClass):
@@ -178,15 +204,15 @@ class SketchedExperts(StandInOfClass):
             numbers = torch.arange(many, device=expert.device)
             ends = torch.searchsorted(expert, numbers, right=True).cpu()
             rows = order // k
-            h = first.grouped(hidden_states[rows], hidden_states, rows, ends)
+            h = first(hidden_states, Grouped(hidden_states[rows], rows, ends))
             h = self._gated(h, first) if self.has_gate else self.act_fn(h)
-            y = second.grouped(h, h.detach()[order.argsort()], order, ends)
+            y = second(h.detach()[order.argsort()], Grouped(h, order, ends))
         else:
-            counts = torch.bincount(expert, minlength=many)[:many].tolist()
+            counts = _counts(expert, many)
             order = order[: sum(counts)]  # what goes to no expert is sorted to the end
-            h = first(hidden_states[order // k], counts, tokens)
+            h = first(hidden_states[order // k], Counted(counts, tokens))
             h = self._gated(h, first) if self.has_gate else self.act_fn(h)
-            y = second(h, counts, tokens)
+            y = second(h, Counted(counts, tokens))
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         key = None
