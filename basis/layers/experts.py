@@ -62,12 +62,12 @@ class Counted(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """rows (S, N): those of experts, which are `index` (S,) of what is kept; ends (E,): where those
+    """rows (S, N): those of experts, which are `places` (S,) of what is kept; ends (E,): where those
     of each expert end, on the host.
     """
 
     rows: Tensor
-    index: Tensor
+    places: Tensor
     ends: Tensor
 
 
