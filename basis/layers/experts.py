@@ -62,8 +62,8 @@ class Counted(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """rows (S, N): those of experts, which are `places` (S,) of what is kept; ends (E,): where those
-    of each expert end, on the host.
+    """rows (S, N): those of experts, which are `places` (S,) of what is kept; ends (E,): where
+    those of each expert end, on the host.
     """
 
     rows: Tensor
