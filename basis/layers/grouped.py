@@ -12,6 +12,9 @@ The three products are operators of their own, a loop over experts that a graph 
 look into; PyTorch's grouped product is for bfloat16 alone there, in 2.11 to 2.13. The ends of the
 segments lie on the host: their copy is the one time in a forward that the host waits for a GPU.
 
+`basis.gradient_quality` puts another method in the place of a layer's own, so it sees sketches of
+segments: of the same errors on average, from other noise.
+
 What is exact: Y, dX and the gradient of b; what is estimated: dW, as `Quantized` does. Kept: a
 sketch of all rows, where they belong and the ends of segments. Rows behind the last end belong to
 no expert; what comes of them is zero.
