@@ -345,4 +345,6 @@ def main(values: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main))
+    code = command_line.run(main)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: again without a traceback
+    sys.exit(code)

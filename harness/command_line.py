@@ -13,7 +13,8 @@ did not.
 A batch system sends SIGTERM or SIGUSR1 minutes before it kills, a person presses Ctrl-C (SIGINT)
 or closes the terminal (SIGHUP). None of these should cost a run the steps since its last
 checkpoint. So the signal only sets a flag (`StopRequest`), which the loop looks at between steps.
-After a second signal the process ends at once.
+After a second signal the process ends at once, unless it comes so soon that it is the first one,
+passed on.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from omegaconf.errors import OmegaConfBaseException
 import conf
 from harness import sweep
 from harness.folder import disk, status
-from harness.worker import SIGNALS
+from harness.worker import ECHO, SIGNALS
 from harness.world import here
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 LINGER = 10.0  # seconds
-ECHO = 2.0  # seconds in which torchrun passes a signal on that its processes have had already
+TORCHRUN_ECHO = 2.0  # as worker.ECHO: torchrun passes on what its processes have had already
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -178,7 +179,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.code is None:
             self.code, self._since = 128 + number, time.monotonic()
-        elif here().size == 1 or time.monotonic() - self._since > ECHO:
+        elif time.monotonic() - self._since > (ECHO if here().size == 1 else TORCHRUN_ECHO):
             raise KeyboardInterrupt
 
     def __enter__(self) -> StopRequest:

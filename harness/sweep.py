@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import uuid
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
@@ -143,7 +144,13 @@ class ReportFailedJobs(Callback):
 
 def _wait_for_the_jobs(number: int, frame: FrameType | None) -> None:
     """The first signal to a process whose jobs run in others."""
-    worker.catch(signal.default_int_handler)
+    since = time.monotonic()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - since > worker.ECHO:
+            raise KeyboardInterrupt
+
+    worker.catch(end)
     log.warning("waiting until the jobs have saved; a second signal ends them at once")
     assert jobs.records is not None
     if jobs.records.watched:

@@ -34,6 +34,11 @@ from filelock import FileLock, Timeout
 
 from data.storage import write_atomic
 
+ECHO = 0.5
+"""Seconds in which a signal is the first one again, passed on by what started the program (conda
+run, a script that traps it). A person's second Ctrl-C comes later.
+"""
+
 _PROCESS = uuid.uuid4().hex  # not the number of the process: jobs may run on other machines
 
 STOP = "stop"  # a file of Records

@@ -131,6 +131,22 @@ def test_signals_that_ask_to_stop_set_the_exit_code(number: signal.Signals) -> N
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_passed_on_is_the_same_one_and_a_second_one_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C reaches a run and the script that started it, which may send it on."""
+    now = 100.0
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: now)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 0.2
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.code == 130
+        now += 1.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_run_under_nohup_survives_its_terminal() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
