@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         rows = status.of_folders(Path(name.removeprefix("runs=")) for name in arguments.folders)
-    except ValueError as error:
+        print(status.table(rows), flush=True)
+    except (ValueError, OSError) as error:
         print(f"status.py: {error}", file=sys.stderr)
         return 1
-    print(status.table(rows))
     return 0
 
 

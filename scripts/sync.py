@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in arguments.folders:
         try:
             rebuild(folder, arguments)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             print(f"{folder}: {error}", file=sys.stderr)
             failed += 1
     if failed:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from harness import sweep
 from harness.folder.metrics import read_metrics
 from harness.folder.rundir import (
+    CHECKPOINT_FOLDER,
     CONFIG_FILE,
     LOCK_FILE,
     METRICS_FILE,
@@ -126,7 +127,7 @@ def _line(error: object) -> str:
 
 
 def of_folders(paths: Iterable[Path]) -> list[Progress]:
-    """All runs in or below `paths`, and the cells that wait there.
+    """All runs in or below `paths`, the cells that wait there, and the folders that can't be read.
 
     Raises ValueError naming a path that does not exist, or a damaged record of a sweep.
     """
@@ -134,16 +135,32 @@ def of_folders(paths: Iterable[Path]) -> list[Progress]:
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"runs={path}: no such folder")
-        folders = {file.parent for mark in _MARKS for file in path.rglob(mark)}
-        for folder in sorted(folders):
-            within = folder.relative_to(path).parts
-            if "wandb" not in within and not any(part.startswith(".") for part in within):
+        records = []
+        for folder, files in _folders(path, found):
+            if not files.isdisjoint(_MARKS):
                 found.setdefault(folder.resolve(), progress(folder, str(folder)))
-        for record in sorted(path.rglob(sweep.RECORD)):
-            for name in sweep.cells(record.parent):
-                cell = record.parent / name
-                found.setdefault(cell.resolve(), Progress(str(cell), "waiting"))
+            if sweep.RECORD in files:
+                records.append(folder)
+        for folder in records:
+            for name in sweep.cells(folder):
+                found.setdefault((folder / name).resolve(), Progress(str(folder / name), "waiting"))
     return list(found.values())
+
+
+def _folders(top: Path, unread: dict[Path, Progress]) -> Iterator[tuple[Path, set[str]]]:
+    """`top` and the folders below it that may be a run's, each with the names of its files. Those
+    that can't be listed go into `unread`.
+    """
+
+    def refused(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a run beside has removed it
+            folder = Path(str(error.filename))
+            unread[folder.resolve()] = Progress(str(folder), "unreadable", reason=_line(error))
+
+    for name, folders, files in os.walk(top, onerror=refused):
+        hidden = {inner for inner in folders if inner.startswith(".")}
+        folders[:] = sorted({*folders} - hidden - {"wandb", CHECKPOINT_FOLDER})
+        yield Path(name), set(files)
 
 
 def of_sweep(folder: Path, failed: Mapping[str, str]) -> list[Progress]:
@@ -176,4 +193,4 @@ def table(rows: Iterable[Progress]) -> str:
     counts = Counter(row.status for row in rows)
     order = (*_ENDED, "running", "waiting", "refused", "unreadable")
     total = ", ".join(f"{counts[status]} {status}" for status in order if counts[status])
-    return "\n".join([*text, total])
+    return "\n".join([*text, total or "no runs"])

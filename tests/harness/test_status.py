@@ -2,7 +2,9 @@
 them.
 """
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,37 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(
 def test_no_such_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere")]) == 1
     assert f"runs={tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_listed_is_a_line_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of another user, say. One that a run beside has removed is none."""
+    run_folder(tmp_path / "sound", {"status": "finished", "step": 2000})
+    private, gone = tmp_path / "private", tmp_path / "gone"
+    private.mkdir()
+    gone.mkdir()
+    listed = os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path) in (private, gone):
+            number = errno.EACCES if Path(path) == private else errno.ENOENT
+            raise OSError(number, os.strerror(number), path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert main([str(tmp_path)]) == 0
+    _, *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        [str(private), "unreadable"], [str(tmp_path / "sound"), "finished"]
+    ]  # fmt: skip
+    assert "Permission denied" in lines[0]
+    assert total == "1 finished, 1 unreadable"
+
+
+def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["no runs"]
 
 
 def test_duration() -> None:

@@ -1,5 +1,6 @@
 """scripts/sync.py: a mirror rebuilt from the run directory says what the run directory says."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -132,6 +133,23 @@ def test_a_bad_folder_is_reported_and_the_others_are_done(run_dir, tmp_path, cap
     assert "7 of 8 folders not done" in output.err
     assert f"{run_dir}: 5 rows -> " in output.out
     assert len(segments(run_dir)) == 1
+
+
+def test_a_folder_of_another_user_is_reported_and_the_others_are_done(
+    run_dir, tmp_path, monkeypatch, capsys
+):
+    private, looked_at = tmp_path / "private", Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.parent == private:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return looked_at(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert main([str(private), str(run_dir)]) == 1
+    output = capsys.readouterr()
+    assert f"{private}: [Errno 13] Permission denied: '{private / 'config.yaml'}'" in output.err
+    assert f"{run_dir}: 5 rows -> " in output.out
 
 
 def test_nothing_of_a_folder_is_carried_out(run_dir, monkeypatch, capsys):
