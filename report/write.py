@@ -182,9 +182,9 @@ def write(report: Report, out: Path, *, command: str, metrics: bool = False) -> 
     out.mkdir(parents=True, exist_ok=True)
     written = [figure.draw(out) for figure in report.figures]
     for table in report.tables:
-        write_atomic(out / f"{table.name}.csv", table.csv())
+        write_atomic(out / f"{table.name}.csv", _encoded(table.csv()))
         written.append(out / f"{table.name}.csv")
-    write_atomic(out / "report.md", report.markdown(command))
+    write_atomic(out / "report.md", _encoded(report.markdown(command)))
     write_atomic(out / "report.json", json_text(report.json(command)))
     written += [out / "report.md", out / "report.json"]
     if metrics:
@@ -192,6 +192,11 @@ def write(report: Report, out: Path, *, command: str, metrics: bool = False) -> 
         write_metrics(out / METRICS, {run.id: thinned(run) for run in runs})
         written.append(out / METRICS)
     return written
+
+
+def _encoded(text: str) -> bytes:
+    """As UTF-8. The name of a folder need not be: its other bytes are written as escapes."""
+    return text.encode(errors="backslashreplace")
 
 
 def json_text(values: Any) -> str:

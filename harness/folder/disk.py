@@ -19,7 +19,16 @@ from harness.memory import format_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EIO, errno.ENAMETOOLONG, errno.EISDIR)
+GONE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ESTALE,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+)  # the last two: a link to nothing, or in a circle
 ERRNOS = (*FULL, *CLOSED, *GONE)
 
 

@@ -131,6 +131,17 @@ def test_a_token_cache_that_is_full_is_named_by_its_option(data: Path, tmp_path:
     train_here(data, tmp_path / "run", f"data.cache_dir={cache}")
 
 
+def test_a_token_cache_that_leads_nowhere_is_named_by_its_option(
+    data: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "tokens").symlink_to(tmp_path / "unmounted" / "tokens")
+    with pytest.raises(CompactHydraException, match=rf"data\.cache_dir={cache}: File exists: "):
+        train_here(data, tmp_path / "run", f"data.cache_dir={cache}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_first_refusal_that_names_a_file_is_the_one_that_is_told() -> None:
     def raised(*errors: Exception) -> Exception:
         for before, error in itertools.pairwise(errors):

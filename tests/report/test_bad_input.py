@@ -24,6 +24,7 @@ from harness.folder.checkpoint import CheckpointError, Checkpoints
 from report import write
 from report.checked import fits
 from report.results import find_runs
+from report.tables import Column, Table
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +251,14 @@ def test_a_checkpoint_that_goes_while_it_is_read(
     (tmp_path / "step_00000004" / "state.pt").unlink()
     with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
         checkpoints.load_best()
+
+
+def test_a_folder_whose_name_is_no_text_is_written_as_an_escape(tmp_path: Path) -> None:
+    """Names of files are bytes; Python reads those that are no UTF-8 as surrogates."""
+    folder = os.fsdecode(b"runs/caf\xe9")
+    rows = Table("runs", "Runs", {"folder": Column("folder")}, [{"folder": folder}])
+    report = write.Report([], [], [rows], [f"{folder} is a run."], [])
+    write.write(report, tmp_path, command=f"eval.py runs={folder}")
+    assert "caf\\udce9 is a run" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "caf\\udce9" in (tmp_path / "runs.csv").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "report.json").read_text())["sentences"] == report.sentences
