@@ -49,9 +49,12 @@ def real_numbers() -> Iterator[None]:
         yield
 
 
-def agree(trial: Any, formula: Callable[[Tensor], Tensor], *inputs: Tensor) -> bool:
+def agree(
+    trial: Any, formula: Callable[[Tensor], Tensor], *inputs: Tensor, near: float = 0.0
+) -> bool:
     """Whether the class of the module `trial`, or a function, computes `formula` of each input.
-    Within `real_numbers`.
+    near: how far apart numbers may be, relative or not; by default the last bit counts. Within
+    `real_numbers`.
     """
     run = plain_class(trial).forward if isinstance(trial, nn.Module) else None
     for x in inputs:
@@ -62,6 +65,8 @@ def agree(trial: Any, formula: Callable[[Tensor], Tensor], *inputs: Tensor) -> b
             return False
         if not isinstance(found, Tensor) or found.dtype != wanted.dtype:
             return False
-        if not torch.equal(found, wanted):
+        if found.shape != wanted.shape:
+            return False
+        if not (torch.allclose(found, wanted, near, near) if near else torch.equal(found, wanted)):
             return False
     return True

@@ -22,6 +22,7 @@ And of what other models' blocks keep, in bytes a number where that is bfloat16:
 | and the input of `down`, if plain | 2 | 1.0 | 8 bits, unbiased | noise, 1% of dW, no bias |
 | transformers' attention | 2 each | 1.1 each | q, k, v, output: 8 bits (sdpa.py) | noise, 1 to 4% |
 | with a bias or a cap | 2 each, 10 a score | 1.1 each | q, k, v: 8 bits (scores.py) | the same |
+| with sinks | 2 each, 8 to 14 a score | 1.1 each | q, k, v: 8 bits (sinks.py) | the same |
 | SiLU, GELU of transformers | 2 to 8 | 0.25 | 2 bits, as GELU (activation.py) | 15% of dX, fixed |
 | ReLU | 2 | 0.13 | 1 bit (activation.py) | none |
 | the square of ReLU | 2 | 0.5 | 4 bits, unbiased (relu_squared.py) | noise, 7% of dX, no bias |
@@ -30,8 +31,9 @@ And of what other models' blocks keep, in bytes a number where that is bfloat16:
 Modules are replaced in place and keep their parameters. Forward is exact in all of them. Those of
 transformers are found by what they compute (subclass.py), so that nothing of it is imported.
 
-In the attention of T5 and Gemma 2 (scores.py) two products are computed twice: q k^T and dO v^T
-stand for the scores, which are as many as queries times keys. Its dropout keeps a bit a score.
+In the attention of T5, Gemma 2 (scores.py) and gpt-oss (sinks.py) two products are computed twice:
+q k^T and dO v^T stand for the scores, which are as many as queries times keys. Dropout of T5 and
+Gemma 2 keeps a bit a score.
 
 Beside them stand two ways to compute again: recompute.py, exact, for plain dense layers behind
 LayerNorm and GELU; and boundary.py, a checkpoint around a block that keeps its input in few bits,

@@ -8,17 +8,19 @@ stay as they were, and `basis.revert` gives the module its configuration back.
 
 The function is PyTorch's attention with q, k, v and the output in 8 bits (sdpa.py): after rotation,
 k and v with the heads that they have. Rotation itself keeps cosines and sines, which all layers
-share. A position bias (T5) and a cap of the scores (Gemma 2) are added and applied to scores that
-backward forms again (scores.py).
+share. A position bias (T5), a cap of the scores (Gemma 2) and sinks (gpt-oss) take part in scores
+that backward forms again (scores.py, sinks.py).
 
 Taken are modules whose model was loaded with `attn_implementation="sdpa"`, the default; or "eager",
-the default where scores are capped, which PyTorch's attention can't do: if the function for it, in
-the file of the class, takes a cap and computes what scores.py does (`_caps`). A forward that is
-trained on returns no probabilities, as with "sdpa", unless `output_attentions` is asked for.
+the default where scores are capped or have sinks, which PyTorch's attention can't do: if the
+function for it, in the file of the class, computes what scores.py (`_caps`) or sinks.py does. A
+forward that is trained on returns no probabilities, as with "sdpa", unless `output_attentions` is
+asked for.
 
 What is exact: the output, bit by bit where PyTorch would take the same kernel. Kept and errors:
-sdpa.py, scores.py. A forward with `use_cache=True`, the default of transformers, puts keys and
-values into a cache that lives as long as what the model returns: train with `use_cache=False`.
+sdpa.py, scores.py, sinks.py. A forward with `use_cache=True`, the default of transformers, puts
+keys and values into a cache that lives as long as what the model returns: train with
+`use_cache=False`.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 
 from basis.lean.scores import Scores, attended, lean_scores
 from basis.lean.sdpa import lean_sdpa
+from basis.lean.sinks import has_sinks, lean_sinks, sinks_of
 from basis.lean.subclass import LeanSubclass
 from basis.noise_key import HasNoiseKey
 from basis.ops.matrix import cast_for_autocast
@@ -74,7 +77,9 @@ def attend(
             bias = None if bias is None else bias[..., : q.shape[2]]
         noise_key = module.fixed_or_fresh_key(q.device)
         if module.is_written_out:
-            output = _written_out(q, k, v, attention_mask, noise_key, dropout, scaling, more)
+            output = _written_out(
+                module, q, k, v, attention_mask, noise_key, dropout, scaling, more
+            )
         elif more.get("softcap") is not None:
             output = None  # which PyTorch's attention refuses
         elif bias is not None:
@@ -105,6 +110,7 @@ def attend(
 
 
 def _written_out(
+    module: LeanRegistered,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -114,10 +120,14 @@ def _written_out(
     scaling: float | None,
     more: dict[str, Any],
 ) -> Tensor | None:
-    """Attention as `_caps` knows it, from which masks of numbers come; None for others."""
+    """Attention as `_caps` or `has_sinks` know it, with masks of numbers; None for others."""
     if mask is not None and mask.dtype == torch.bool:
         return None
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if (sinks := sinks_of(module)) is not None:
+        if dropout:
+            return None
+        return lean_sinks(module.plain_function(), q, k, v, sinks, mask, key, scale)
     how = Scores(scale, more.get("softcap") or 0.0, False, dropout, written_out=True)
     return lean_scores(q, k, v, None, mask, key, how)
 
@@ -230,5 +240,8 @@ def is_registered(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None or REGISTRY not in code.co_names:
         return False
+    if called == "sdpa":
+        return True
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return called == "sdpa" or (eager is not None and _caps(eager))
+    known = _caps if sinks_of(module) is None else has_sinks
+    return eager is not None and known(eager)

@@ -162,7 +162,7 @@ class _Attention(torch.autograd.Function):
         bias, mask, left, _, *rounded = ctx.saved_tensors
         k, q, v = restore_all(rounded, ctx.dtypes)
         wanted = ctx.needs_input_grad[3]
-        grads = _gradients(q, k, v, bias, mask, left, grad, ctx.how, wanted)
+        *grads, _ = gradients(q, k, v, bias, mask, left, grad, ctx.how, wanted)
         return *grads, None, None, None
 
 
@@ -176,7 +176,7 @@ def _blocks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _gradients(
+def gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -185,9 +185,12 @@ def _gradients(
     left: Tensor | None,
     grad: Tensor,
     how: Scores,
-    learned: bool,
+    learned: bool = False,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv and dbias, from the gradient of the output (b, h, T, d)."""
+    """dq, dk, dv, dbias and dsinks, from the gradient of the output (b, h, T, d). sinks (h,): a
+    score more in each row of a head, of a value that is zero (sinks.py).
+    """
     groups, low = k.shape[1], q.dtype
     wide = torch.promote_types(low, torch.float32)
     dq = torch.empty_like(q)
@@ -197,6 +200,7 @@ def _gradients(
         if learned and bias is not None
         else None
     )
+    dsinks = None if sinks is None else torch.zeros(sinks.shape, dtype=wide, device=q.device)
     grad = grad.to(low)
     for rows in _blocks(q, k):
         count = rows.stop - rows.start
@@ -215,7 +219,11 @@ def _gradients(
             slope = u.square().neg_().add_(1.0)
             u = u.mul_(how.softcap)
         added = _added(bias, mask, rows, q, k, how.causal)
-        p = torch.ops.aten._safe_softmax(u if added is None else u.add_(added), -1)
+        u = u if added is None else u.add_(added)
+        if sinks is not None:
+            u = torch.cat((u, sinks.to(wide).view(-1, 1, 1).expand(*u.shape[:-1], 1)), -1)
+        p = torch.ops.aten._safe_softmax(u, -1)
+        p, to_sinks = (p, None) if sinks is None else p.split((p.shape[-1] - 1, 1), -1)
         del u, added
         du = apart(its_grad @ v.mT).to(wide)  # as yet dP
         if left is None:
@@ -226,8 +234,11 @@ def _gradients(
             du = du.mul_(factor)
             dv += grouped(factor.mul_(p).to(low)).mT @ its_grad
             del factor
-        du = du.sub_((du * p).sum(-1, keepdim=True)).mul_(p)
-        del p
+        mean = (du * p).sum(-1, keepdim=True)
+        if dsinks is not None:
+            dsinks -= (to_sinks * mean).sum((0, 2, 3))
+        du = du.sub_(mean).mul_(p)
+        del p, to_sinks
         if dbias is not None:
             seen = _seen(mask, how.causal, rows, q, k)
             reached = du if seen is None else du.masked_fill(~seen, 0.0)
@@ -240,7 +251,9 @@ def _gradients(
         dk += dz.mT @ some
     if dbias is not None and bias is not None:
         dbias = dbias.to(bias.dtype)
-    return dq, dk.to(low), dv.to(low), dbias
+    if dsinks is not None and sinks is not None:
+        dsinks = dsinks.to(sinks.dtype)
+    return dq, dk.to(low), dv.to(low), dbias, dsinks
 
 
 def lean_scores(
