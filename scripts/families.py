@@ -2,7 +2,7 @@
 table, by family and by what is kept.
 
     python scripts/families.py                  # the table of docs/models.md
-    python scripts/families.py --report llama   # the report of one family
+    python scripts/families.py --report Llama   # the report of one family
 
 Models of two blocks, 256 wide, with random weights and 4 x 128 tokens of 4,096; bytes depend on the
 shapes alone. Needs transformers, and peft for the adapters.

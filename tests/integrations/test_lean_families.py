@@ -267,8 +267,10 @@ def test_text_is_generated_as_before() -> None:
     assert torch.equal(model.generate(start, max_new_tokens=5, do_sample=False), wanted)
 
 
-def test_checkpointed_layers_have_the_gradients_of_the_others() -> None:
-    model, given = made("Llama"), batch("Llama", True)
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "T5"])
+def test_checkpointed_layers_have_the_gradients_of_the_others(family: str) -> None:
+    """Dropout of T5's attention too."""
+    model, given = made(family), {**batch(family, True), "use_cache": False}
     basis.convert(model, basis.Lean(attention="sdpa"))
     basis.set_noise_key(model, seed=0, step=0)
     _, _, exact = step(model, given)
@@ -276,7 +278,7 @@ def test_checkpointed_layers_have_the_gradients_of_the_others() -> None:
     model.gradient_checkpointing_enable()
     kept, _, found = step(model, given)
     assert difference(found, exact) < 1e-6
-    assert kept < 300_000
+    assert kept < (500_000 if family == "T5" else 300_000)
 
 
 def test_adapters_keep_their_names_and_outputs() -> None:
