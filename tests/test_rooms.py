@@ -165,6 +165,11 @@ def test_no_room_outgrows_the_house() -> None:
         assert len([path for path in room.glob("*.py") if path.name != "__init__.py"]) <= 30
 
 
+def test_a_module_is_read_in_one_sitting() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for r in FLOORS for path in files(r)}
+    assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n > 350} == {}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "basis/ops").rglob("*.py")), ids=lambda p: p.stem)
 def test_the_mathematics_of_basis_knows_no_layer_and_no_method(path: Path) -> None:
     own = {name for name in names(path) if name.split(".")[0] == "basis"}

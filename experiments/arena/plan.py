@@ -33,25 +33,21 @@ beside how many runs shared the machine.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import conf
 from basis.diagnostics.budget import BudgetError, parse_share
 from basis.estimators import ESTIMATORS
 from bench.memory_plan import plan
-from data.storage import write_atomic
 from harness.build import check_method
 from harness.compose import configuration
 from harness.config import Config
 from harness.folder import rundir
 from harness.folder.metrics import read_metrics
 
-LEDGER = "arena.json"
 BUDGETS = ("1/4", "1/8", "1/24")
 RATES = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "sgd": (0.01, 0.03, 0.1)}
 ZEROTH_ORDER_RATES = {"adamw": (1e-5, 1e-4, 1e-3), "sgd": (1e-7, 1e-6, 1e-5)}
@@ -325,46 +321,3 @@ def cell(
     return Cell(
         contender, rate, seed, tuning, folder, (*overrides, *contender.overrides, *words), config
     )
-
-
-def best_rate(cells: Sequence[Cell]) -> float | None:
-    """The rate of the lowest final validation loss among a contender's tuning runs; None if all
-    diverged.
-    """
-    losses = {c.rate: c.loss() for c in cells}
-    best = min(losses, key=lambda rate: losses[rate])
-    return best if math.isfinite(losses[best]) else None
-
-
-def next_rate(cells: Sequence[Cell]) -> float | None:
-    """A rate beyond a contender's tuning runs, as far as theirs lie apart, if the best of them is
-    at the edge; else None.
-    """
-    best, rates = best_rate(cells), sorted(c.rate for c in cells)
-    if best is None or len(rates) < 2 or best not in (rates[0], rates[-1]):
-        return None
-    beyond = best * rates[-1] / rates[-2] if best == rates[-1] else best * rates[0] / rates[1]
-    return float(f"{beyond:.2g}")
-
-
-def write_ledger(out: Path, everyone: Sequence[Contender], **facts: Any) -> None:
-    """What the report can't read from the runs, into out/arena.json; refusals noted there before
-    stay, of contenders not here.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    before = {
-        (line["method"], line["budget"]): line for line in read_ledger(out).get("refused", [])
-    }
-    now = {
-        (c.method, c.budget): {"method": c.method, "budget": c.budget, "reason": c.refused}
-        for c in everyone
-    }
-    ledger = {**facts, "refused": [line for line in (before | now).values() if line["reason"]]}
-    write_atomic(out / LEDGER, json.dumps(ledger, indent=1) + "\n")
-
-
-def read_ledger(out: Path) -> dict[str, Any]:
-    """out/arena.json, or an empty dict."""
-    path = out / LEDGER
-    ledger: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return ledger

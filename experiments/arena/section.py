@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments.arena import figures, step_times, tables
-from experiments.arena.plan import LEDGER, read_ledger
+from experiments.arena.ledger import LEDGER, read_ledger
 from experiments.arena.standings import is_arena, standings, unranked
 from report.section import Evidence, Section, Study
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments.ema import task as small
+from experiments.ema.arguments import adaptive_of, add_arguments
 from experiments.ema.tables import write
 from experiments.ema.task import Adaptive, Options, Setting, Task
 
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         type=float,
         help=f"(default: {', '.join(f'{rate} of {name}' for name, rate in RATES.items())})",
     )
-    small.add_arguments(parser, steps=400, look=40, adaptive=Adaptive(every=20, low=0.1, high=0.3))
+    add_arguments(parser, steps=400, look=40, adaptive=Adaptive(every=20, low=0.1, high=0.3))
     parser.set_defaults(out=Path("runs/mlp"))
     options = parser.parse_args(argv)
     try:
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             for name in options.optimizers
         }
-        adaptive = small.adaptive_of(options)
+        adaptive = adaptive_of(options)
         if min(options.hidden) < 1:
             raise ValueError(
                 f"--hidden {' '.join(map(str, options.hidden))}: widths must be at least 1"

@@ -56,6 +56,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiments.ema import task as small
+from experiments.ema.arguments import adaptive_of, add_arguments
 from experiments.ema.tables import write
 from experiments.ema.task import Adaptive, Options, Setting, Task
 
@@ -239,12 +240,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--lr", type=float, default=3e-3, help="of Adam, at the start (default: 0.003)"
     )
-    small.add_arguments(parser, steps=800, look=50, adaptive=Adaptive(every=50, low=0.05, high=0.2))
+    add_arguments(parser, steps=800, look=50, adaptive=Adaptive(every=50, low=0.05, high=0.2))
     parser.set_defaults(out=Path("runs/pinn"))
     options = parser.parse_args(argv)
     try:
         loop = Options(options.steps, options.lr, "adam", look=options.look, share=options.share)
-        adaptive = small.adaptive_of(options)
+        adaptive = adaptive_of(options)
         if min(options.hidden) < 1:
             raise ValueError(
                 f"--hidden {' '.join(map(str, options.hidden))}: widths must be at least 1"

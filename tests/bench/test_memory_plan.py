@@ -124,7 +124,7 @@ def test_deep_models_are_extended_block_by_block(kind: str) -> None:
         "model.n_layer=6",
         *more,
     )
-    assert planning.plan(options) == planning._walk(options).plan()
+    assert planning.plan(options) == planning.walk(options).plan()
 
 
 @pytest.mark.parametrize("vocabulary", [65, 2001])
@@ -132,7 +132,7 @@ def test_deep_models_are_extended_block_by_block(kind: str) -> None:
 def test_a_deep_model_is_planned_as_if_it_were_walked_through(vocabulary: int) -> None:
     """Wherever its peak is: at a small vocabulary in the blocks, at a large one at the head."""
     options = config("method=exact", "model.n_layer=12", f"model.vocab_size={vocabulary}")
-    assert planning.plan(options) == planning._walk(options).plan()
+    assert planning.plan(options) == planning.walk(options).plan()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -156,7 +156,7 @@ def test_three_blocks_of_the_head_say_what_all_do(
     options = config(
         *method, f"activations={kind}", f"device={device}", "micro_batch_size=3", "model.n_layer=1"
     )  # 192 rows: 19 blocks of 10, and 2
-    few, every = planning._walk(options), planning._walk(options, every_block=True)
+    few, every = planning.walk(options), planning.walk(options, every_block=True)
     assert len(few.passes[1]) < len(every.passes[1])
     assert few.kept == every.kept
     left_out = 20 - 3
@@ -242,7 +242,7 @@ def test_sizes_between_two_long_ones_lie_on_a_line(
     unit = 1 if option == "micro_batch_size" else 64
     peak = planning.peaks(options, option, 200 * unit)
     for size in (3, 30, 51, 120):
-        real = planning._walk(
+        real = planning.walk(
             planning.with_size(options, **{option: size * unit}), categories=False, every_block=True
         )
         assert peak(size * unit) == pytest.approx(real.plan().peak, rel=0.005)

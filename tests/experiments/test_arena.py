@@ -15,7 +15,7 @@ from tiny import evaluate_here, train_here
 
 import conf
 from bench.bench_step import step_options
-from experiments.arena import plan, standings, step_times
+from experiments.arena import ledger, plan, standings, step_times
 from experiments.arena import tables as arena
 from experiments.sections import studies
 from harness.compose import configuration
@@ -68,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_here(data, folder / "refused", *QUICK, "method.budget=1/1000", BLOCKS)
     assert not (folder / "refused").exists()
     refused = plan.Contender("basis", "1/1000", (), (), refused="method.budget=1/1000: too little")
-    plan.write_ledger(folder, [refused], jobs=2)
+    ledger.write_ledger(folder, [refused], jobs=2)
     return folder
 
 

@@ -17,7 +17,7 @@ from tiny import REPOSITORY, overrides, run_command, train_here
 
 import conf
 import train
-from experiments.arena import plan
+from experiments.arena import ledger, plan, rates
 from experiments.arena import run as arena
 from experiments.sections import studies
 from harness.folder.rundir import CONFIG_FILE
@@ -122,7 +122,7 @@ def test_a_best_rate_at_the_edge_asks_for_one_beyond(
     cells = [
         SimpleNamespace(rate=rate, loss=lambda loss=loss: loss) for rate, loss in losses.items()
     ]
-    assert plan.next_rate(cells) == beyond
+    assert rates.next_rate(cells) == beyond
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -206,8 +206,8 @@ def test_one_command_lists_runs_skips_and_reports(launch: Launch, tmp_path: Path
     assert again.returncode == 0, again.stdout
     assert "4 runs, 4 of them ended before" in again.stdout
     assert "2 runs, 2 of them ended before" in again.stdout
-    (ledger,) = plan.read_ledger(tmp_path / "out")["refused"]
-    assert (ledger["method"], ledger["budget"]) == ("basis", "1/64")
+    (line,) = ledger.read_ledger(tmp_path / "out")["refused"]
+    assert (line["method"], line["budget"]) == ("basis", "1/64")
     stale = launch(*rates, "--jobs", "1", "optim.beta1=0.5")
     assert stale.returncode == 1
     assert "arena: " in stale.stderr

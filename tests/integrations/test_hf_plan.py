@@ -99,7 +99,7 @@ def test_blocks_of_several_kinds_are_walked_through_as_their_period_asks(tmp_pat
     settings = transformers.Qwen3Config(**LLAMA | deep, head_dim=8, use_sliding_window=True)
     config = config_of(folder_of(settings, tmp_path), "method=exact")
     assert planning._depths(planning._kinds(config.model)) == (4, 6)
-    assert planning.plan(config) == planning._walk(config).plan()
+    assert planning.plan(config) == planning.walk(config).plan()
     assert planning._depths([0, 0, 0, 0, 0, 1]) is None
     assert planning._depths([1, 0, 0, 0, 0, 0]) == (3, 4)
     assert planning._depths([0] * 4) is None
