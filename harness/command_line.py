@@ -124,7 +124,8 @@ def _end_of_sweep(jobs: sweep.Jobs, folder: Path) -> None:
         record.unlink()
         remove_if_empty(folder)
     elif written:
-        cells = status.of_sweep(folder, {overrides: str(error) for overrides, error in jobs.failed})
+        failures = {overrides: str(error) for overrides, error in jobs.failed}
+        cells = status.of_sweep(folder, sweep.cells_of(jobs.hydra), failures)
         if cells and here().first:
             print(status.table(cells), flush=True)
     if jobs.failed:

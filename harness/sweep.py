@@ -19,11 +19,12 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -52,7 +53,8 @@ SUBDIR = "${run_name:${hydra:job.override_dirname}}"  # as in conf/config.yaml
 class Jobs:
     """count: jobs that ended. failed: overrides and error of each that failed, an error in words
     where it happened in another process. folder: of a sweep; None in a single run. record_before:
-    the version of its RECORD, before it began. code: 128 + the signal that interrupted jobs of
+    the version of its RECORD, before it began. hydra: what RECORD says of this sweep, where another
+    sweep into the folder may have written since. code: 128 + the signal that interrupted jobs of
     other processes.
     """
 
@@ -60,6 +62,7 @@ class Jobs:
     failed: list[tuple[str, BaseException | str]] = field(default_factory=list)
     folder: Path | None = None
     record_before: tuple[int, ...] | None = None
+    hydra: dict[str, Any] = field(default_factory=dict)
     records: Records | None = None
     code: int | None = None
 
@@ -96,6 +99,7 @@ class ReportFailedJobs(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         jobs.folder = Path(str(config.hydra.sweep.dir))
         jobs.record_before = version(jobs.folder / RECORD)
+        jobs.hydra = cast(dict[str, Any], OmegaConf.to_container(config.hydra))
         launcher = str(config.hydra.launcher._target_)
         if launcher.endswith("BasicLauncher"):
             return
@@ -194,18 +198,22 @@ def cells(folder: Path) -> dict[str, str]:
     """
     if not (folder / RECORD).exists():
         return {}
-    hydra = rundir.read_config(folder, RECORD)["hydra"]
+    try:
+        return cells_of(rundir.read_config(folder, RECORD)["hydra"])
+    except HydraException as error:
+        raise ValueError(f"{folder / RECORD}: {error}") from error
+
+
+def cells_of(hydra: Mapping[str, Any]) -> dict[str, str]:
+    """As `cells`, of a sweep that was configured by `hydra`."""
     if hydra["sweep"]["subdir"] != SUBDIR or "Basic" not in hydra["sweeper"]["_target_"]:
         return {}
     swept = [f"{name}={value}" for name, value in (hydra["sweeper"]["params"] or {}).items()]
     style = hydra["job"]["config"]["override_dirname"]
     parser = OverridesParser.create()
     found = {}
-    try:
-        given = parser.parse_overrides(swept + hydra["overrides"]["task"])
-        for cell in BasicSweeper.split_arguments(given, None)[0]:
-            name = get_overrides_dirname(parser.parse_overrides(cell), **style)
-            found[rundir.run_name(name)] = " ".join(cell)
-    except HydraException as error:
-        raise ValueError(f"{folder / RECORD}: {error}") from error
+    given = parser.parse_overrides(swept + hydra["overrides"]["task"])
+    for cell in BasicSweeper.split_arguments(given, None)[0]:
+        name = get_overrides_dirname(parser.parse_overrides(cell), **style)
+        found[rundir.run_name(name)] = " ".join(cell)
     return found

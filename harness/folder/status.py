@@ -163,12 +163,12 @@ def _folders(top: Path, unread: dict[Path, Progress]) -> Iterator[tuple[Path, se
         yield Path(name), set(files)
 
 
-def of_sweep(folder: Path, failed: Mapping[str, str]) -> list[Progress]:
-    """The cells of the last sweep into `folder`. failed: what is known of failures, by the cell's
-    overrides.
+def of_sweep(folder: Path, cells: Mapping[str, str], failed: Mapping[str, str]) -> list[Progress]:
+    """The `cells` (sweep.py) of a sweep into `folder`. failed: what is known of failures, by
+    the cell's overrides.
     """
     found = []
-    for name, overrides in sweep.cells(folder).items():
+    for name, overrides in cells.items():
         if any((folder / name / mark).exists() for mark in _MARKS):
             found.append(progress(folder / name, name))
         elif overrides in failed:

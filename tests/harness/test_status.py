@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny import REPOSITORY
 
-from harness import sweep
+from harness import command_line, sweep
 from harness.folder import rundir, status
 from scripts.status import main
 
@@ -175,16 +175,35 @@ def test_cells_have_the_names_that_hydra_gives_their_folders(tmp_path: Path) -> 
 
 def test_cells_that_have_not_begun_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record_of_sweep(tmp_path, "method=basis", "method.rank=0,2,4")
-    refused, begun, waits = sweep.cells(tmp_path)
+    refused, begun, waits = cells = sweep.cells(tmp_path)
     run_folder(tmp_path / begun, {"status": "finished", "step": 2000})
     (tmp_path / waits).mkdir()  # Hydra makes it before the run looks at anything
-    found = status.of_sweep(tmp_path, {"method=basis method.rank=0": "method.rank=0: must be"})
+    found = status.of_sweep(
+        tmp_path, cells, {"method=basis method.rank=0": "method.rank=0: must be"}
+    )
     assert [(row.name, row.status) for row in found] == [
         (refused, "refused"), (begun, "finished"), (waits, "waiting")
     ]  # fmt: skip
     assert found[0].reason == "method.rank=0: must be"
     assert main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 finished, 2 waiting"
+
+
+def test_two_sweeps_into_one_folder_end_with_a_table_of_their_own_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "jobs", sweep.Jobs())
+    record_of_sweep(tmp_path, "seed=0,1")
+    values = OmegaConf.load(tmp_path / sweep.RECORD)
+    values.hydra.sweep.dir = str(tmp_path)
+    sweep.ReportFailedJobs().on_multirun_start(values)
+    mine = sweep.cells(tmp_path)
+    run_folder(tmp_path / next(iter(mine)), {"status": "finished", "step": 2000})
+    record_of_sweep(tmp_path, "seed=1,2,3")  # begun after the first, which goes on
+    command_line._end_of_sweep(sweep.jobs, tmp_path)
+    _, *rows, total = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == list(mine)
+    assert total == "1 finished, 1 waiting"
 
 
 def test_other_names_than_ours_are_not_guessed(tmp_path: Path) -> None:
