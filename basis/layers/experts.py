@@ -15,7 +15,9 @@ segments together.
 Rows are gathered by their index, which is all that is kept of that. For the gradient of the routing
 weights the rows that experts return are kept (routed.py), and the gate between the two products
 keeps what it does in the plain module; unless `basis.Lean` has replaced the activation in it: then
-both keep 4 bits a number, the gate as a gated MLP does (lean/gated.py).
+both keep 4 bits a number, the gate as a gated MLP does (lean/gated.py). A gate of the experts' own,
+such as that of gpt-oss, is a submodule here, so that `basis.Lean` can replace it too, after this
+(lean/experts_gate.py).
 
 Sizes of segments are looked at on the host once a forward, as in transformers' own plain forward. A
 sketch per segment has as many rows as the segment, so torch.compile breaks its graph there. For a
@@ -43,6 +45,7 @@ from basis.exchange import StandInOfClass, standing_in, take_over
 from basis.layers.grouped import grouped_linear
 from basis.layers.routed import sum_of_experts
 from basis.lean.activation import LeanActivation
+from basis.lean.experts_gate import ExpertsGate, LeanExpertsGate, own_gate
 from basis.lean.gated import gated
 from basis.ops import shapes
 from basis.ops.matrix import cast_for_autocast, has_values
@@ -69,6 +72,10 @@ class Grouped(NamedTuple):
     rows: Tensor
     places: Tensor
     ends: Tensor
+
+
+GATE = "own_gate"
+"""The submodule that stands for a gate other than the one that most mixtures have."""
 
 
 class ExpertProduct(Sketched):
@@ -157,17 +164,18 @@ class SketchedExperts(StandInOfClass):
 
     @property
     def own_names(self) -> frozenset[str]:
-        return frozenset(SKETCHES.values())
+        return frozenset({*SKETCHES.values(), GATE})
 
     def settle(self) -> None:
         for part in self.children():
-            if isinstance(part, ExpertProduct):
+            if isinstance(part, ExpertProduct | ExpertsGate):
                 part.owner = (self,)
 
     @property
     def _is_lean(self) -> bool:
-        """Whether `basis.Lean` has replaced the activation."""
-        return isinstance(getattr(self, "act_fn", None), LeanActivation)
+        """Whether `basis.Lean` has replaced the activation, or a gate of the experts' own."""
+        own = isinstance(self._modules.get(GATE), LeanExpertsGate)
+        return own or isinstance(getattr(self, "act_fn", None), LeanActivation)
 
     @property
     def _keeps_rows(self) -> bool:
@@ -224,6 +232,8 @@ class SketchedExperts(StandInOfClass):
         """The gate and what it lets through (S, 2 I) -> (S, I); in few bits where the activation is
         a lean one, and the gate is the one that most mixtures have.
         """
+        if (own := self._modules.get(GATE)) is not None:
+            return cast(Tensor, own(h))
         is_default = type(self)._apply_gate.__name__ == "_default_apply_gate"
         if not (is_default and self._is_lean):
             return self._apply_gate(h)
@@ -281,4 +291,9 @@ def sketched_experts(
     new = take_over(standing_in(SketchedExperts, module), module)
     for name, estimator in chosen.items():
         setattr(new, SKETCHES[name], ExpertProduct(new, name, estimator))
+    if (gate := own_gate(new)) is not None:
+        before = module._modules.get(GATE)
+        if isinstance(before, LeanExpertsGate):
+            gate = LeanExpertsGate(new, gate.in_turns, before.bits).train(new.training)
+        setattr(new, GATE, gate)
     return new

@@ -20,6 +20,7 @@ And of what other models' blocks keep, in bytes a number where that is bfloat16:
 | RMSNorm of transformers | 6 to 8 | 1.1 | the same | the same |
 | SwiGLU, GEGLU, of `gate` and `up` | 6 | 1.1 | 4 bits, unbiased (gated.py) | noise, 12%, no bias |
 | and the input of `down`, if plain | 2 | 1.0 | 8 bits, unbiased | noise, 1% of dW, no bias |
+| gates of experts' own (gpt-oss) | 10 to 16 | 1.1 | 4 bits, unbiased (experts_gate.py) | as SwiGLU |
 | transformers' attention | 2 each | 1.1 each | q, k, v, output: 8 bits (sdpa.py) | noise, 1 to 4% |
 | with a bias or a cap | 2 each, 10 a score | 1.1 each | q, k, v: 8 bits (scores.py) | the same |
 | with sinks | 2 each, 8 to 14 a score | 1.1 each | q, k, v: 8 bits (sinks.py) | the same |
@@ -54,6 +55,7 @@ from basis.lean import gated
 from basis.lean.activation import LeanActivation, is_few_bit, name_of
 from basis.lean.attention import LeanAttention
 from basis.lean.dropout import LeanDropout
+from basis.lean.experts_gate import ExpertsGate, LeanExpertsGate
 from basis.lean.gated import LeanGatedMLP
 from basis.lean.gelu import LeanGELU, check_bits
 from basis.lean.norm import LeanLayerNorm
@@ -137,6 +139,7 @@ class Lean(Exchange):
             or (self.norm and _is_norm(module))
             or (self.gelu_bits is not None and _is_activation(module))
             or (self.gated_bits is not None and gated.is_gated(module))
+            or (self.gated_bits is not None and isinstance(module, ExpertsGate))
             or (self.dropout and _is_dropout(module))
         )
 
@@ -147,6 +150,10 @@ class Lean(Exchange):
             return LeanAttention(module)
         if is_registered(module):
             return LeanRegistered.from_attention(module)
+        if isinstance(module, ExpertsGate):
+            assert self.gated_bits is not None
+            new = LeanExpertsGate(module.owner[0], module.in_turns, self.gated_bits)
+            return new.train(module.training)
         if isinstance(module, nn.LayerNorm):
             return LeanLayerNorm.from_norm(module)
         if isinstance(module, nn.Dropout):
@@ -203,5 +210,5 @@ def revert(model: nn.Module) -> list[str]:
         DeprecationWarning,
         stacklevel=2,
     )
-    kinds = (LeanLayerNorm, LeanGELU, LeanAttention, LeanSubclass, LeanDropout)
+    kinds = (LeanLayerNorm, LeanGELU, LeanAttention, LeanSubclass, LeanDropout, LeanExpertsGate)
     return put_back(model, kinds)
