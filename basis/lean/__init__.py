@@ -20,7 +20,7 @@ And of what other models' blocks keep, in bytes a number where that is bfloat16:
 | RMSNorm of transformers | 6 to 8 | 1.1 | the same | the same |
 | SwiGLU, GEGLU, of `gate` and `up` | 6 | 1.1 | 4 bits, unbiased (gated.py) | noise, 12%, no bias |
 | and the input of `down`, if plain | 2 | 1.0 | 8 bits, unbiased | noise, 1% of dW, no bias |
-| gates of experts' own (gpt-oss) | 10 to 16 | 1.1 | 4 bits, unbiased (experts_gate.py) | as SwiGLU |
+| gates of experts' own, gpt-oss | 10 to 16 | 1.1 | 4 bits, unbiased (experts_gate.py) | as SwiGLU |
 | transformers' attention | 2 each | 1.1 each | q, k, v, output: 8 bits (sdpa.py) | noise, 1 to 4% |
 | with a bias or a cap | 2 each, 10 a score | 1.1 each | q, k, v: 8 bits (scores.py) | the same |
 | with sinks | 2 each, 8 to 14 a score | 1.1 each | q, k, v: 8 bits (sinks.py) | the same |
