@@ -46,76 +46,46 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import basis
 from basis.diagnostics import kept
 from basis.diagnostics.saved import observe
 from basis.sketched import Sketched
 from harness.world import local, sharded_modules, spread
-from models import HF, LanguageModel
-from models.base import CausalAttention
-from models.gpt import CausalSelfAttention
-from models.llama import LlamaAttention
+from models import LanguageModel
 
+DENSE, SKETCHES, LOSS, COPIES = "linear inputs", "sketches", "loss head", "weight copies"
 CATEGORIES = (
-    "linear inputs",
-    "sketches",
-    "attention",
-    "norms",
-    "activations",
-    "loss head",
-    "weight copies",
-    "other",
+    DENSE,
+    SKETCHES,
+    kept.ATTENTION,
+    kept.NORMS,
+    kept.ACTIVATIONS,
+    LOSS,
+    COPIES,
+    kept.OTHER,
 )
-
-_KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((Sketched,), "sketches"),
-    ((nn.Linear,), "linear inputs"),
-    (
-        (
-            CausalSelfAttention,
-            LlamaAttention,
-            CausalAttention,
-            basis.lean.LeanAttention,
-            basis.sus.SusAttention,
-            nn.MultiheadAttention,
-        ),
-        "attention",
-    ),
-    ((nn.LayerNorm, nn.RMSNorm), "norms"),
-    ((nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid), "activations"),
-    ((LanguageModel,), "loss head"),
-)
+_AS_THERE = {kind: kind for kind in (kept.ATTENTION, kept.NORMS, kept.ACTIVATIONS)}
+_OF_KEPT = {kept.DENSE: DENSE, **_AS_THERE}
+"""What basis/diagnostics/kept.py tells by a module's class, and what it is called here."""
 
 
 def _category(module: nn.Module | None, tensor: Tensor) -> str:
+    """What `tensor` is kept for, where the forward of `module` is running."""
     if isinstance(module, nn.Linear) and tensor.dtype != module.weight.dtype:
         shapes = (module.weight.shape, module.weight.t().shape)
         if tensor.is_floating_point() and tensor.shape in shapes:
-            return "weight copies"
-    for kinds, category in _KINDS:
-        if isinstance(module, kinds):
-            return category
-    return "other"
+            return COPIES
+    if isinstance(module, Sketched):
+        return SKETCHES
+    if module is None:
+        return kept.OTHER
+    if isinstance(module, LanguageModel) or _has_the_loss(module):
+        return LOSS
+    return _OF_KEPT.get(kept.category(module) or "", kept.OTHER)
 
 
-_OF_TRANSFORMERS = {
-    kept.DENSE: "linear inputs",
-    kept.NORMS: "norms",
-    kept.ACTIVATIONS: "activations",
-    kept.ATTENTION: "attention",
-}
-
-
-def _category_in_hf(module: nn.Module | None, tensor: Tensor) -> str:
-    """The same in a model of transformers, whose other classes are told by name."""
-    known = _category(module, tensor)
-    if known != "other" or module is None:
-        return known
-    if type(module).__name__.endswith("ForCausalLM") or type(module).__name__.endswith(
-        "LMHeadModel"
-    ):
-        return "loss head"
-    return _OF_TRANSFORMERS.get(kept.category(module) or "", known)
+def _has_the_loss(module: nn.Module) -> bool:
+    """Whether `module` is a language model of transformers, whose own forward takes the loss."""
+    return type(module).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -203,10 +173,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, in
         if isinstance(model, LanguageModel) and module is model.head:
             continue  # with a hook on it, its logits would be made for the hook to see
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    told = _category_in_hf if isinstance(model, HF) else _category
     try:
         table = _record(
-            model, forward, lambda tensor: told(running[-1] if running else None, tensor)
+            model, forward, lambda tensor: _category(running[-1] if running else None, tensor)
         )
     finally:
         for handle in handles:

@@ -48,7 +48,10 @@ _BY_NAME = (
     ("Dropout", DROPOUT),
     ("Embedding", EMBEDDINGS),
     ("Attention", ATTENTION),
-    *((part, ACTIVATIONS) for part in ("MLP", "GELU", "SiLU", "ReLU", "Activation", "Tanh")),
+    *(
+        (part, ACTIVATIONS)
+        for part in ("MLP", "GELU", "SiLU", "ReLU", "Activation", "Tanh", "Sigmoid")
+    ),
     *((part, ACTIVATIONS) for part in ("Intermediate", "DenseAct", "DenseGatedAct")),
 )
 
