@@ -58,7 +58,7 @@ def _split(model: LanguageModel, config: Config, loss: Callable[[int], Tensor]) 
         for name, quality in basis.gradient_quality(model, functools.partial(loss, step)).items():
             squares.setdefault(name, []).append(quality.relative_error**2)
     # Layers that read one tensor keep one sketch of it: one setting, whose bytes count once.
-    leaders = first_readers(model, functools.partial(loss, 0))
+    leaders = first_readers(model, functools.partial(loss, 0), skip=[model.head])
     errors: dict[str, tuple[int, float]] = {}
     inputs, times = layer_inputs(config), {}
     for name, layer in basis.sketched_layers(model):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import basis
 from basis.convert import not_learning
+from basis.diagnostics.kept import first_readers
 from basis.diagnostics.monitor import Monitor
 from basis.noise_key import assign_keys, base_key
 from basis.ops.noise import fold
@@ -257,6 +258,8 @@ class Run:
             torch.set_grad_enabled(self.zeroth_order is None),
         ):
             saved = memory.saved_bytes(self.model, forward)
+            # The head, fused with its loss, keeps no input.
+            readers = first_readers(self.model, forward, skip=[self.model.head])
             peak = 0
             if (
                 self.runtime.device.type == "cpu" and self.zeroth_order is None
@@ -277,16 +280,14 @@ class Run:
         }
         layers = [layer for _, layer in basis.sketched_layers(self.model)]
         learned = memory.tensor_bytes(t for layer in layers for t in layer.state.values())
-        widths = sum(
-            layer.in_features for layer in layers if layer.weight is not self.model.head.weight
-        )  # which keeps no input
-        inputs = layer_inputs(self.config)
+        width = {name: layer.in_features for name, layer in basis.sketched_layers(self.model)}
+        read = sum(rows * width[name] for name, (first, rows) in readers.items() if name == first)
         measured |= {
             "mem/parameter_bytes": parameters,
             "mem/gradient_bytes": parameters,
             "mem/estimator_bytes": learned,
         }
-        measured["mem/input_bytes"] = inputs["rows"] * widths * inputs["dtype"].itemsize
+        measured["mem/input_bytes"] = read * layer_inputs(self.config)["dtype"].itemsize
         return measured | ({"mem/peak_bytes": peak} if peak else {})
 
 

@@ -10,6 +10,7 @@ memory is held until it ends.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
-from basis.causal_lm import is_fused
 from basis.convert import not_learning, sketched_layers
 from basis.diagnostics.saved import observe
 from basis.sketched import Sketched
@@ -161,25 +161,31 @@ def kept_by_category(model: nn.Module, sample: Any) -> tuple[dict[str, int], dic
     return {name: watch.sizes[name] for name in CATEGORIES if watch.sizes[name]}, watch.rows
 
 
-def first_readers(model: nn.Module, forward: Callable[[], object]) -> dict[str, tuple[str, int]]:
+def first_readers(
+    model: nn.Module, forward: Callable[[], object], skip: Sequence[nn.Module] = ()
+) -> dict[str, tuple[str, int]]:
     """For each sketched layer that `forward()` runs, by name: the first one that reads the same
     tensor, itself unless it shares its input (shared_input.py), and the rows of that tensor. A head
-    that is fused with its loss (`fuse_head`) has no part in it.
+    that is fused with its loss must be among `skip`, the layers that are not looked at.
     """
-    inputs: dict[tuple[int, int], tuple[str, Tensor]] = {}
+    inputs: dict[tuple[int, int], tuple[str, weakref.ref[Tensor]]] = {}
     found: dict[str, tuple[str, int]] = {}
 
     def note(name: str, x: Tensor) -> None:
-        leader, _ = inputs.setdefault((id(x), x._version), (name, x))  # held: no other has its id
+        leader, known = inputs.get((id(x), x._version), (name, None))
+        if known is None or known() is not x:  # another one had its id before
+            leader = name
+            inputs[id(x), x._version] = name, weakref.ref(x)
         found.setdefault(name, (leader, x.numel() // x.shape[-1]))
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
         for name, layer in sketched_layers(model)
-        if not is_fused(layer)
+        if not any(layer is other for other in skip)
     ]
     try:
-        forward()
+        if handles:
+            forward()
     finally:
         for handle in handles:
             handle.remove()

@@ -49,6 +49,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from basis.exchange import plain_name
+from basis.layers.conv1d import is_conv1d
+from basis.layers.sketch import width_of
 from basis.linear import SketchedLinear
 from basis.loss_head import BlockObserver, HeadHook
 from basis.ops.noise import fold, normal_rows
@@ -129,8 +131,8 @@ class _Watch(HeadHook):
 
 
 class Monitor:
-    """Sketches of the dense layers of `model` (nn.Linear, SketchedLinear) while it is entered as a
-    context.
+    """Sketches of the dense layers of `model` (nn.Linear, transformers' Conv1D, sketched or not)
+    while it is entered as a context. Experts of a mixture are not watched.
 
     include, exclude: shell patterns over layer names. probes: p, at least 1. seed: of the random
     matrices. Raises ValueError for `probes`, and if no layer is left.
@@ -151,7 +153,7 @@ class Monitor:
         names = {
             plain_name(model, name): m
             for name, m in model.named_modules()
-            if type(m) in (nn.Linear, SketchedLinear)
+            if type(m) in (nn.Linear, SketchedLinear) or is_conv1d(m)
         }
         self.layers = {
             name: layer
@@ -219,7 +221,7 @@ class Monitor:
         """Go on from `state_dict()` of a monitor of the same model; what doesn't fit this one's
         layers and probes is left out.
         """
-        shapes = {name: (layer.in_features, self.probes) for name, layer in self.layers.items()}
+        shapes = {name: (width_of(layer), self.probes) for name, layer in self.layers.items()}
         self._ranges = {
             name: range_.to(self.layers[name].weight.device)
             for name, range_ in state.items()

@@ -174,6 +174,24 @@ def test_a_budget_follows_the_error_of_each_layer(make: Callable[[], Any], tmp_p
         assert "inner.model.layers.0.mlp.experts" in sketched
 
 
+@pytest.mark.parametrize(("make", "widths"), [(llama, 3 * 32 + 48), (gpt2, 3 * 32 + 4 * 32)])
+def test_inputs_count_once_and_the_monitor_sees_every_dense_layer(
+    make: Callable[[], Any], widths: int, tmp_path: Path
+) -> None:
+    """Llama's q, k and v read one tensor, so do gate and up; GPT-2's layers are Conv1D."""
+    path = saved(make, tmp_path / "model")
+    options = ["method=quantized", "method.budget=1/4", "method.include=['blocks.*']", "steps=1"]
+    given = words(tmp_path, path, *options, "diagnostics.monitor=true", "model.dropout=0")
+    if make is llama:
+        given.remove("model.dropout=0")
+    train.execute(composed(*given), tmp_path / "run")
+    first, *_, last = losses(tmp_path / "run")
+    assert first["mem/input_bytes"] == 2 * widths * 4 * 16 * 4
+    watched = {name.split("/")[1] for name in last if name.startswith("monitor/")}
+    layers = 7 if make is llama else 4
+    assert len(watched) == 2 * layers + 1
+
+
 def test_a_rank_follows_the_error_under_a_fused_head(folder: Path, tmp_path: Path) -> None:
     options = ["method=low_rank", "method.rank=4", *RESTLESS, "method.include=['*']"]
     train.execute(composed(*words(tmp_path, folder, *options)), tmp_path / "run")
