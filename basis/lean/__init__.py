@@ -18,6 +18,7 @@ And of what other models' blocks keep, in bytes a number where that is bfloat16:
 |---|---|---|---|---|
 | RMSNorm of PyTorch | 8 | 1.1 | 8 bits, unbiased (rms_norm.py) | noise, 1% of dW, 0.1% of dX |
 | RMSNorm of transformers | 6 to 8 | 1.1 | the same | the same |
+| Cohere's LayerNorm, OLMo's | 4 to 12 | 1.1 | 8 bits, unbiased (layer_norms.py) | as LayerNorm |
 | SwiGLU, GEGLU, of `gate` and `up` | 6 | 1.1 | 4 bits, unbiased (gated.py) | noise, 12%, no bias |
 | and the input of `down`, if plain | 2 | 1.0 | 8 bits, unbiased | noise, 1% of dW, no bias |
 | gates of experts' own, gpt-oss | 10 to 16 | 1.1 | 4 bits, unbiased (experts_gate.py) | as SwiGLU |
@@ -58,6 +59,7 @@ from basis.lean.dropout import LeanDropout
 from basis.lean.experts_gate import ExpertsGate, LeanExpertsGate
 from basis.lean.gated import LeanGatedMLP
 from basis.lean.gelu import LeanGELU, check_bits
+from basis.lean.layer_norms import LeanOtherLayerNorm, other_kind_of
 from basis.lean.norm import LeanLayerNorm
 from basis.lean.registered import LeanRegistered, is_registered
 from basis.lean.relu_squared import LeanReLUSquared
@@ -154,8 +156,10 @@ class Lean(Exchange):
             assert self.gated_bits is not None
             new = LeanExpertsGate(module.owner[0], module.in_turns, self.gated_bits)
             return new.train(module.training)
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) and type(module) in (nn.LayerNorm, LeanLayerNorm):
             return LeanLayerNorm.from_norm(module)
+        if other_kind_of(module) is not None:
+            return LeanOtherLayerNorm.from_norm(module)
         if isinstance(module, nn.Dropout):
             return LeanDropout.from_dropout(module)
         if kind_of(module) is not None:
@@ -171,11 +175,13 @@ class Lean(Exchange):
 
 
 def _is_norm(module: nn.Module) -> bool:
-    if isinstance(module, nn.LayerNorm):
-        return type(module) is LeanLayerNorm or (
-            type(module) is nn.LayerNorm and LeanLayerNorm.supports(module)
-        )
-    return kind_of(module) is not None
+    if type(module) is nn.LayerNorm:
+        return LeanLayerNorm.supports(module)
+    return (
+        type(module) is LeanLayerNorm
+        or kind_of(module) is not None
+        or other_kind_of(module) is not None
+    )
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -24,21 +24,33 @@ from basis.noise_key import HasNoiseKey
 from basis.ops.rounding import Rounded, restore, round_to_int8
 
 
+def norm_of_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, single: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (..., N), mean and 1 / deviation (..., 1) of x (..., N). single: in single operations, as
+    some libraries write it out, without a bias.
+    """
+    if single:
+        assert bias is None
+        mean = x.mean(-1, keepdim=True)
+        inverse = torch.rsqrt((x - mean).pow(2).mean(-1, keepdim=True) + eps)
+        return weight * ((x - mean) * inverse), mean, inverse
+    y, mean, inverse = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+    return y, mean, inverse
+
+
 class _LeanLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, key: Tensor
+        x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, single: bool, key: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
-            x, weight.shape, weight, bias, eps
-        )
-        return result
+        return norm_of_rows(x, weight, bias, eps, single)
 
     @staticmethod
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        x, weight, bias, _, key = inputs
+        x, weight, bias, _, _, key = inputs
         refuse_nested_transforms()
         ctx.transformed = in_transform()
         _, mean, deviation = output
@@ -53,7 +65,7 @@ class _LeanLayerNorm(torch.autograd.Function):
         ctx: Any, grad_output: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 5
+            return (None,) * 6
         codes, scales, mean, deviation, weight, _ = ctx.saved_tensors
         x = restore(Rounded(codes, scales), ctx.dtype)
         needed = [
@@ -65,7 +77,19 @@ class _LeanLayerNorm(torch.autograd.Function):
         grads = torch.ops.aten.native_layer_norm_backward(
             grad_output, x, weight.shape, mean, deviation, weight, bias, needed
         )
-        return (*grads, None, None)
+        return (*grads, None, None, None)
+
+
+def normalized(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, single: bool = False, *, key: Tensor
+) -> Tensor:
+    """y of `norm_of_rows`, for which x is kept in 8 bits. key: int64, of their noise."""
+    y, *_ = _LeanLayerNorm.apply(x, weight, bias, eps, single, key)
+    # One of several results of an operation takes no attribute in a graph, and a sketched layer
+    # leaves one on what it reads (shared_input.py).
+    if torch.compiler.is_compiling():
+        y = torch.ops.aten._unsafe_view(y, y.shape)
+    return cast(Tensor, y)
 
 
 class LeanLayerNorm(StandIn, HasNoiseKey, nn.LayerNorm):
@@ -86,12 +110,7 @@ class LeanLayerNorm(StandIn, HasNoiseKey, nn.LayerNorm):
         device = input.device.type
         if torch.is_autocast_enabled(device):  # as F.layer_norm does under autocast
             input = input.to(torch.promote_types(input.dtype, torch.float32))
-        output, _, _ = _LeanLayerNorm.apply(input, self.weight, self.bias, self.eps, key)
-        # One of several results of an operation takes no attribute in a graph, and a sketched layer
-        # leaves one on what it reads (shared_input.py).
-        if torch.compiler.is_compiling():
-            output = torch.ops.aten._unsafe_view(output, output.shape)
-        return output
+        return normalized(input, self.weight, self.bias, self.eps, key=key)
 
     @classmethod
     def from_norm(cls, norm: nn.LayerNorm) -> LeanLayerNorm:

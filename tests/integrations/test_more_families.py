@@ -1,4 +1,5 @@
-"""Families with parts that few others have: sinks of attention, gates of experts' own.
+"""Families with parts that few others have: sinks of attention, gates of experts' own,
+LayerNorms.
 
 `basis.Lean` leaves the loss exact, comes near to the gradients, keeps fewer bytes of the kind, and
 is taken back without a trace.
@@ -37,6 +38,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
     "gpt-oss": ("GptOss", GPT_OSS, {ATTENTION: 3}),
     "Granite, sliding windows": ("GraniteSWA", BASE, {ATTENTION: 4}),
     "Flint": ("Flint", BASE, {ATTENTION: 4}),
+    "Cohere": ("Cohere", BASE, {"norms": 8}),
+    "Cohere2": ("Cohere2", BASE, {"norms": 8}),
+    "OLMo": ("Olmo", BASE, {"norms": 3}),
+    "Nemotron": ("Nemotron", BASE, {"norms": 3}),
 }
 
 
