@@ -40,6 +40,7 @@ _TELLING = (
         "model.n_layer",
         "model.n_embd",
         "model.vocab_size",
+        "model.sha256",
         "model.",
         "data.name",
         "data.tokenizer",
@@ -48,6 +49,8 @@ _TELLING = (
     ),
     *("optim.name", "optim.lr", "steps", "micro_batch_size", "tokens_per_step", "optim."),
 )
+_LONG = ("text", "model.sha256", "model.architecture")
+"""Of the text, and of a model that was read from a folder."""
 _ABSENT = "absent"
 
 
@@ -153,9 +156,11 @@ def _varying(group: Options, groups: Sequence[Options]) -> list[str]:
 
 
 def _said(group: Options, name: str) -> str:
-    """An option's value in a label; of a text a digest."""
+    """An option's value in a label; of what is long a digest."""
     value = group.get(name, _ABSENT)
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:8] if name == "text" else str(value)
+    if name not in _LONG or value in (None, _ABSENT):
+        return str(value)
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
 def _part(group: Options, name: str) -> str:

@@ -127,6 +127,19 @@ def test_two_rows_are_never_called_alike(company: list[list[str]]) -> None:
     assert len(set(short(options("method.rank=7"), older))) == 2
 
 
+def test_a_model_of_a_folder_is_told_by_a_digest() -> None:
+    folders = [
+        options(f"method.rank={rank}", "optim.lr=0.1", "seed=1")
+        | {"model.family": "hf", "model.sha256": sha * 64, "model.architecture": sha * 900}
+        for rank in (1, 2)
+        for sha in "ab"
+    ]
+    made = short(*folders, options("method=exact", "model.n_layer=9"))
+    assert len(set(made)) == 5
+    assert max(map(len, made)) <= LONGEST
+    assert "model.sha256=" in made[1] or "model.sha256=" in made[0]
+
+
 def test_of_equally_frequent_values_the_default_is_the_usual_one() -> None:
     rows = [
         options("optim.lr=0.003", "precision=bfloat16", f"method.eps={eps}", f"steps={steps}")
