@@ -42,6 +42,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", LLAMA | {"head_dim": 64}),
     "Gemma2": ("Gemma2Config", "Gemma2ForCausalLM", LLAMA | {"head_dim": 64}),
     "Mixtral": ("MixtralConfig", "MixtralForCausalLM", LLAMA | {"num_local_experts": 4}),
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64},
+    ),
     "BERT": ("BertConfig", "BertForMaskedLM", BERT),
     "ViT": (
         "ViTConfig",
