@@ -123,12 +123,15 @@ def test_row_none_leaves_the_method_to_the_user() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_signals_that_ask_to_stop_set_the_exit_code(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        assert stop.code is None
-        os.kill(os.getpid(), number)
-        assert stop.code == 128 + number
-    assert signal.getsignal(number) == before
+    given = signal.signal(number, signal.default_int_handler)  # under nohup, SIGHUP is ignored
+    try:
+        with StopRequest() as stop:
+            assert stop.code is None
+            os.kill(os.getpid(), number)
+            assert stop.code == 128 + number
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, given)
 
 
 def test_a_signal_passed_on_is_the_same_one_and_a_second_one_ends_the_run(
