@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from lookalike_blocks import kept_by
 from lookalikes import Experts, Mixture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -79,9 +80,9 @@ def test_lean_experts_keep_few_bits_and_routing_weights_have_an_unbiased_gradien
     y, _, exact = gradients(mixture(), rows(256))
     model = mixture()
     basis.convert(model, basis.Exact(), include=["experts"])
-    before = kept_by(model, rows(256))
+    before = kept_by(model, rows(256), trained_before=False)
     basis.convert(model, basis.Lean())
-    after = kept_by(model, rows(256))
+    after = kept_by(model, rows(256), trained_before=False)
     spared = 512 * 8 * 4 - (512 * 8 // 2 + 512 * 4 + 8)  # y: codes, a range a row, the key
     assert before - after == spared - 512 * 12 // 4  # SiLU's 2 bits; `up` holds what it kept
     draws = []
@@ -94,23 +95,6 @@ def test_lean_experts_keep_few_bits_and_routing_weights_have_an_unbiased_gradien
     z = (stack.mean(0) - wanted) / (stack.std(0) / len(draws) ** 0.5)
     assert 0.3 < z.square().mean() < 2.2
     assert 0 < (stack[0] - wanted).norm() < 0.1 * wanted.norm()
-
-
-def kept_by(model: nn.Module, x: Tensor) -> int:
-    """Bytes, but for x itself and parameters."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    for known in (x, *model.parameters()):
-        kept.pop(known.untyped_storage().data_ptr(), None)
-    assert y.requires_grad
-    return sum(kept.values())
 
 
 def test_rows_of_experts_are_kept_once_for_the_routing_weights() -> None:
@@ -165,7 +149,7 @@ def test_quantized_experts_keep_a_token_once_and_all_else_is_exact(kind: str) ->
 
 def test_bits_of_quantized_experts_are_counted_by_hand() -> None:
     kept = [
-        kept_by(model, rows())
+        kept_by(model, rows(), trained_before=False)
         for method in (basis.Exact(), basis.Quantized(bits=4))
         for model in [mixture(gate=False)]
         if basis.convert(model, method, include=["experts"])

@@ -1,170 +1,47 @@
 """Lean versions of what today's blocks are made of: RMSNorm, gated MLPs, activations written out,
 dropout. Forward exact, gradients within what the essays state, few bytes, and the way back.
 
-The classes here are look-alikes of those of transformers; tests/integrations has the real ones.
+The classes are look-alikes of those of transformers; tests/integrations has the real ones.
 """
 
 import copy
-import math
 import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from lookalike_blocks import (
+    LOW,
+    ROWS,
+    WIDE,
+    FusedMLP,
+    GatedRMSNorm,
+    GemmaRMSNorm,
+    LateRMSNorm,
+    LlamaMLP,
+    LlamaRMSNorm,
+    MultipliedMLP,
+    N,
+    NewGELUActivation,
+    QuickGELUActivation,
+    ReLUSquaredActivation,
+    ScaledRMSNorm,
+    T5Gated,
+    T5LayerNorm,
+    errors,
+    gradients,
+    kept_by,
+    made,
+    normal,
+)
+from torch import nn
 
 import basis
 from basis.lean import (
-    LeanActivation,
-    LeanDropout,
     LeanGatedMLP,
-    LeanReLUSquared,
     LeanRMSNorm,
 )
 from basis.lean.rms_norm import kind_of
 from basis.linear import SketchedLinear
-
-N, WIDE, ROWS = 64, 128, 96
-LOW = torch.bfloat16
-
-
-class LlamaRMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(torch.float32)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
-
-
-class GemmaRMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (y * (1.0 + self.weight.float())).type_as(x)
-
-
-class T5LayerNorm(LlamaRMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
-        x = x * torch.rsqrt(variance + self.variance_epsilon)
-        if self.weight.dtype in (torch.float16, LOW):
-            x = x.to(self.weight.dtype)
-        return self.weight * x
-
-
-class LateRMSNorm(LlamaRMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return (self.weight * y).to(x.dtype)
-
-
-class ScaledRMSNorm(LlamaRMSNorm):
-    """Of the name, but not what it says."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 1.0001 * super().forward(x)
-
-
-class GatedRMSNorm(LlamaRMSNorm):
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        return super().forward(x if gate is None else x * F.silu(gate))
-
-
-class SiLUActivation(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x)
-
-
-class NewGELUActivation(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
-        return 0.5 * x * (1.0 + torch.tanh(inner))
-
-
-class ReLUSquaredActivation(nn.Module):
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.square(F.relu(input))
-
-
-class QuickGELUActivation(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class LlamaMLP(nn.Module):
-    def __init__(self, act: nn.Module | None = None, bias: bool = True) -> None:
-        super().__init__()
-        self.hidden_size = N
-        self.gate_proj = nn.Linear(N, WIDE, bias=bias)
-        self.up_proj = nn.Linear(N, WIDE, bias=bias)
-        self.down_proj = nn.Linear(WIDE, N, bias=bias)
-        self.act_fn = SiLUActivation() if act is None else act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class FusedMLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(N, 2 * WIDE, bias=False)
-        self.down_proj = nn.Linear(WIDE, N, bias=False)
-        self.activation_fn = nn.GELU(approximate="tanh")
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(up * self.activation_fn(gate))
-
-
-class T5Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wi_0, self.wi_1 = (nn.Linear(N, WIDE, bias=False) for _ in range(2))
-        self.wo = nn.Linear(WIDE, N, bias=False)
-        self.dropout, self.act = nn.Dropout(0.1), NewGELUActivation()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.dropout(self.act(self.wi_0(x)) * self.wi_1(x))
-        return self.wo(y.to(self.wo.weight.dtype))
-
-
-class MultipliedMLP(LlamaMLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * super().forward(x)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def made(make: object) -> nn.Module:
-    torch.manual_seed(0)
-    return make()
-
-
-def gradients(module: nn.Module, x: Tensor, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the gradients of x and of the parameters."""
-    torch.manual_seed(seed)
-    x = x.detach().requires_grad_()
-    y = module(x)
-    return y, list(torch.autograd.grad(y, (x, *module.parameters()), normal(*y.shape).to(y)))
-
-
-def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    return [
-        float((a - b).float().norm() / b.float().norm()) for a, b in zip(found, exact, strict=True)
-    ]
-
 
 NORMS = [nn.RMSNorm, LlamaRMSNorm, GemmaRMSNorm, T5LayerNorm, LateRMSNorm]
 
@@ -269,24 +146,6 @@ def test_gradients_of_a_gated_mlp_are_unbiased() -> None:
         assert mean < 1.5 * one / 100**0.5
 
 
-def kept_by(model: nn.Module, x: Tensor) -> int:
-    """Bytes, but for x itself and parameters."""
-    x = x.detach().requires_grad_()
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    for known in (x, *model.parameters()):
-        kept.pop(known.untyped_storage().data_ptr(), None)
-    assert y.requires_grad
-    return sum(kept.values())
-
-
 def test_bytes_of_a_gated_mlp_as_counted_by_hand() -> None:
     model, x = nn.Sequential(made(LlamaMLP)).to(LOW), normal(ROWS, N).to(LOW)
     assert kept_by(model, x) == 4 * ROWS * WIDE * 2
@@ -324,97 +183,6 @@ def test_an_mlp_that_computes_anything_else_is_left_alone() -> None:
     assert basis.convert(plain, basis.Lean(gated_bits=None)) == ["0.act_fn"]
     with pytest.raises(ValueError, match=r"^gated_bits=3: must be one of 8, 4, 2"):
         basis.Lean(gated_bits=3)
-
-
-@pytest.mark.parametrize(("bits", "most"), [(2, 0.16), (4, 0.05)])
-@pytest.mark.parametrize("kind", [SiLUActivation, nn.SiLU, NewGELUActivation, QuickGELUActivation])
-def test_activations_are_exact_forward_and_stepwise_backward(
-    kind: type[nn.Module], bits: int, most: float
-) -> None:
-    plain, lean = kind(), nn.Sequential(kind())
-    basis.convert(lean, basis.Lean(gelu_bits=bits))
-    assert isinstance(lean[0], LeanActivation)
-    x = normal(ROWS, N)
-    (y, exact), (z, found) = gradients(plain, x), gradients(lean, x)
-    assert torch.equal(z, y)
-    (error,) = errors(found, exact)
-    assert 0.01 < error < most
-    steps = torch.autograd.grad(lean(x.requires_grad_()).sum(), x)[0]
-    assert len(steps.unique()) == 2**bits
-    assert kept_by(lean, x) == ROWS * N * bits // 8
-    basis.revert(lean)
-    assert type(lean[0]) is kind
-
-
-@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
-def test_relu_is_exact_and_one_bit(low: bool) -> None:
-    """In any layout; a sketched layer behind it keeps its sketch, though PyTorch keeps ReLU's
-    output.
-    """
-    plain, lean = nn.ReLU(), nn.Sequential(nn.ReLU())
-    basis.convert(lean, basis.Lean(gelu_bits=4))
-    assert isinstance(lean[0], LeanActivation)
-    images = normal(2, 16, 8, 8).to(LOW if low else torch.float32)
-    images[0, 0] = 0.0  # where the derivative is zero
-    for x in (images, images.to(memory_format=torch.channels_last), images.mT):
-        (y, exact), (z, found) = gradients(plain, x), gradients(lean, x)
-        assert torch.equal(z, y)
-        assert torch.equal(found[0], exact[0])
-    assert kept_by(lean, images) == images.numel() // 8
-    assert basis.revert(lean) == ["0"]
-    assert type(lean[0]) is nn.ReLU
-    model, x = nn.Sequential(nn.Linear(N, WIDE), nn.ReLU(), nn.Linear(WIDE, N)), normal(ROWS, N)
-    basis.convert(model, basis.Quantized(bits=2), include=["2"])
-    assert kept_by(model, x) == 4 * ROWS * WIDE  # as ReLU keeps it
-    basis.convert(model, basis.Lean())
-    assert kept_by(model, x) < ROWS * WIDE // 8 + 0.3 * ROWS * WIDE
-    with pytest.raises(ValueError, match="no module to make lean"):
-        basis.convert(nn.Sequential(nn.ReLU(inplace=True), nn.ReLU6()), basis.Lean())
-
-
-@pytest.mark.parametrize("scale", [0.01, 100.0])
-def test_the_square_of_relu_is_four_bits_whatever_its_inputs_size(scale: float) -> None:
-    plain, lean = ReLUSquaredActivation(), nn.Sequential(ReLUSquaredActivation())
-    assert basis.convert(lean, basis.Lean()) == ["0"]
-    assert isinstance(lean[0], LeanReLUSquared)
-    x = scale * normal(ROWS, WIDE)
-    x[:, :2] = -1.0  # every group has a zero
-    y, exact = gradients(plain, x)
-    draws = [gradients(lean, x, seed) for seed in range(64)]
-    assert all(torch.equal(z, y) for z, _ in draws)
-    found = [grads for _, grads in draws]
-    assert 0.02 < errors(found[0], exact)[0] < 0.08
-    assert not found[0][0][x <= 0].any()
-    mean = [torch.stack([grads[0] for grads in found]).mean(0)]
-    assert errors(mean, exact)[0] < 1.5 * errors(found[0], exact)[0] / 8  # no bias
-    assert kept_by(lean, x) == ROWS * WIDE // 2 + 4 * ROWS + 8  # codes, a range a row, the key
-    basis.convert(lean, basis.Lean(gelu_bits=4))
-    basis.set_noise_key(lean, seed=0, step=0)
-    assert torch.equal(gradients(lean, x, 0)[1][0], gradients(lean, x, 1)[1][0])
-    assert torch.equal(pickle.loads(pickle.dumps(lean))(x), y)
-    basis.revert(lean)
-    assert type(lean[0]) is ReLUSquaredActivation
-
-
-@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
-def test_dropout_is_exact_and_one_bit(low: bool) -> None:
-    plain, lean = nn.Dropout(0.3), nn.Sequential(nn.Dropout(0.3))
-    basis.convert(lean, basis.Lean())
-    assert type(lean[0]) is LeanDropout
-    x = normal(ROWS, N)
-    x[0] = 0  # whose dropping shows in the gradient alone
-    x = x.to(LOW) if low else x
-    (y, exact), (z, found) = gradients(plain, x), gradients(lean, x)
-    assert torch.equal(z, y)
-    torch.testing.assert_close(found, exact)
-    assert (found[0][0] == 0).any()
-    assert kept_by(lean, x) == ROWS * N // 8
-    assert torch.equal(lean.eval()(x), x)
-    basis.revert(lean)
-    assert type(lean[0]) is nn.Dropout
-    for nothing in (nn.Dropout(0.0), nn.Dropout(0.1, inplace=True)):
-        with pytest.raises(ValueError, match="no module to make lean"):
-            basis.convert(nn.Sequential(nothing), basis.Lean())
 
 
 BLOCK = [
